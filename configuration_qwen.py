@@ -1,0 +1,168 @@
+"""Configuration of the first-generation Qwen models: the keys of a checkpoint's config.json."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+PRECISION_FLAGS = ("bf16", "fp16", "fp32")
+
+
+class QWenConfig(PretrainedConfig):
+    """
+    The keys of a Qwen checkpoint's `config.json`; the defaults are those of Qwen-7B.
+
+    Args:
+        vocab_size: rows of the embedding and of the output layer; the tokenizer's size padded up.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: attention heads; every head has its own keys and values.
+        kv_channels: width of one head.
+        intermediate_size: width of **both** halves of the SwiGLU together; `w1` and `w2` have half of it each.
+        emb_dropout_prob: dropout on the embeddings.
+        attn_dropout_prob: dropout on the attention weights.
+        layer_norm_epsilon: epsilon of the RMS norms.
+        initializer_range: standard deviation of newly made weights.
+        seq_length: training context in tokens. Dynamic NTK and LogN begin beyond it.
+            Default: `max_position_embeddings`.
+        max_position_embeddings: what other software reads as the context length.
+        scale_attn_weights: scale attention scores by `1 / sqrt(kv_channels)`.
+        use_cache: return keys and values for the next call.
+        bf16, fp16, fp32: precision of the weights, at most one; none leaves the choice to loading.
+        rotary_pct: share of each head's channels that is rotated.
+        rotary_emb_base: base of the rotary embedding.
+        use_dynamic_ntk: raise the rotary base for prompts longer than `seq_length` (inference only).
+        use_logn_attn: scale queries at positions beyond `seq_length` (inference only).
+        use_flash_attn: `"auto"`, True (flash attention 2 or an error) or False.
+        no_bias: no bias in attention output and MLP. `c_attn` always has one.
+        use_cache_quantization: keep the keys and values of generation in int8.
+        use_cache_kernel: fused kernels for the quantised cache.
+        softmax_in_fp32: accepted as published; the softmax is always taken in float32.
+
+    Raises:
+        ValueError: for a value no Qwen model can have; the message names the key and what it may be.
+
+    Example:
+        >>> QWenConfig(hidden_size=2048, num_attention_heads=16).head_dim
+        128
+    """
+
+    model_type = "qwen"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_pp_plan = {
+        "wte": (["input_ids"], ["inputs_embeds"]),
+        "h": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "ln_f": (["hidden_states"], ["hidden_states"]),
+    }
+
+    def __init__(
+        self,
+        vocab_size=151936,
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        emb_dropout_prob=0.0,
+        attn_dropout_prob=0.0,
+        layer_norm_epsilon=1e-6,
+        initializer_range=0.02,
+        max_position_embeddings=8192,
+        scale_attn_weights=True,
+        use_cache=True,
+        bf16=False,
+        fp16=False,
+        fp32=False,
+        kv_channels=128,
+        rotary_pct=1.0,
+        rotary_emb_base=10000,
+        use_dynamic_ntk=True,
+        use_logn_attn=True,
+        use_flash_attn="auto",
+        intermediate_size=22016,
+        no_bias=True,
+        tie_word_embeddings=False,
+        use_cache_quantization=False,
+        use_cache_kernel=False,
+        softmax_in_fp32=False,
+        seq_length=None,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.emb_dropout_prob = emb_dropout_prob
+        self.attn_dropout_prob = attn_dropout_prob
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.initializer_range = initializer_range
+        self.max_position_embeddings = max_position_embeddings
+        self.seq_length = max_position_embeddings if seq_length is None else seq_length
+        self.scale_attn_weights = scale_attn_weights
+        self.use_cache = use_cache
+        self.bf16 = bf16
+        self.fp16 = fp16
+        self.fp32 = fp32
+        self.kv_channels = kv_channels
+        self.rotary_pct = rotary_pct
+        self.rotary_emb_base = rotary_emb_base
+        self.use_dynamic_ntk = use_dynamic_ntk
+        self.use_logn_attn = use_logn_attn
+        self.use_flash_attn = use_flash_attn
+        self.no_bias = no_bias
+        self.use_cache_quantization = use_cache_quantization
+        self.use_cache_kernel = use_cache_kernel
+        self.softmax_in_fp32 = softmax_in_fp32
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.check()
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head under the name transformers uses."""
+        return self.kv_channels
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads of keys and values: as many as of queries."""
+        return self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return int(self.kv_channels * self.rotary_pct)
+
+    def check(self) -> None:
+        """
+        Raise ValueError if the values contradict each other.
+
+        Called at construction, and again when a model is built: `from_pretrained` sets keywords
+        (`bf16=True`) on a configuration that exists already.
+        """
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_channels"):
+            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
+                raise ValueError(f"config.{key} must be a positive integer, found {getattr(self, key)!r}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config.hidden_size ({self.hidden_size}) must be a multiple of "
+                f"config.num_attention_heads ({self.num_attention_heads})."
+            )
+        if self.intermediate_size < 2 or self.intermediate_size % 2:
+            raise ValueError(
+                f"config.intermediate_size counts both halves of the SwiGLU and must be even, "
+                f"found {self.intermediate_size}."
+            )
+        if self.rotary_dim < 2 or self.rotary_dim > self.kv_channels or self.rotary_dim % 2:
+            raise ValueError(
+                f"config.kv_channels * config.rotary_pct must be an even number of channels between 2 and "
+                f"{self.kv_channels}, found {self.kv_channels} * {self.rotary_pct}."
+            )
+        if self.seq_length < 2:  # LogN divides by its logarithm
+            raise ValueError(f"config.seq_length must be at least 2 tokens, found {self.seq_length}.")
+        if self.use_flash_attn not in ("auto", True, False):
+            raise ValueError(f"config.use_flash_attn must be 'auto', true or false, found {self.use_flash_attn!r}.")
+        if self.tie_word_embeddings:
+            raise ValueError("config.tie_word_embeddings must be false: a Qwen checkpoint has a separate lm_head.")
+        flags = [flag for flag in PRECISION_FLAGS if getattr(self, flag)]
+        if len(flags) > 1:
+            raise ValueError(
+                f"At most one of bf16, fp16 and fp32 may be true, found {' and '.join(flags)}. "
+                f"Pass the one you want and set the others to False."
+            )

@@ -1,0 +1,782 @@
+"""
+The first-generation Qwen network (https://arxiv.org/abs/2309.16609) for transformers.
+
+Reads top to bottom: RMSNorm, RotaryEmbedding, attention, MLP, block, how a checkpoint is loaded, the model,
+the language-model head with `generate`, `chat` and `chat_stream`.
+
+In the shapes below B is the batch, T the new tokens, S the tokens attended to (cached and new),
+nh the heads and hd the width of one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache, GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
+
+from .configuration_qwen import PRECISION_FLAGS, QWenConfig
+from .qwen_generation_utils import (
+    StopWordsLogitsProcessor,
+    TextStream,
+    check_stop_words_ids,
+    get_stop_words_ids,
+    make_context,
+    stream_generate,
+)
+from .transformers_compat import cache_kwargs, create_causal_mask, load_config, pop_dtype
+
+logger = logging.get_logger(__name__)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (https://arxiv.org/abs/1910.07467), normalised in float32: (..., dim) to (..., dim)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+def ntk_alpha(lengths: torch.Tensor, seq_length: int) -> torch.Tensor:
+    """
+    Scale of the rotary base for prompts of `lengths` tokens, at least 1: `2 ** ceil(log2(L / seq_length) + 1) - 1`.
+
+    lengths: int64 (B,), padding not counted. Returns float32 (B,). The base becomes `base * alpha ** (d / (d - 2))`
+    for d rotated channels, the NTK-aware scaling of the Qwen report, section 2.3 (https://arxiv.org/abs/2309.16609).
+    """
+    octaves = torch.ceil(torch.log2(lengths.float() / seq_length) + 1)
+    return (torch.exp2(octaves) - 1).clamp(min=1)
+
+
+def logn_scale(position_ids: torch.Tensor, seq_length: int) -> torch.Tensor:
+    """
+    LogN scale of the queries, `max(1, log(p + 1) / log(seq_length))` for the 0-based position p.
+
+    position_ids: int64 (B, T). Returns float32 (B, T). Keeps the entropy of attention steady beyond the training
+    length (section 2.3 of https://arxiv.org/abs/2309.16609).
+    """
+    return (torch.log(position_ids.float() + 1) / math.log(seq_length)).clamp(min=1)
+
+
+class RotaryEmbedding(nn.Module):
+    """
+    Rotary position embedding (https://arxiv.org/abs/2104.09864), with a base for every sequence.
+
+    It holds no tables: the angles of T positions cost less than a norm, need no buffer that a cast to half precision
+    could spoil, and have no longest position.
+    """
+
+    def __init__(self, dim: int, base: float = 10000):
+        super().__init__()
+        self.dim = dim
+        self.base = base
+
+    def forward(
+        self, position_ids: torch.Tensor, alpha: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        position_ids: int64 (B or 1, T); alpha: float32 (B or 1,), the NTK scale of the base.
+        Returns cosines and sines, each float32 (B or 1, 1, T, dim).
+        """
+        exponents = torch.arange(0, self.dim, 2, device=position_ids.device, dtype=torch.float32) / self.dim
+        if alpha is None:
+            inv_freq = (1.0 / self.base**exponents)[None]  # (1, dim / 2)
+        else:
+            base = self.base * alpha ** (self.dim / (self.dim - 2))  # (B,)
+            inv_freq = 1.0 / base[:, None] ** exponents  # (B, dim / 2)
+        angles = position_ids[:, :, None].float() * inv_freq[:, None, :]  # (B, T, dim / 2)
+        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (B, 1, T, dim)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """
+    Rotate the first channels of every head in float32, in the half-rotation form `x cos + cat(-x2, x1) sin`.
+
+    x: (B, nh, T, hd) of any dtype; cos, sin: float32 (B, 1, T, rotated channels). Returns float32 (B, nh, T, hd).
+    """
+    x, rest = x.float().split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    x1, x2 = x.chunk(2, dim=-1)
+    x = x * cos + torch.cat((-x2, x1), dim=-1) * sin
+    return torch.cat((x, rest), dim=-1) if rest.shape[-1] else x
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Attention in plain PyTorch with the interface of transformers' attention functions.
+
+    query: (B, nh, T, hd); key, value: (B, nh, S, hd); attention_mask: None or broadcastable to (B, nh, T, S),
+    boolean (True is attended to) or to be added. Returns the output (B, T, nh, hd) and the weights (B, nh, T, S).
+    """
+    scores = query @ key.transpose(2, 3) * scaling  # (B, nh, T, S)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    output = F.dropout(weights, dropout, module.training) @ value  # (B, nh, T, hd)
+    return output.transpose(1, 2), weights
+
+
+class QWenAttention(nn.Module):
+    """Multi-head self-attention; the kernel is the one that `config._attn_implementation` names."""
+
+    def __init__(self, config: QWenConfig, layer_idx: int | None = None):
+        super().__init__()
+        projection_size = config.kv_channels * config.num_attention_heads
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.kv_channels
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        self.is_causal = True
+        self.c_attn = nn.Linear(config.hidden_size, 3 * projection_size)
+        self.c_proj = nn.Linear(projection_size, config.hidden_size, bias=not config.no_bias)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        query_scale: torch.Tensor | None = None,
+        past_key_values=None,
+        update_kwargs: dict | None = None,
+        attention_weights: list | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        x: (B, T, hidden). cos, sin: float32 (B, 1, T, rotated). query_scale: float32 (B, 1, T, 1), LogN.
+        past_key_values: the cache that takes the new keys and values. attention_weights: a list to which this layer's
+        weights (B, nh, T, S) are appended; asking for them takes the eager kernel. Returns (B, T, hidden).
+        """
+        B, T, _ = x.shape
+        q, k, v = (
+            part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nh, T, hd)
+            for part in self.c_attn(x).chunk(3, dim=-1)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if query_scale is not None:
+            q = q * query_scale
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx, **(update_kwargs or {}))  # (B, nh, S, hd)
+
+        attention = eager_attention
+        if attention_weights is None and self.config._attn_implementation not in (None, "eager"):
+            attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        y, weights = attention(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attn_dropout_prob if self.training else 0.0,
+            **kwargs,
+        )  # (B, T, nh, hd)
+        if attention_weights is not None:
+            attention_weights.append(weights)
+        return self.c_proj(y.reshape(B, T, -1))
+
+
+class QWenMLP(nn.Module):
+    """SwiGLU (https://arxiv.org/abs/2002.05202), (B, T, hidden) to the same; w2 is the gate."""
+
+    def __init__(self, config: QWenConfig):
+        super().__init__()
+        width = config.intermediate_size // 2
+        self.w1 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
+        self.w2 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(self.w1(x) * F.silu(self.w2(x)))
+
+
+class QWenBlock(GradientCheckpointingLayer):
+    """One pre-norm transformer block, (B, T, hidden) to the same."""
+
+    def __init__(self, config: QWenConfig, layer_idx: int | None = None):
+        super().__init__()
+        self.ln_1 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = QWenAttention(config, layer_idx)
+        self.ln_2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = QWenMLP(config)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), attention_mask, **kwargs)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class QWenPreTrainedModel(PreTrainedModel):
+    """How a Qwen model is made and loaded: weights, precision, attention kernel."""
+
+    config_class = QWenConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["QWenBlock"]
+    # Objects that every block shares: a cache moves by layer itself, a list is appended to.
+    _skip_keys_device_placement = ["past_key_values", "attention_weights"]
+    # Tables that early checkpoints carry and that are computed here.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$", r"logn_tensor$"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights; those that write to the residual stream smaller by `sqrt(2 * layers)`, as in GPT-2."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, (QWenAttention, QWenMLP)):
+            nn.init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, strict=True, **kwargs):
+        """
+        Load a checkpoint; the arguments are those of transformers' `from_pretrained`, and:
+
+        bf16, fp16, fp32: at most one True; the precision of the weights. Without one, and without `dtype`, the
+        checkpoint's own (config.json's `dtype`) if the device has it, else bfloat16 where the device supports it,
+        else float16 on a GPU, else float32.
+        strict: a weight that this architecture has and the checkpoint lacks, or the reverse, is an error.
+        False leaves it at transformers' warning, for experiments with a changed configuration.
+
+        Raises ValueError for a contradiction in the configuration, RuntimeError for weights that don't fit it.
+        """
+        config, kwargs = load_config(cls.config_class, config, pretrained_model_name_or_path, kwargs)
+        on_accelerator = _goes_to_accelerator(kwargs.get("device_map"))
+        kwargs["dtype"] = cls._choose_dtype(config, pop_dtype(kwargs), on_accelerator)
+        if "attn_implementation" not in kwargs and config._attn_implementation is None:
+            choice = cls._choose_attention(config, kwargs["dtype"], on_accelerator)
+            if choice is not None:
+                kwargs["attn_implementation"] = choice
+        info_wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        if strict:
+            model._check_loaded(info, pretrained_model_name_or_path)
+        return (model, info) if info_wanted else model
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        """A new model; bf16, fp16 and fp32 in `config` choose its precision as at loading."""
+        config.check()
+        dtype = pop_dtype(kwargs)
+        if any(getattr(config, flag) for flag in PRECISION_FLAGS):
+            dtype = cls._choose_dtype(config, dtype, on_accelerator=False)
+        if dtype is not None:
+            kwargs["dtype"] = dtype
+        return super()._from_config(config, **kwargs)
+
+    @staticmethod
+    def _choose_dtype(config: QWenConfig, dtype, on_accelerator: bool):
+        """The precision to load in; `dtype` is what the caller passed: a torch.dtype, "auto" or None."""
+        config.check()
+        named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        flag = next((flag for flag in PRECISION_FLAGS if getattr(config, flag)), None)
+        if flag is not None:
+            if dtype not in (None, "auto", named[flag]):
+                raise ValueError(f"{flag}=True contradicts dtype={dtype}; pass one of them.")
+            return named[flag]
+        if dtype is not None:
+            return dtype
+        own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+        own = getattr(torch, own) if isinstance(own, str) else own
+        if on_accelerator:
+            supported = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else True
+            fallback = torch.float16
+        else:
+            supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            fallback = torch.float32
+        if own is not None and (own != torch.bfloat16 or supported):
+            return own
+        return torch.bfloat16 if supported else fallback
+
+    @staticmethod
+    def _choose_attention(config: QWenConfig, dtype, on_accelerator: bool) -> str | None:
+        """`use_flash_attn` as an attention implementation of transformers; None leaves the choice to it."""
+        if config.use_flash_attn is True:
+            return "flash_attention_2"
+        half = dtype in (torch.float16, torch.bfloat16)
+        if config.use_flash_attn == "auto" and on_accelerator and half and is_flash_attn_2_available():
+            return "flash_attention_2"
+        return None
+
+    def _check_loaded(self, info, source) -> None:
+        """Raise RuntimeError if weights of this architecture were missing from or left over in the checkpoint."""
+
+        def ours(key: str) -> bool:  # heads of subclasses and of other projects are left to transformers' warning
+            base = self.base_model_prefix + "."
+            return key.startswith((base, "lm_head.", "wte.", "h.", "ln_f."))
+
+        missing = sorted(filter(ours, info["missing_keys"]))
+        unexpected = sorted(filter(ours, info["unexpected_keys"]))
+        if self.get_output_embeddings() is None:  # the bare model of a checkpoint with a head
+            unexpected = [key for key in unexpected if not key.startswith("lm_head.")]
+        problems = []
+        for keys, what in (
+            (missing, "missing from it"),
+            (unexpected, "in it that this configuration has no place for"),
+        ):
+            if keys:
+                shown = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+                problems.append(f"{len(keys)} weights {what} ({shown})")
+        if problems:
+            raise RuntimeError(
+                f"The checkpoint {source} does not fit its configuration: {'; '.join(problems)}. Compare its "
+                f"config.json (num_hidden_layers, no_bias) with its weight files, and see that every file is there. "
+                f"To load it all the same, with new values for what is missing, pass strict=False."
+            )
+
+
+def _goes_to_accelerator(device_map) -> bool:
+    """Whether a model loaded with this `device_map` will run on a GPU; without a map it will if there is one."""
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    if all(str(place) in ("cpu", "disk", "meta") for place in places):
+        return False
+    return torch.cuda.is_available() or any(str(place).split(":")[0] in ("mps", "xpu", "npu") for place in places)
+
+
+class QWenModel(QWenPreTrainedModel):
+    """The network without its head: token ids or embeddings to hidden states."""
+
+    def __init__(self, config: QWenConfig):
+        config.check()
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.drop = nn.Dropout(config.emb_dropout_prob)
+        self.rotary_emb = RotaryEmbedding(config.rotary_dim, config.rotary_emb_base)
+        self.h = nn.ModuleList([QWenBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.wte = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: int64 (B, T), or `inputs_embeds`: (B, T, hidden).
+            past_key_values: a transformers `Cache` of earlier tokens; it is extended in place.
+            attention_mask: (B, S), 1 for tokens and 0 for padding, cached tokens included; or (B, 1 or nh, T, S),
+                boolean (True is attended to) or to be added to the scores, which then decides alone.
+            position_ids: int64 (B or 1, T). Default: counted over the unpadded tokens of a (B, S) mask.
+            use_cache: return a cache. Default: `config.use_cache`, and no cache in training.
+            output_attentions: return the weights of every layer, (B, nh, T, S) each; takes the eager kernel.
+            output_hidden_states: return the input of every block and the final states, (B, T, hidden) each.
+            kwargs: handed to the attention function (`cu_seq_lens_q`, a paged cache and the like).
+
+        Returns:
+            `last_hidden_state` (B, T, hidden), `past_key_values`, `hidden_states`, `attentions`; a tuple of those
+            that are not None with `return_dict=False`.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, or a mask too short for the cache.
+            IndexError: an id outside the vocabulary (on a CPU; a GPU stops the process by an assertion).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if past_key_values is not None and not hasattr(past_key_values, "update"):
+            raise ValueError(
+                f"past_key_values must be a transformers Cache, found {type(past_key_values).__name__}. "
+                f"Begin with past_key_values=None or DynamicCache(), and pass on what the model returns."
+            )
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+
+        x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, hidden)
+        T = x.shape[1]
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # kwargs hold it when a release up to 4.57 generates; it means the same.
+        cache_position = kwargs.pop("cache_position", None)
+        if cache_position is None:
+            cache_position = torch.arange(T, device=x.device) + past_length  # (T,)
+        if position_ids is None:
+            position_ids = self._positions(attention_mask, cache_position, past_length)  # (B or 1, T)
+        mask = create_causal_mask(
+            config=self._eager_config() if output_attentions else self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            cache_position=cache_position,
+        )
+
+        alpha, query_scale = None, None
+        if self.config.use_dynamic_ntk and not self.training:
+            alpha = self._ntk_alpha(position_ids, past_key_values, past_length)
+        if self.config.use_logn_attn and not self.training:
+            query_scale = logn_scale(position_ids, self.config.seq_length)[:, None, :, None]  # (B, 1, T, 1)
+        cos, sin = self.rotary_emb(position_ids, alpha)  # (B, 1, T, rotated) each
+
+        all_hidden_states = [] if output_hidden_states else None
+        attention_weights = [] if output_attentions else None
+        x = self.drop(x)
+        for block in self.h:
+            if output_hidden_states:
+                all_hidden_states.append(x)
+            x = block(
+                x,
+                attention_mask=mask,
+                cos=cos,
+                sin=sin,
+                query_scale=query_scale,
+                past_key_values=past_key_values,
+                update_kwargs=cache_kwargs(cache_position),
+                attention_weights=attention_weights,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        x = self.ln_f(x)
+        if output_hidden_states:
+            all_hidden_states.append(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(attention_weights) if output_attentions else None,
+        )
+
+    def _embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        try:
+            return self.wte(input_ids)
+        except IndexError:
+            raise IndexError(_outside_vocabulary(input_ids, self.wte.num_embeddings)) from None
+
+    def _eager_config(self) -> QWenConfig:
+        """A view of the configuration that asks for masks the eager kernel can read."""
+        config = copy.copy(self.config)
+        config._attn_implementation = "eager"
+        return config
+
+    @staticmethod
+    def _positions(attention_mask, cache_position: torch.Tensor, past_length) -> torch.Tensor:
+        """Positions of the new tokens, int64 (B or 1, T), counted over real tokens."""
+        if attention_mask is None or attention_mask.dim() != 2:
+            return cache_position[None]
+        needed = past_length + cache_position.shape[0]
+        if not isinstance(needed, torch.Tensor) and attention_mask.shape[1] < needed:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns, but there are {past_length} cached and "
+                f"{cache_position.shape[0]} new tokens; it must cover both."
+            )
+        counted = attention_mask.long().cumsum(-1) - 1  # (B, S)
+        return counted.clamp(min=0)[:, cache_position]  # (B, T)
+
+    def _ntk_alpha(self, position_ids: torch.Tensor, cache, past_length) -> torch.Tensor:
+        """
+        The NTK scale of each sequence, float32 (B or 1,): that of the prompt, which its cache remembers.
+
+        `generate` notes the length of the prompt on the cache (`prompt_lengths`), for a prompt that arrives in chunks
+        or with draft tokens behind it; without the note the first tokens that a cache sees are the prompt.
+        """
+        lengths = getattr(cache, "prompt_lengths", None)
+        if lengths is None:
+            lengths = position_ids.amax(-1) + 1
+        alpha = ntk_alpha(lengths.to(position_ids.device), self.config.seq_length)
+        if cache is None:
+            return alpha
+        if getattr(cache, "ntk_alpha", None) is None:
+            cache.ntk_alpha = alpha
+        elif position_ids.shape[-1] > 1:
+            # A static cache that was reset holds the old prompt's value. Its length is a tensor: decide without a
+            # branch, so that this compiles and no device waits for the host.
+            empty = torch.as_tensor(past_length == 0, device=alpha.device)
+            cache.ntk_alpha = torch.where(empty, alpha, cache.ntk_alpha)
+        return cache.ntk_alpha
+
+
+def _outside_vocabulary(input_ids: torch.Tensor, vocab_size: int) -> str:
+    bad = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
+    return (
+        f"input_ids hold {bad[0].item()}, but this model's vocabulary has the ids 0 to {vocab_size - 1}. "
+        f"Was the text encoded with this checkpoint's tokenizer? After adding tokens call "
+        f"model.resize_token_embeddings(len(tokenizer))."
+    )
+
+
+class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
+    """The language model: the network, the output layer, generation and chat."""
+
+    def __init__(self, config: QWenConfig):
+        config.check()
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"  # transformers would guess it from the class's name
+        self.transformer = QWenModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.transformer.wte = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        The arguments of `QWenModel.forward`, and:
+
+        Args:
+            labels: int64 (B, T), the ids themselves (they are shifted here), -100 where there is no loss.
+            logits_to_keep: compute logits for the last n positions only, or for those a 1-D tensor indexes; 0: all.
+            kwargs: `num_items_in_batch` divides the summed loss instead of the number of labels; the rest goes to
+                the attention function.
+
+        Returns:
+            `loss` (if labels are given), `logits` (B, positions kept, vocab), and what `QWenModel.forward` returns.
+        """
+        output = self.transformer(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])  # (B, positions kept, vocab)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def generate(
+        self, inputs=None, generation_config=None, logits_processor=None, *args, stop_words_ids=None, **kwargs
+    ):
+        """
+        transformers' `generate`, and:
+
+        stop_words_ids: lists of token ids; after any of them was generated the next token is `eos_token_id`.
+        Default: `stop_words_ids` of the generation configuration.
+
+        Raises IndexError for ids outside the vocabulary, ValueError for stop words that are not lists of ids.
+        """
+        settings = self.generation_config if generation_config is None else generation_config
+        if stop_words_ids is None:
+            stop_words_ids = getattr(settings, "stop_words_ids", None)
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if ids is not None and ids.numel():
+            vocab_size = self.get_input_embeddings().num_embeddings
+            if ids.min() < 0 or ids.max() >= vocab_size:
+                raise IndexError(_outside_vocabulary(ids, vocab_size))
+        if stop_words_ids is not None:
+            eos = kwargs.get("eos_token_id", settings.eos_token_id)
+            stop = StopWordsLogitsProcessor(
+                stop_words_ids,
+                eos[0] if isinstance(eos, (list, tuple)) else eos,
+                prompt_length=0 if ids is None else ids.shape[1],
+            )
+            logits_processor = [*(logits_processor or []), stop]
+        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """As inherited; notes the length of the prompt, int64 (B,), on a cache that is still empty."""
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if self.config.use_dynamic_ntk and cache is not None and not cache.get_seq_length():
+            cache.ntk_alpha = None
+            cache.prompt_lengths = None if mask is None or mask.dim() != 2 else mask.long().sum(-1)
+        return result
+
+    def chat(
+        self,
+        tokenizer,
+        query: str,
+        history: list | None = None,
+        system: str = "You are a helpful assistant.",
+        stop_words_ids: list | None = None,
+        generation_config=None,
+        **kwargs,
+    ) -> tuple[str, list]:
+        """
+        Answer `query` after `history`, a list of (query, response) pairs, which is not changed.
+
+        stop_words_ids: lists of token ids that end the answer; they stay part of it.
+        generation_config, kwargs: as for `generate`; `max_window_size` is the largest prompt in tokens.
+
+        Returns:
+            The response, and a new history that ends with this turn.
+
+        Raises:
+            ValueError: the generation configuration is not that of a chat model, the question alone is longer
+                than `max_window_size`, or the stop words are not lists of ids.
+
+        Example:
+            >>> response, history = model.chat(tokenizer, "你好", history=None)
+            >>> response, history = model.chat(tokenizer, "What is the capital of Iceland?", history=history)
+        """
+        ids, stop_ids, settings = self._prepare_chat(
+            tokenizer, query, history, system, stop_words_ids, generation_config, kwargs
+        )
+        output = self.generate(ids, **settings)
+        stream = TextStream(tokenizer, stop_ids)
+        for token in output[0, ids.shape[1] :].tolist():
+            if not stream.put(token):
+                break
+        response = stream.finish()
+        return response, [*(history or []), (query, response)]
+
+    def chat_stream(
+        self,
+        tokenizer,
+        query: str,
+        history: list | None = None,
+        system: str = "You are a helpful assistant.",
+        stop_words_ids: list | None = None,
+        generation_config=None,
+        **kwargs,
+    ):
+        """
+        `chat` as a generator of the response so far; the last one is the whole response.
+
+        The text never ends in half a character. Closing the generator stops the computation. Arguments and errors
+        are those of `chat`, and errors in the arguments are raised at the call.
+
+        Example:
+            >>> for response in model.chat_stream(tokenizer, "你好", history=None):
+            ...     print(response)
+        """
+        ids, stop_ids, settings = self._prepare_chat(
+            tokenizer, query, history, system, stop_words_ids, generation_config, kwargs
+        )
+
+        def responses():
+            stream = TextStream(tokenizer, stop_ids)
+            shown = None
+            for token in stream_generate(self, ids, **settings):
+                if not stream.put(token):
+                    break
+                if stream.text != shown:
+                    shown = stream.text
+                    yield shown
+            if stream.finish() != shown:
+                yield stream.finish()
+
+        return responses()
+
+    def _prepare_chat(self, tokenizer, query, history, system, stop_words_ids, generation_config, kwargs):
+        """Check the arguments of a chat: prompt ids (1, T), ids that end the response, arguments of `generate`."""
+        settings = self.generation_config if generation_config is None else generation_config
+        chat_format = getattr(settings, "chat_format", None)
+        if chat_format != "chatml":
+            found = "names no chat_format" if chat_format is None else f"has chat_format={chat_format!r}"
+            raise ValueError(
+                f"chat needs a chat model, but the generation configuration {found}. For a base model call "
+                f"model.generate on the encoded text. If these are the weights of a chat model, set "
+                f"model.generation_config.chat_format = 'chatml', or load the checkpoint's generation_config.json "
+                f"with GenerationConfig.from_pretrained."
+            )
+        max_window_size = kwargs.pop("max_window_size", None) or getattr(settings, "max_window_size", None) or 6144
+        _, shortest = make_context(tokenizer, query, None, system, max_window_size, chat_format)
+        if len(shortest) > max_window_size:
+            raise ValueError(
+                f"The system prompt and the question take {len(shortest)} tokens, more than "
+                f"max_window_size={max_window_size}. Shorten them, or pass a larger max_window_size if the model's "
+                f"context of {self.config.seq_length} tokens allows it."
+            )
+        _, tokens = make_context(tokenizer, query, history, system, max_window_size, chat_format)
+
+        # The tokens that end a turn are ends of the sequence for `generate`; longer stop words need a processor.
+        eos = kwargs.pop("eos_token_id", settings.eos_token_id)
+        eos = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
+        ends = [words[0] for words in get_stop_words_ids(chat_format, tokenizer)]
+        eos = list(dict.fromkeys([tokenizer.eod_id, *eos, *ends]))
+        kwargs.setdefault("pad_token_id", tokenizer.eod_id if settings.pad_token_id is None else settings.pad_token_id)
+        if stop_words_ids is not None:
+            check_stop_words_ids(stop_words_ids)
+        ids = torch.tensor([tokens], device=self.get_input_embeddings().weight.device)  # (1, T)
+        kwargs.setdefault("attention_mask", torch.ones_like(ids))
+        arguments = {
+            "generation_config": generation_config,
+            "stop_words_ids": stop_words_ids,
+            "eos_token_id": eos,
+            **kwargs,
+        }
+        return ids, set(eos), arguments

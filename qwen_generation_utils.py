@@ -1,0 +1,293 @@
+"""
+What chatting is made of: contexts in ChatML, decoding of answers, stop words, streaming.
+
+Knows tokens and text, not the network.
+"""
+
+from __future__ import annotations
+
+import codecs
+import queue
+import threading
+from typing import Iterator, Sequence
+
+import torch
+from transformers import LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+CHAT_FORMATS = ("chatml", "raw")
+
+
+def _check_chat_format(chat_format: str) -> None:
+    if chat_format not in CHAT_FORMATS:
+        raise ValueError(
+            f"Unknown chat_format {chat_format!r}; it must be one of {', '.join(map(repr, CHAT_FORMATS))}. "
+            f"It is a key of generation_config.json: 'chatml' for chat models, 'raw' for base models."
+        )
+
+
+def make_context(
+    tokenizer,
+    query: str,
+    history: Sequence[tuple[str, str]] | None = None,
+    system: str = "",
+    max_window_size: int = 6144,
+    chat_format: str = "chatml",
+) -> tuple[str, list[int]]:
+    """
+    The prompt for `query`, as text and as token ids.
+
+    In ChatML the system prompt comes first, then as many of the latest turns of `history` (query, response) as stay
+    below `max_window_size` tokens together with it, then the query. Roles and contents are encoded as ordinary text:
+    what a person wrote never becomes a control token. In the raw format the prompt is the query itself.
+
+    Raises ValueError for an unknown `chat_format`.
+
+    Example:
+        >>> make_context(tokenizer, "1+1=?", chat_format="chatml")[0]
+        '<|im_start|>system\\n<|im_end|>\\n<|im_start|>user\\n1+1=?<|im_end|>\\n<|im_start|>assistant\\n'
+    """
+    _check_chat_format(chat_format)
+    if chat_format == "raw":
+        return query, tokenizer.encode(query)
+
+    newline = tokenizer.encode("\n")
+
+    def message(role: str, content: str) -> tuple[str, list[int]]:
+        text = f"<|im_start|>{role}\n{content}<|im_end|>"
+        ids = tokenizer.encode(role, allowed_special=set()) + newline + tokenizer.encode(content, allowed_special=set())
+        return text, [tokenizer.im_start_id, *ids, tokenizer.im_end_id]
+
+    system_text, system_ids = message("system", system)
+    turns_text, turns_ids = "", []
+    for past_query, past_response in reversed(history or []):
+        query_text, query_ids = message("user", past_query)
+        response_text, response_ids = message("assistant", past_response)
+        turn_ids = newline + query_ids + newline + response_ids
+        if len(system_ids) + len(turn_ids) + len(turns_ids) >= max_window_size:
+            break
+        turns_text = f"\n{query_text}\n{response_text}{turns_text}"
+        turns_ids = turn_ids + turns_ids
+    query_text, query_ids = message("user", query)
+    text = f"{system_text}{turns_text}\n{query_text}\n<|im_start|>assistant\n"
+    opening = [tokenizer.im_start_id, *tokenizer.encode("assistant"), *newline]
+    return text, system_ids + turns_ids + newline + query_ids + newline + opening
+
+
+def decode_tokens(
+    tokens: torch.Tensor | Sequence[int],
+    tokenizer,
+    raw_text_len: int,
+    context_length: int,
+    chat_format: str,
+    verbose: bool = False,
+    return_end_reason: bool = False,
+    errors: str = "replace",
+):
+    """
+    The response in `tokens`, int64 (T,): the prompt's `context_length` tokens and what was generated after them.
+
+    In ChatML the response ends at the first `<|im_end|>` or `<|im_start|>`; a response that has neither loses its last
+    token, as published. `raw_text_len` is accepted as published; the prompt's tokens are left out by their number.
+    `verbose` logs the raw response at the level info.
+
+    Returns:
+        The response, or with `return_end_reason` the pair of it and the reason for the end, such as
+        `"Gen '<|im_end|>'"` or `"Gen length 22"`.
+
+    Raises ValueError for an unknown `chat_format`.
+    """
+    _check_chat_format(chat_format)
+    tokens = tokens.tolist() if torch.is_tensor(tokens) else list(tokens)
+    end_reason = f"Gen length {len(tokens)}"
+    if chat_format == "raw":
+        response = tokenizer.decode(tokens[context_length:], errors=errors)
+        response = response.replace("<|endoftext|>", "")
+    else:
+        end = len(tokens) - 1
+        for index in range(context_length, len(tokens)):
+            if tokens[index] in (tokenizer.im_start_id, tokenizer.im_end_id):
+                end = index
+                end_reason = f"Gen {tokenizer.decode([tokens[index]])!r}"
+                break
+        response = tokenizer.decode(tokens[context_length : max(end, context_length)], errors=errors)
+    if verbose:
+        logger.info(f"Raw response: {tokenizer.decode(tokens[context_length:], errors=errors)!r}; end: {end_reason}")
+    response = response.strip()
+    return (response, end_reason) if return_end_reason else response
+
+
+def get_stop_words_ids(chat_format: str, tokenizer) -> list[list[int]]:
+    """
+    The token sequences that end a response in this format.
+
+    Raises ValueError for an unknown `chat_format`.
+    """
+    _check_chat_format(chat_format)
+    if chat_format == "raw":
+        return [tokenizer.encode("Human:"), [tokenizer.eod_id]]
+    return [[tokenizer.im_end_id], [tokenizer.im_start_id]]
+
+
+def check_stop_words_ids(stop_words_ids) -> None:
+    """Raise ValueError unless it is a non-empty list of non-empty lists of non-negative integers."""
+    ask = "Pass a list of lists of token ids, such as [tokenizer.encode('Observation:')]."
+    if not isinstance(stop_words_ids, (list, tuple)) or not stop_words_ids:
+        raise ValueError(f"stop_words_ids must be a non-empty list, found {stop_words_ids!r}. {ask}")
+    for words in stop_words_ids:
+        if not isinstance(words, (list, tuple)) or not words:
+            raise ValueError(f"Each of stop_words_ids must be a non-empty list of token ids, found {words!r}. {ask}")
+        for token in words:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ValueError(f"stop_words_ids must hold token ids, found {token!r} in {words!r}. {ask}")
+
+
+class StopWordsLogitsProcessor(LogitsProcessor):
+    """
+    Forces `eos_token_id` as the next token of every sequence that has just ended in one of `stop_words_ids`.
+
+    Args:
+        stop_words_ids: lists of token ids.
+        eos_token_id: the token to force.
+        prompt_length: tokens of the prompt; a stop word counts only where all of it lies behind them.
+
+    Raises ValueError if `stop_words_ids` is not a non-empty list of non-empty lists of ids, or `eos_token_id` is None.
+
+    Example:
+        >>> stop = StopWordsLogitsProcessor([tokenizer.encode("Observation:")], tokenizer.eod_id)
+        >>> model.generate(ids, logits_processor=[stop])
+    """
+
+    def __init__(self, stop_words_ids: list[list[int]], eos_token_id: int, *, prompt_length: int = 0):
+        check_stop_words_ids(stop_words_ids)
+        if not isinstance(eos_token_id, int) or eos_token_id < 0:
+            raise ValueError(
+                f"Stop words need eos_token_id, the token id that ends a sequence, found {eos_token_id!r}. "
+                f"Pass eos_token_id, or set model.generation_config.eos_token_id."
+            )
+        self.stop_words_ids = [list(words) for words in stop_words_ids]
+        self.eos_token_id = eos_token_id
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """input_ids: (B, T) so far; scores: (B, vocab) of the next token. Returns scores, changed where a word ended."""
+        generated = input_ids[:, self.prompt_length :]
+        ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        for words in self.stop_words_ids:
+            if generated.shape[1] >= len(words):
+                tail = generated[:, -len(words) :]
+                ended |= (tail == torch.tensor(words, device=tail.device)).all(-1)
+        only_eos = torch.full_like(scores, -float("inf"))
+        only_eos[:, self.eos_token_id] = 0
+        return torch.where(ended[:, None], only_eos, scores)
+
+
+class TextStream:
+    """
+    Tokens to text, one at a time, in constant time a token and never ending in half a character.
+
+    Args:
+        tokenizer: a QWenTokenizer.
+        stop_ids: token ids that end the text and are not part of it.
+
+    Example:
+        >>> stream = TextStream(tokenizer, stop_ids={tokenizer.im_end_id})
+        >>> for token in tokenizer.encode("你好"):
+        ...     stream.put(token)
+        >>> stream.finish()
+        '你好'
+    """
+
+    def __init__(self, tokenizer, stop_ids=()):
+        self._tokenizer = tokenizer
+        self._stop_ids = frozenset(stop_ids)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.errors)
+        self._pieces = ""
+
+    def put(self, token: int) -> bool:
+        """Take the next token id; False if it ends the text."""
+        if token in self._stop_ids:
+            return False
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if isinstance(piece, bytes):
+            self._pieces += self._decoder.decode(piece)
+        else:  # a control token breaks off a character that was not complete
+            self._pieces += self._decoder.decode(b"", final=True) + piece
+            self._decoder.reset()
+        return True
+
+    @property
+    def text(self) -> str:
+        """The text so far without surrounding white space; bytes of an incomplete character are held back."""
+        return self._pieces.strip()
+
+    def finish(self) -> str:
+        """The whole text; an incomplete last character is shown as the tokenizer's `errors` says."""
+        self._pieces += self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return self.text
+
+
+class _TokenQueue(BaseStreamer, StoppingCriteria):
+    """Hands generated tokens to another thread, and stops the generation when that thread asks for it."""
+
+    def __init__(self):
+        self.items: queue.Queue = queue.Queue()
+        self.stop = threading.Event()
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            for token in value.reshape(-1).tolist():
+                self.items.put(token)
+        self._prompt_seen = True  # `generate` puts the prompt first
+
+    def end(self) -> None:
+        pass  # the thread that generates says when it is through, also after an error
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.stop.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+def stream_generate(model, input_ids: torch.LongTensor, **kwargs) -> Iterator[int]:
+    """
+    `model.generate(input_ids, **kwargs)` as an iterator of the new token ids.
+
+    input_ids: int64 (1, T). The computation runs in a thread of its own. Closing the iterator stops it at the next
+    token and waits for its end; an error in it is raised here, with its traceback.
+
+    Raises ValueError for more than one sequence.
+    """
+    if input_ids.shape[0] != 1:
+        raise ValueError(f"Only one sequence can be streamed, found a batch of {input_ids.shape[0]}.")
+    tokens = _TokenQueue()
+    done = object()
+    criteria = [*(kwargs.pop("stopping_criteria", None) or []), tokens]
+
+    def work() -> None:
+        result = done
+        try:
+            model.generate(input_ids, streamer=tokens, stopping_criteria=criteria, **kwargs)
+        except BaseException as error:  # noqa: BLE001 (handed to the caller, whatever it is)
+            result = error
+        tokens.items.put(result)
+
+    def iterate() -> Iterator[int]:
+        worker = threading.Thread(target=work, name="qwen-generate", daemon=True)
+        worker.start()
+        try:
+            while True:
+                item = tokens.items.get()
+                if item is done:
+                    return
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            tokens.stop.set()
+            worker.join()
+
+    return iterate()
