@@ -156,6 +156,7 @@ class QWenAttention(nn.Module):
         self.is_causal = True
         self.c_attn = nn.Linear(config.hidden_size, 3 * projection_size)
         self.c_proj = nn.Linear(projection_size, config.hidden_size, bias=not config.no_bias)
+        self.c_proj.into_residual = True  # for the initial weights
 
     def forward(
         self,
@@ -213,6 +214,7 @@ class QWenMLP(nn.Module):
         self.w1 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
         self.w2 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
         self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+        self.c_proj.into_residual = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(self.w1(x) * F.silu(self.w2(x)))
@@ -255,6 +257,8 @@ class QWenPreTrainedModel(PreTrainedModel):
         """Normal weights; those that write to the residual stream smaller by `sqrt(2 * layers)`, as in GPT-2."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
+            if getattr(module, "into_residual", False):
+                std /= math.sqrt(2 * self.config.num_hidden_layers)
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -262,8 +266,6 @@ class QWenPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-        elif isinstance(module, (QWenAttention, QWenMLP)):
-            nn.init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.num_hidden_layers))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, strict=True, **kwargs):
@@ -352,7 +354,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         problems = []
         for keys, what in (
             (missing, "missing from it"),
-            (unexpected, "in it that this configuration has no place for"),
+            (unexpected, "in it without a place in this configuration"),
         ):
             if keys:
                 shown = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
@@ -659,10 +661,14 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As inherited; notes the length of the prompt, int64 (B,), on a cache that is still empty."""
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        cache = model_kwargs.get("past_key_values")
         if self.config.use_dynamic_ntk and cache is not None and not cache.get_seq_length():
-            cache.ntk_alpha = None
-            cache.prompt_lengths = None if mask is None or mask.dim() != 2 else mask.long().sum(-1)
+            cache.ntk_alpha = cache.prompt_lengths = None
+            positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+            if positions is not None:
+                cache.prompt_lengths = positions.amax(-1) + 1
+            elif mask is not None and mask.dim() == 2:
+                cache.prompt_lengths = mask.long().sum(-1)
         return result
 
     def chat(

@@ -173,7 +173,7 @@ class StopWordsLogitsProcessor(LogitsProcessor):
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """input_ids: (B, T) so far; scores: (B, vocab) of the next token. Returns scores, changed where a word ended."""
+        """input_ids: (B, T) so far; scores: (B, vocab) of the next token. Returns the scores to use."""
         generated = input_ids[:, self.prompt_length :]
         ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         for words in self.stop_words_ids:

@@ -1,0 +1,235 @@
+"""Generation through transformers' own `generate`, in every mode."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from conftest import random_ids, tiny_model
+from reference import greedy as reference_greedy
+from transformers import DynamicCache, GenerationConfig, StaticCache, TextStreamer
+
+NTK_LOGN = {"use_dynamic_ntk": True, "use_logn_attn": True}
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(**NTK_LOGN)
+
+
+def generate(model, ids, **kwargs):
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **{**GREEDY, **kwargs})
+
+
+@pytest.mark.parametrize("length", [10, 25, 50])
+def test_greedy_equals_the_definition(model, length):
+    ids = random_ids(1, length)
+    expected, _ = reference_greedy(model.state_dict(), model.config, ids[0].tolist(), 12)
+    assert generate(model, ids, max_new_tokens=12)[0].tolist() == expected
+    assert generate(model, ids, max_new_tokens=12, cache_implementation="static")[0].tolist() == expected
+    embeds = model.get_input_embeddings()(ids)
+    new = model.generate(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), max_new_tokens=12, **GREEDY)
+    assert new[0].tolist() == expected[length:]
+
+
+def test_without_cache_as_long_as_alpha_is_the_same(model):
+    ids = random_ids(2, 12)
+    assert torch.equal(
+        generate(model, ids, max_new_tokens=16), generate(model, ids, max_new_tokens=16, use_cache=False)
+    )
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_rows_of_a_left_padded_batch_give_what_they_give_alone(model, static):
+    """Also beyond seq_length (32), where each row has its own NTK scale and LogN positions."""
+    rows = [random_ids(1, length, seed=length) for length in (5, 31, 45, 70, 140)]
+    width = max(row.shape[1] for row in rows)
+    ids = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(row), (width - row.shape[1], 0)) for row in rows])
+    kwargs = {"max_new_tokens": 20, **GREEDY}
+    if static:
+        kwargs["cache_implementation"] = "static"
+    batch = model.generate(ids, attention_mask=mask, **kwargs)
+    for row, output in zip(rows, batch):
+        alone = generate(model, row, max_new_tokens=20)
+        assert output[width:].tolist() == alone[0, row.shape[1] :].tolist()
+
+
+def test_beams_equal_an_exhaustive_search():
+    model = tiny_model(vocab_size=8, **NTK_LOGN)
+    ids = random_ids(1, 40, vocab_size=8)
+    best, best_score = None, -float("inf")
+    with torch.no_grad():
+        first = DynamicCache()
+        model(ids, past_key_values=first)
+        alpha = first.ntk_alpha
+        for a in range(8):
+            for b in range(8):
+                for c in range(8):
+                    sequence = torch.cat((ids, torch.tensor([[a, b, c]])), 1)
+                    cache = DynamicCache()  # with the prompt's alpha, as in generation
+                    model(ids, past_key_values=cache)
+                    assert torch.equal(cache.ntk_alpha, alpha)
+                    logits = model(sequence[:, 40:], past_key_values=cache).logits
+                    p0 = model(ids).logits[0, -1].log_softmax(-1)
+                    p = logits[0].log_softmax(-1)
+                    score = (p0[a] + p[0, b] + p[1, c]).item()
+                    if score > best_score:
+                        best, best_score = [a, b, c], score
+    output = generate(model, ids, max_new_tokens=3, num_beams=8 * 8, num_return_sequences=3, early_stopping=False)
+    assert output.shape[0] == 3
+    assert output[0, 40:].tolist() == best
+
+
+def test_beams_in_a_padded_batch_equal_single_prompts(model):
+    rows = [random_ids(1, 40, seed=1), random_ids(1, 70, seed=2)]
+    ids = torch.cat((torch.nn.functional.pad(rows[0], (30, 0)), rows[1]))
+    mask = torch.cat((torch.nn.functional.pad(torch.ones_like(rows[0]), (30, 0)), torch.ones_like(rows[1])))
+    kwargs = {"max_new_tokens": 8, "num_beams": 3, **GREEDY}
+    batch = model.generate(ids, attention_mask=mask, **kwargs)
+    for row, output in zip(rows, batch):
+        alone = model.generate(row, attention_mask=torch.ones_like(row), **kwargs)
+        assert output[70:].tolist() == alone[0, row.shape[1] :].tolist()
+
+
+def test_sampling_follows_the_distribution(model):
+    ids = random_ids(1, 10)
+    torch.manual_seed(0)
+    samples = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        num_return_sequences=4000,
+        max_new_tokens=1,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    with torch.no_grad():
+        expected = model(ids).logits[0, -1].softmax(-1)
+    counted = torch.bincount(samples[:, -1], minlength=320) / 4000
+    assert (counted - expected).abs().sum() < 0.25  # two such samples of 4000 differ by about 0.2
+    assert samples.shape == (4000, 11)
+
+
+def test_assisted_decoding_gives_the_greedy_ids(model):
+    """Draft tokens behind the prompt must not count for the NTK scale: 60 + 5 drafts would cross 64."""
+    assistant = tiny_model(seed=0, **NTK_LOGN)
+    with torch.no_grad():
+        for parameter in assistant.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)  # agrees sometimes
+    for length in (20, 60, 63):
+        ids = random_ids(1, length)
+        kwargs = {"max_new_tokens": 16, "eos_token_id": 319}
+        expected = generate(model, ids, **kwargs)
+        assert torch.equal(generate(model, ids, assistant_model=assistant, **kwargs), expected)
+        assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=4, **kwargs), expected)
+
+
+def test_prefill_in_chunks_equals_whole(model):
+    ids = random_ids(2, 100)
+    expected = generate(model, ids, max_new_tokens=6)
+    chunked = generate(model, ids, max_new_tokens=6, prefill_chunk_size=16, disable_compile=True)
+    assert torch.equal(chunked, expected)
+
+
+def test_a_static_cache_can_be_used_again(model):
+    cache = StaticCache(config=model.config, max_cache_len=200)
+    for length in (40, 100, 20):
+        ids = random_ids(1, length)
+        cache.reset()
+        assert torch.equal(
+            generate(model, ids, max_new_tokens=5, past_key_values=cache), generate(model, ids, max_new_tokens=5)
+        )
+
+
+def test_a_cache_continues_a_conversation(model):
+    """The second call goes on with the first one's keys, values and NTK scale."""
+    ids, more = random_ids(1, 40), random_ids(1, 30, seed=1)
+    first = generate(model, ids, max_new_tokens=5, return_dict_in_generate=True)
+    assert first.past_key_values.ntk_alpha.item() == 3
+    whole = torch.cat((first.sequences, more), 1)
+    second = generate(model, whole, max_new_tokens=5, past_key_values=first.past_key_values)
+    expected, _ = reference_continue(model, whole, 40, 5)
+    assert second[0].tolist() == expected
+
+
+def reference_continue(model, ids, prompt_length, new_tokens):
+    from reference import forward
+
+    sequence = ids[0].tolist()
+    for _ in range(new_tokens):
+        logits = forward(model.state_dict(), model.config, sequence, prompt_length=prompt_length)
+        sequence.append(int(logits[-1].argmax()))
+    return sequence, None
+
+
+def test_eight_threads_on_one_model_get_what_they_get_alone(model):
+    prompts = [random_ids(1, length, seed=length) for length in (5, 20, 33, 40, 65, 70, 90, 130)]
+    expected = [generate(model, prompt, max_new_tokens=15) for prompt in prompts]
+    results = [[] for _ in prompts]
+
+    def work(i):
+        for _ in range(3):
+            results[i].append(generate(model, prompts[i], max_new_tokens=15))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for outputs, alone in zip(results, expected):
+        assert len(outputs) == 3
+        assert all(torch.equal(output, alone) for output in outputs)
+
+
+def test_streamer_sees_every_token(model, demo_tokenizer, capsys):
+    ids = random_ids(1, 10)
+    output = generate(model, ids, max_new_tokens=8, streamer=TextStreamer(demo_tokenizer, skip_prompt=True))
+    expected = demo_tokenizer.decode(output[0, 10:])
+    assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_stop_words_force_the_end(model):
+    ids = random_ids(2, 10)
+    free = generate(model, ids, max_new_tokens=12)
+    words = free[0, 13:15].tolist()  # generated as the 4th and 5th token of the first row
+    processors = []
+    stopped = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=319,
+        pad_token_id=0,
+        stop_words_ids=[words, [318, 318, 318]],
+        logits_processor=processors,
+    )
+    assert not processors  # the caller's list is not changed
+    assert stopped[0, 10:15].tolist() == free[0, 10:15].tolist()
+    assert stopped[0, 15:].tolist() == [319] + [0] * (stopped.shape[1] - 16)
+    assert stopped[1].tolist() == free[1, : stopped.shape[1]].tolist()
+
+
+def test_stop_words_of_the_generation_configuration_and_not_in_the_prompt(model):
+    ids = random_ids(1, 10)
+    free = generate(model, ids, max_new_tokens=6)
+    config = GenerationConfig(do_sample=False, eos_token_id=319, pad_token_id=0, max_new_tokens=6)
+    config.stop_words_ids = [ids[0, -2:].tolist()]  # the end of the prompt: not generated, so it does not stop
+    assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config), free)
+    config.stop_words_ids = [free[0, 10:11].tolist()]
+    assert model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, 11:].tolist() == [319]
+
+
+@pytest.mark.parametrize("bad", [[], [[]], "Observation:", [5], [["a"]], [[-1]], [[1.5]]], ids=str)
+def test_bad_stop_words_are_refused(model, bad):
+    with pytest.raises(ValueError, match="stop_words_ids"):
+        model.generate(random_ids(1, 4), stop_words_ids=bad, eos_token_id=319, max_new_tokens=1)
+
+
+def test_stop_words_need_an_end_token(model):
+    with pytest.raises(ValueError, match="eos_token_id"):
+        model.generate(random_ids(1, 4), stop_words_ids=[[5]], eos_token_id=None, max_new_tokens=1)

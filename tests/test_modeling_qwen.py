@@ -1,0 +1,378 @@
+"""The forward pass: against an independent implementation, transformers' Qwen2, and itself in other forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import golden_folder, modeling_qwen, random_ids, tiny_config, tiny_model
+from reference import forward as reference_forward
+from safetensors.torch import load_file
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCache
+
+# Names of the recorded cases, with the configurations they were made with.
+NTK_LOGN = {"use_dynamic_ntk": True, "use_logn_attn": True}
+PLAIN = {"use_dynamic_ntk": False, "use_logn_attn": False}
+
+
+def close(actual, expected, tolerance=1e-4):
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 65, 130])
+@pytest.mark.parametrize("switches", [NTK_LOGN, PLAIN], ids=["ntk_logn", "plain"])
+def test_logits_equal_the_definition(switches, length):
+    model = tiny_model(**switches, rotary_emb_base=1000000 if switches is PLAIN else 10000)
+    ids = random_ids(1, length)
+    with torch.no_grad():
+        logits = model(ids).logits
+    close(logits[0], reference_forward(model.state_dict(), model.config, ids[0].tolist()))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"no_bias": False}, {"rotary_pct": 0.5}, {"scale_attn_weights": False}, {"kv_channels": 24}], ids=str
+)
+def test_configuration_keys_equal_the_definition(changes):
+    model = tiny_model(**changes, initializer_range=0.1)
+    ids = random_ids(1, 40)
+    with torch.no_grad():
+        logits = model(ids).logits
+    close(logits[0], reference_forward(model.state_dict(), model.config, ids[0].tolist()))
+
+
+@pytest.mark.parametrize("case", ["base_72b_style", "ntk_logn", "ntk_logn_crossing"])
+def test_recorded_outputs_of_the_published_implementation(case):
+    folder = golden_folder()
+    if folder is None:
+        pytest.skip("needs the recorded outputs: set QWEN_GOLDEN to their folder")
+    expected = load_file(folder / case / "expected.safetensors")
+    model = modeling_qwen.QWenLMHeadModel.from_pretrained(folder / case)
+    lengths = sorted(int(key[4:]) for key in expected if key.startswith("ids_"))
+    for length in lengths:
+        ids = expected[f"ids_{length}"]
+        with torch.no_grad():
+            close(model(ids).logits, expected[f"logits_{length}"])
+        if length <= 65:  # the definition is slow, and right for all lengths if it is for some beyond seq_length
+            definition = reference_forward(model.state_dict(), model.config, ids[0].tolist())
+            close(definition, expected[f"logits_{length}"][0], 2e-4)
+
+    new_tokens = expected["decode_logits"].shape[1]
+    output = model.generate(
+        expected["prompt_ids"],
+        attention_mask=torch.ones_like(expected["prompt_ids"]),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    assert output.sequences.tolist() == expected["greedy_ids"].tolist()
+    close(torch.stack(output.logits, 1), expected["decode_logits"])
+
+    model.train()
+    ids = expected[f"ids_{lengths[0]}"]
+    labels = ids.clone()
+    labels[:, :3] = -100
+    loss = model(ids, labels=labels).loss
+    loss.backward()
+    norms = torch.stack([p.grad.norm() for _, p in sorted(model.named_parameters())])
+    torch.testing.assert_close(loss, expected["loss"][0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(norms, expected["grad_norms"], rtol=1e-4, atol=0)
+
+
+def qwen2_of(model) -> Qwen2ForCausalLM:
+    """transformers' Qwen2 with the same weights; the same function without NTK and LogN."""
+    c = model.config
+    qwen2 = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size // 2,
+            num_hidden_layers=c.num_hidden_layers,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_attention_heads,
+            rms_norm_eps=c.layer_norm_epsilon,
+            rope_theta=float(c.rotary_emb_base),
+            max_position_embeddings=c.max_position_embeddings,
+            tie_word_embeddings=False,
+        )
+    )
+    state = {"lm_head.weight": model.lm_head.weight, "model.embed_tokens.weight": model.transformer.wte.weight}
+    state["model.norm.weight"] = model.transformer.ln_f.weight
+    for i, block in enumerate(model.transformer.h):
+        name = f"model.layers.{i}."
+        for part, key in zip(range(3), "qkv"):
+            state[f"{name}self_attn.{key}_proj.weight"] = block.attn.c_attn.weight.chunk(3)[part]
+            state[f"{name}self_attn.{key}_proj.bias"] = block.attn.c_attn.bias.chunk(3)[part]
+        state[name + "self_attn.o_proj.weight"] = block.attn.c_proj.weight
+        state[name + "mlp.up_proj.weight"] = block.mlp.w1.weight
+        state[name + "mlp.gate_proj.weight"] = block.mlp.w2.weight
+        state[name + "mlp.down_proj.weight"] = block.mlp.c_proj.weight
+        state[name + "input_layernorm.weight"] = block.ln_1.weight
+        state[name + "post_attention_layernorm.weight"] = block.ln_2.weight
+    qwen2.load_state_dict(state)
+    return qwen2.eval()
+
+
+def test_equals_qwen2_in_logits_hidden_states_attentions_loss_and_gradients():
+    model = tiny_model(**PLAIN)
+    qwen2 = qwen2_of(model)
+    qwen2.set_attn_implementation("eager")
+    ids = random_ids(2, 50)
+    asked = {"output_hidden_states": True, "output_attentions": True, "labels": ids}
+    ours, theirs = model(ids, **asked), qwen2(ids, **asked)
+    close(ours.logits, theirs.logits, 1e-5)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    assert len(ours.hidden_states) == len(theirs.hidden_states) == 4
+    for a, b in zip(ours.hidden_states + ours.attentions, theirs.hidden_states + theirs.attentions):
+        close(a, b, 1e-5)
+    ours.loss.backward()
+    theirs.loss.backward()
+    torch.testing.assert_close(model.transformer.wte.weight.grad, qwen2.model.embed_tokens.weight.grad)
+    c_attn = model.transformer.h[0].attn.c_attn.weight.grad
+    attention = qwen2.model.layers[0].self_attn
+    parts = [attention.q_proj.weight.grad, attention.k_proj.weight.grad, attention.v_proj.weight.grad]
+    torch.testing.assert_close(c_attn, torch.cat(parts))
+
+
+def test_ntk_alpha_is_exact_around_every_octave():
+    for seq_length in (32, 2048, 8192):
+        lengths = [1, seq_length - 1]
+        for octave in range(6):
+            lengths += [(seq_length << octave) + d for d in (0, 1, 2)]
+        exact = []
+        for length in lengths:
+            octaves = 0  # ceil(log2(length / seq_length)) in integers
+            while seq_length << octaves < length:
+                octaves += 1
+            exact.append(2 ** (octaves + 1) - 1)
+        assert modeling_qwen.ntk_alpha(torch.tensor(lengths), seq_length).tolist() == exact
+
+
+def test_logn_has_no_longest_position():
+    scale = modeling_qwen.logn_scale(torch.tensor([[0, 8191, 8192, 32767, 1_000_000]]), 8192)
+    expected = [max(1, math.log(p + 1) / math.log(8192)) for p in (0, 8191, 8192, 32767, 1_000_000)]
+    close(scale[0], torch.tensor(expected), 1e-6)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("length", [20, 50])
+def test_left_and_right_padding_do_not_change_a_row(attention, length):
+    model = tiny_model(attn_implementation=attention)
+    row, longer = random_ids(1, length, seed=1), random_ids(1, 80, seed=2)
+    with torch.no_grad():
+        alone = model(row).logits
+        for side in ("left", "right"):
+            pad = torch.zeros(1, 80 - length, dtype=torch.long)
+            padded = torch.cat((pad, row) if side == "left" else (row, pad), 1)
+            mask = torch.cat((pad, torch.ones_like(row)) if side == "left" else (torch.ones_like(row), pad), 1)
+            batch = model(torch.cat((padded, longer)), attention_mask=torch.cat((mask, torch.ones_like(longer)))).logits
+            close(batch[:1][mask.bool()][None], alone)
+            close(batch[1:], model(longer).logits)
+
+
+def test_explicit_positions_are_used():
+    model = tiny_model(**NTK_LOGN)
+    ids = random_ids(1, 20)
+    with torch.no_grad():
+        given = model(ids, position_ids=torch.arange(20)[None]).logits
+        shifted = model(ids, position_ids=torch.arange(100, 120)[None]).logits
+        close(given, model(ids).logits)
+        assert (shifted - given).abs().max() > 1e-2  # LogN and NTK look at the positions
+        plain = tiny_model(**PLAIN)
+        close(plain(ids, position_ids=torch.arange(100, 120)[None]).logits, plain(ids).logits)  # RoPE is relative
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_4d_masks_boolean_and_additive(attention):
+    model = tiny_model(attn_implementation=attention)
+    ids = random_ids(2, 24)
+    allowed = torch.ones(24, 24, dtype=torch.bool).tril()[None, None].expand(2, 1, 24, 24)
+    added = torch.zeros(2, 1, 24, 24).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        expected = model(ids).logits
+        close(model(ids, attention_mask=allowed).logits, expected)
+        close(model(ids, attention_mask=added).logits, expected)
+        window = allowed & ~torch.ones(24, 24, dtype=torch.bool).tril(-4)
+        assert (model(ids, attention_mask=window).logits - expected).abs().max() > 1e-2
+
+
+def test_inputs_embeds_instead_of_ids():
+    model = tiny_model()
+    ids = random_ids(2, 40)
+    with torch.no_grad():
+        close(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_cached_decoding_equals_the_whole_sequence(kind):
+    model = tiny_model(**NTK_LOGN)
+    ids = random_ids(2, 30)  # stays within seq_length, where alpha is the same with and without a cache
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=40)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False)
+        assert expected.past_key_values is None
+        logits = [model(ids[:, :10], past_key_values=cache, use_cache=True).logits]
+        for i in range(10, 30):
+            logits.append(model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+    close(torch.cat(logits, 1), expected.logits)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_ntk_scale_is_that_of_the_prompt_and_kept(kind):
+    model = tiny_model(**NTK_LOGN)
+    ids = random_ids(1, 70)
+    cache = DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=100)
+    weights = model.state_dict()
+    with torch.no_grad():
+        for prompt_length in (30, 40):  # the second time on the same cache, which was reset
+            model(ids[:, :prompt_length], past_key_values=cache)
+            logits = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(prompt_length, 70)]
+            expected = reference_forward(weights, model.config, ids[0].tolist(), prompt_length=prompt_length)
+            close(torch.cat(logits, 1)[0], expected[prompt_length:])
+            if kind == "dynamic":
+                break
+            cache.reset()
+
+
+def test_logits_to_keep():
+    model = tiny_model()
+    ids = random_ids(2, 12)
+    with torch.no_grad():
+        whole = model(ids).logits
+        close(model(ids, logits_to_keep=1).logits, whole[:, -1:])
+        close(model(ids, logits_to_keep=torch.tensor([0, 5])).logits, whole[:, [0, 5]])
+
+
+def test_loss_and_its_divisor():
+    model = tiny_model()
+    ids = random_ids(2, 12)
+    labels = ids.clone()
+    labels[0, :5] = -100
+    with torch.no_grad():
+        logits = model(ids).logits
+        log_p = logits[:, :-1].double().log_softmax(-1)
+        each = -log_p.gather(-1, ids[:, 1:, None])[..., 0][labels[:, 1:] != -100]
+        torch.testing.assert_close(model(ids, labels=labels).loss.double(), each.mean(), rtol=1e-5, atol=0)
+        divided = model(ids, labels=labels, num_items_in_batch=100).loss
+        torch.testing.assert_close(divided.double(), each.sum() / 100, rtol=1e-5, atol=0)
+
+
+def test_tuple_output():
+    model = tiny_model()
+    output = model(random_ids(1, 5), return_dict=False)
+    assert isinstance(output, tuple)
+    assert output[0].shape == (1, 5, 320)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model = tiny_model().train()
+    ids = random_ids(2, 40)
+    model(ids, labels=ids).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    calls = []
+    hook = model.transformer.h[0].ln_1.register_forward_hook(lambda *_: calls.append(1))
+    model(ids, labels=ids).loss.backward()
+    hook.remove()
+    assert len(calls) == 2  # once, and once again in the backward pass
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_dropout_only_in_training(attention):
+    ids = random_ids(1, 20)
+    for changes in ({"emb_dropout_prob": 0.5}, {"attn_dropout_prob": 0.5}):
+        model = tiny_model(**changes, attn_implementation=attention)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, model(ids).logits)
+            model.train()
+            assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_ntk_and_logn_are_off_in_training():
+    ids = random_ids(1, 100)
+    model, plain = tiny_model(**NTK_LOGN).train(), tiny_model(**PLAIN).train()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+        assert not torch.equal(model.eval()(ids).logits, plain.eval()(ids).logits)
+
+
+def test_initial_weights():
+    model = modeling_qwen.QWenLMHeadModel(
+        tiny_config(
+            hidden_size=256, kv_channels=64, intermediate_size=1024, num_hidden_layers=8, initializer_range=0.02
+        )
+    )
+    block = model.transformer.h[3]
+    for weight in (block.attn.c_attn.weight, block.mlp.w1.weight, model.lm_head.weight, model.transformer.wte.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for weight in (block.attn.c_proj.weight, block.mlp.c_proj.weight):
+        assert weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert not block.attn.c_attn.bias.any()
+    assert (block.ln_1.weight == 1).all()
+
+
+def test_resizing_the_vocabulary():
+    model = tiny_model()
+    ids = random_ids(1, 10)
+    with torch.no_grad():
+        before = model(ids).logits
+        model.resize_token_embeddings(400)
+        assert model.config.vocab_size == model.lm_head.out_features == 400
+        close(model(ids).logits[..., :320], before)
+        model.resize_token_embeddings(300)
+        assert model(ids[ids < 300][None]).logits.shape[-1] == 300
+
+
+@pytest.mark.parametrize("switches", [NTK_LOGN, PLAIN], ids=["ntk_logn", "plain"])
+def test_compiled_forward_and_decoding_step_without_breaks_or_recompiles(switches):
+    model = tiny_model(**switches)
+    ids = random_ids(2, 48)
+    torch._dynamo.reset()
+    forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        close(forward(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+        close(forward(ids, use_cache=True).logits, model(ids).logits)
+
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        expected_cache = DynamicCache()
+        model(ids[:, :40], past_key_values=cache)
+        model(ids[:, :40], past_key_values=expected_cache)
+        torch._dynamo.reset()
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph
+
+        step = torch.compile(model.forward, fullgraph=True, backend=backend)
+        for i in range(40, 48):
+            position = {"position_ids": torch.tensor([[i]]), "cache_position": torch.tensor([i])}
+            logits = step(ids[:, i : i + 1], past_key_values=cache, **position).logits
+            close(logits, model(ids[:, i : i + 1], past_key_values=expected_cache).logits)
+    assert len(graphs) == 1
+
+
+def test_bad_inputs_are_named():
+    model = tiny_model()
+    ids = random_ids(1, 5)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model(ids, inputs_embeds=model.transformer.wte(ids))
+    for bad in (320, -1):
+        with pytest.raises(IndexError, match=f"hold {bad}, but this model's vocabulary has the ids 0 to 319"):
+            model(torch.tensor([[1, bad]]))
+        with pytest.raises(IndexError, match=f"hold {bad}, but this model's vocabulary"):
+            model.generate(torch.tensor([[1, bad]]), max_new_tokens=1)
+    cache = DynamicCache()
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="has 5 columns, but there are 5 cached and 5 new tokens"):
+        model(ids, past_key_values=cache, attention_mask=torch.ones_like(ids))
+    with pytest.raises(ValueError, match="must be a transformers Cache, found tuple"):
+        model(ids, past_key_values=((1, 2),))
