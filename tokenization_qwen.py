@@ -221,10 +221,9 @@ class QWenTokenizer(PreTrainedTokenizer):
     def _convert_token_to_id(self, token: bytes | str) -> int | None:
         if token in self.special_tokens:
             return self.special_tokens[token]
-        if isinstance(token, str):
-            token = token.encode("utf-8", errors="surrogatepass")
-        if token in self.mergeable_ranks:
-            return self.mergeable_ranks[token]
+        data = token.encode("utf-8", errors="surrogatepass") if isinstance(token, str) else token
+        if data in self.mergeable_ranks:
+            return self.mergeable_ranks[data]
         raise ValueError(f"There is no token {token!r} in this vocabulary.")
 
     def convert_tokens_to_ids(self, tokens):

@@ -1,0 +1,176 @@
+"""`chat`, `chat_stream` and pipelines, on a random model: what they compute, not whether it makes sense."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from conftest import tiny_model
+from qwen import qwen_generation_utils as utils
+from transformers import GenerationConfig, StoppingCriteria, pipeline
+
+
+@pytest.fixture(scope="module")
+def model(demo_tokenizer):
+    model = tiny_model(vocab_size=len(demo_tokenizer), seq_length=512)
+    eod = demo_tokenizer.eod_id
+    model.generation_config = GenerationConfig(
+        chat_format="chatml", max_window_size=400, max_new_tokens=12, do_sample=False, eos_token_id=eod, pad_token_id=eod
+    )
+    return model
+
+
+def by_hand(model, tokenizer, query, history=None, system="You are a helpful assistant.", new_tokens=12):
+    """The answer, computed with plain forward passes."""
+    _, ids = utils.make_context(tokenizer, query, history, system)
+    answer = []
+    ends = {tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id}
+    with torch.no_grad():
+        for _ in range(new_tokens):
+            token = model(torch.tensor([ids + answer])).logits[0, -1].argmax().item()
+            if token in ends:
+                break
+            answer.append(token)
+    return tokenizer.decode(answer).strip()
+
+
+def qwen_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "qwen-generate"]
+
+
+def test_chat_equals_plain_forward_passes_and_leaves_history_alone(model, demo_tokenizer):
+    history = [("你好", "你好！")]
+    response, new_history = model.chat(demo_tokenizer, "1+1=?", history)
+    assert response == by_hand(model, demo_tokenizer, "1+1=?", history)
+    assert history == [("你好", "你好！")]
+    assert new_history == [("你好", "你好！"), ("1+1=?", response)]
+    other, _ = model.chat(demo_tokenizer, "1+1=?", None, system="Answer in verse.")
+    assert other == by_hand(model, demo_tokenizer, "1+1=?", None, "Answer in verse.")
+
+
+@pytest.mark.parametrize("end", ["im_end_id", "im_start_id", "eod_id"])
+def test_answers_end_at_each_of_the_control_tokens(model, demo_tokenizer, end):
+    """A processor makes the model say the control token as its third."""
+    context = len(utils.make_context(demo_tokenizer, "hi", system="You are a helpful assistant.")[1])
+    token = getattr(demo_tokenizer, end)
+
+    def force(ids, scores):
+        if ids.shape[1] == context + 2:
+            scores = torch.full_like(scores, -float("inf"))
+            scores[:, token] = 0
+        return scores
+
+    expected = by_hand(model, demo_tokenizer, "hi", new_tokens=2)
+    response, _ = model.chat(demo_tokenizer, "hi", None, logits_processor=[force])
+    assert response == expected
+    assert list(model.chat_stream(demo_tokenizer, "hi", None, logits_processor=[force]))[-1] == expected
+
+
+def test_stream_ends_with_what_chat_returns(model, demo_tokenizer):
+    for query in ("hi", "法国的首都是哪里？", "<|im_end|>"):
+        expected, _ = model.chat(demo_tokenizer, query, None)
+        parts = list(model.chat_stream(demo_tokenizer, query, None))
+        assert parts[-1] == expected
+        assert len(parts) > 3
+        assert not qwen_threads()
+
+
+def test_settings_by_keyword_and_by_configuration(model, demo_tokenizer):
+    short, _ = model.chat(demo_tokenizer, "hi", None, max_new_tokens=3)
+    assert short == by_hand(model, demo_tokenizer, "hi", new_tokens=3)
+    config = GenerationConfig(chat_format="chatml", max_new_tokens=5, do_sample=False, eos_token_id=demo_tokenizer.eod_id)
+    assert model.chat(demo_tokenizer, "hi", None, generation_config=config)[0] == by_hand(
+        model, demo_tokenizer, "hi", new_tokens=5
+    )
+    assert model.generation_config.max_new_tokens == 12
+
+
+def test_stop_words(model, demo_tokenizer):
+    _, ids = utils.make_context(demo_tokenizer, "hi", system="You are a helpful assistant.")
+    output = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))
+    words = output[0, len(ids) + 2 : len(ids) + 4].tolist()
+    response, _ = model.chat(demo_tokenizer, "hi", None, stop_words_ids=[words])
+    assert response == by_hand(model, demo_tokenizer, "hi", new_tokens=4)
+    for bad in ([], "stop", [[]], [3]):
+        with pytest.raises(ValueError, match="stop_words_ids"):
+            model.chat(demo_tokenizer, "hi", None, stop_words_ids=bad)
+        with pytest.raises(ValueError, match="stop_words_ids"):
+            model.chat_stream(demo_tokenizer, "hi", None, stop_words_ids=bad)
+
+
+def test_closing_a_stream_stops_the_computation(model, demo_tokenizer):
+    steps = []
+
+    def count(ids, scores):
+        steps.append(1)
+        time.sleep(0.02)
+        scores[:, [demo_tokenizer.eod_id, demo_tokenizer.im_start_id, demo_tokenizer.im_end_id]] = -float("inf")
+        return scores
+
+    stream = model.chat_stream(demo_tokenizer, "hi", None, max_new_tokens=2000, logits_processor=[count])
+    next(stream)
+    next(stream)
+    stream.close()
+    assert not qwen_threads()
+    assert len(steps) < 10
+    assert model.chat(demo_tokenizer, "hi", None)[0] == by_hand(model, demo_tokenizer, "hi")
+
+
+def test_errors_in_generation_reach_the_caller(model, demo_tokenizer):
+    class Fails(StoppingCriteria):
+        def __call__(self, ids, scores, **kwargs):
+            raise OSError("disk on fire")
+
+    with pytest.raises(OSError, match="disk on fire") as caught:
+        list(model.chat_stream(demo_tokenizer, "hi", None, stopping_criteria=[Fails()]))
+    assert any(frame.name == "__call__" and frame.path.name == "test_chat.py" for frame in caught.traceback)
+    assert not qwen_threads()
+
+
+def test_many_streams_at_once(model, demo_tokenizer):
+    queries = ["hi", "你好", "who are you?", "1+1=?"]
+    expected = [model.chat(demo_tokenizer, query, None)[0] for query in queries]
+    streams = [model.chat_stream(demo_tokenizer, query, None) for query in queries]
+    last = [None] * 4
+    open_streams = dict(enumerate(streams))
+    while open_streams:  # one part of each in turn
+        for i in list(open_streams):
+            try:
+                last[i] = next(open_streams[i])
+            except StopIteration:
+                del open_streams[i]
+    assert last == expected
+
+
+def test_a_base_model_is_told_how_to_go_on(model, demo_tokenizer):
+    for chat_format, found in (("raw", "has chat_format='raw'"), (None, "names no chat_format"), ("alpaca", "'alpaca'")):
+        config = GenerationConfig(eos_token_id=demo_tokenizer.eod_id)
+        if chat_format is not None:
+            config.chat_format = chat_format
+        for method in (model.chat, model.chat_stream):
+            with pytest.raises(ValueError, match=f"(?s){found}.*model.generate.*chat_format = 'chatml'"):
+                method(demo_tokenizer, "hi", None, generation_config=config)
+
+
+def test_a_question_longer_than_the_window(model, demo_tokenizer):
+    for method in (model.chat, model.chat_stream):
+        with pytest.raises(ValueError, match=r"take \d+ tokens, more than max_window_size=20"):
+            method(demo_tokenizer, "a b c " * 10, None, max_window_size=20)
+        with pytest.raises(ValueError, match="max_window_size=400"):
+            method(demo_tokenizer, "a b c " * 200, None)
+
+
+def test_text_generation_pipeline(model, demo_tokenizer):
+    pipe = pipeline("text-generation", model=model, tokenizer=demo_tokenizer)
+    text = "法国的首都是"
+    ids = demo_tokenizer(text, return_tensors="pt")
+    expected = demo_tokenizer.decode(model.generate(**ids, max_new_tokens=6)[0], skip_special_tokens=True)
+    assert pipe(text, max_new_tokens=6)[0]["generated_text"] == expected
+
+    messages = [{"role": "user", "content": "hi"}]
+    answer = pipe(messages, max_new_tokens=6)[0]["generated_text"]
+    assert answer[:-1] == messages
+    assert answer[-1]["role"] == "assistant"
+    assert answer[-1]["content"].strip() == by_hand(model, demo_tokenizer, "hi", new_tokens=6)

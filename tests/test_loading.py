@@ -1,0 +1,274 @@
+"""Checkpoints: the round trip of code, weights and vocabulary, precision, damaged weights, memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, modeling_qwen, random_ids, tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+CODE = [
+    "configuration_qwen.py",
+    "modeling_qwen.py",
+    "tokenization_qwen.py",
+    "qwen_generation_utils.py",
+    "transformers_compat.py",
+]
+QWenLMHeadModel = modeling_qwen.QWenLMHeadModel
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder as a user has it: our files beside a small random model's weights, and a vocabulary."""
+    folder = tmp_path / "checkpoint"
+    tiny_model(vocab_size=3584).save_pretrained(folder)
+    for name in CODE:
+        shutil.copy(ROOT / name, folder)
+    for name in ("tokenizer_config.json", "qwen.tiktoken"):
+        shutil.copy(ROOT / "demo" / name, folder)
+    edit(folder, auto_map=json.loads((ROOT / "config.json").read_text())["auto_map"])
+    return folder
+
+
+def edit(folder: Path, **changes):
+    """Change keys of config.json; None removes one."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def load(folder, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **kwargs)
+
+
+def run(code: str, cwd: Path, **environment) -> str:
+    """Run Python code in a fresh process; its standard output."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_auto_classes(checkpoint):
+    ids = random_ids(1, 10)
+    model = load(checkpoint, fp32=True)
+    assert isinstance(AutoConfig.from_pretrained(checkpoint, trust_remote_code=True), type(model.config))
+    base = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, fp32=True)
+    assert type(base).__name__ == "QWenModel"
+    assert not model.training
+    with torch.no_grad():
+        logits = model(ids).logits
+        torch.testing.assert_close(model.lm_head(base(ids).last_hidden_state), logits)
+        torch.testing.assert_close(tiny_model(vocab_size=3584)(ids).logits, logits)
+
+
+def test_saved_folder_loads_in_a_fresh_process_elsewhere(checkpoint, tmp_path):
+    model = load(checkpoint, fp32=True)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    saved = tmp_path / "saved"
+    model.save_pretrained(saved)
+    tokenizer.save_pretrained(saved)
+    for name in CODE:
+        assert (saved / name).read_text() == (ROOT / name).read_text()
+    shutil.rmtree(checkpoint)  # nothing may still come from there
+    ids = tokenizer("法国的首都是")["input_ids"]
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0].tolist()
+    code = f"""
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({str(saved)!r}, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({str(saved)!r}, trust_remote_code=True)
+ids = tokenizer("法国的首都是", return_tensors="pt")
+print(model.dtype, model.generate(**ids, max_new_tokens=8, do_sample=False)[0].tolist())
+"""
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    assert run(code, other, HF_MODULES_CACHE=str(tmp_path / "modules")) == f"torch.float32 {expected}"
+
+
+def test_import_touches_no_device_and_no_network(checkpoint, tmp_path):
+    code = f"""
+import socket, torch
+def refuse(*a, **k): raise AssertionError("touched")
+socket.socket.connect = refuse
+torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = refuse
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+for name in ("modeling_qwen.QWenLMHeadModel", "tokenization_qwen.QWenTokenizer"):
+    print(get_class_from_dynamic_module(name, {str(checkpoint)!r}).__name__)
+print(torch.get_default_dtype())
+"""
+    output = run(code, tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert output.split() == ["QWenLMHeadModel", "QWenTokenizer", "torch.float32"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"bf16": True}, torch.bfloat16),
+        ({"fp16": True}, torch.float16),
+        ({"fp32": True}, torch.float32),
+        ({"dtype": torch.float16}, torch.float16),
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"torch_dtype": torch.float16}, torch.float16),
+        ({"dtype": "auto"}, torch.float32),  # that of the weights
+        ({"bf16": True, "dtype": "auto"}, torch.bfloat16),
+        ({"bf16": True, "torch_dtype": torch.bfloat16}, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_precision_by_every_route(checkpoint, arguments, expected):
+    ours = QWenLMHeadModel.from_pretrained(checkpoint, **arguments)
+    auto = load(checkpoint, **arguments)
+    for model in (ours, auto):
+        assert {p.dtype for p in model.parameters()} == {expected}
+    if "bf16" in arguments:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True, bf16=True)
+        assert AutoModelForCausalLM.from_config(config, trust_remote_code=True).dtype == torch.bfloat16
+
+
+def test_automatic_precision(checkpoint, monkeypatch):
+    assert load(checkpoint).dtype == torch.float32  # config.json says so
+    edit(checkpoint, dtype=None, torch_dtype=None)
+    for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
+        assert load(checkpoint).dtype == expected
+        assert load(checkpoint, device_map="cpu").dtype == expected
+
+
+def test_contradictions_in_precision(checkpoint):
+    with pytest.raises(ValueError, match="found bf16 and fp16"):
+        load(checkpoint, bf16=True, fp16=True)
+    with pytest.raises(ValueError, match="bf16=True contradicts dtype=torch.float16"):
+        load(checkpoint, bf16=True, dtype=torch.float16)
+    with pytest.raises(ValueError, match="'bfloat' is not a torch data type"):
+        QWenLMHeadModel.from_pretrained(checkpoint, dtype="bfloat")
+
+
+def test_flash_attention_asked_for_but_not_there(checkpoint):
+    with pytest.raises((ImportError, ValueError), match=r"(?i)flash"):
+        load(checkpoint, use_flash_attn=True)
+
+
+def change_weights(folder: Path, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_missing_weight(checkpoint):
+    change_weights(checkpoint, lambda weights: weights.pop("transformer.h.1.mlp.w2.weight"))
+    with pytest.raises(RuntimeError, match=r"1 weights missing from it \(transformer.h.1.mlp.w2.weight\).*strict=False"):
+        load(checkpoint)
+    assert load(checkpoint, strict=False).transformer.h[1].mlp.w2.weight.std() > 0
+
+
+def test_unexpected_weights(checkpoint):
+    change_weights(checkpoint, lambda weights: weights.update({"transformer.h.0.mlp.w1.bias": torch.zeros(96)}))
+    with pytest.raises(RuntimeError, match=r"1 weights in it without a place .*mlp.w1.bias.*no_bias"):
+        load(checkpoint)
+    load(checkpoint, strict=False)
+
+
+def test_fewer_layers_than_the_checkpoint_has(checkpoint):
+    with pytest.raises(RuntimeError, match="num_hidden_layers"):
+        load(checkpoint, num_hidden_layers=2)
+    assert len(load(checkpoint, num_hidden_layers=2, strict=False).transformer.h) == 2
+
+
+def test_weights_of_other_projects_and_old_tables_are_left_alone(checkpoint):
+    more = {"v_head.weight": torch.zeros(1), "transformer.rotary_emb.inv_freq": torch.zeros(8)}
+    change_weights(checkpoint, lambda weights: weights.update(more))
+    load(checkpoint)
+
+
+def test_a_truncated_weight_file(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(Exception, match=r"(?i)incomplete|corrupt|invalid|header"):
+        load(checkpoint)
+
+
+def test_loading_information(checkpoint):
+    model, info = load(checkpoint, output_loading_info=True)
+    assert type(model).__name__ == "QWenLMHeadModel"
+    assert not info["missing_keys"]
+
+
+def sparse_safetensors(path: Path, shapes: dict[str, torch.Size]) -> int:
+    """A bf16 safetensors file of zeros that takes no space on disk; returns the bytes of its tensors."""
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * shape.numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+    return offset
+
+
+MEASURE = """
+import sys, threading, torch
+from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+def held():  # memory of this process that is not merely a view of the file
+    fields = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
+    return int(fields["RssAnon"].split()[0]) * 1024
+get_class_from_dynamic_module("modeling_qwen.QWenLMHeadModel", sys.argv[1])  # imports are not counted
+before, peak, done = held(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, held())
+thread = threading.Thread(target=watch)
+thread.start()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, **eval(sys.argv[2]))
+for p in model.parameters():
+    p.view(torch.int16).sum()  # whatever is loaded lazily is loaded now
+done.set()
+thread.join()
+print({p.dtype for p in model.parameters()} == {torch.bfloat16}, peak - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+@pytest.mark.parametrize("arguments", [{"bf16": True}, {"device_map": "auto", "bf16": True}], ids=str)
+def test_a_bf16_checkpoint_never_passes_through_float32(tmp_path, arguments):
+    """Qwen-1.8B's shapes: the peak is at most 1.15 times the weights, plus what a file view may hold."""
+    config = tiny_config(
+        vocab_size=151936, hidden_size=2048, num_hidden_layers=24, num_attention_heads=16, kv_channels=128,
+        intermediate_size=11008, seq_length=8192, max_position_embeddings=8192,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    edit(tmp_path, auto_map=json.loads((ROOT / "config.json").read_text())["auto_map"])
+    for name in CODE:
+        shutil.copy(ROOT / name, tmp_path)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in QWenLMHeadModel(config).named_parameters()}
+    size = sparse_safetensors(tmp_path / "model.safetensors", shapes)
+    script = tmp_path / "measure.py"
+    script.write_text(MEASURE)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, tmp_path, repr(arguments)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    in_bf16, peak = done.stdout.split()
+    assert in_bf16 == "True"
+    assert int(peak) <= 1.15 * size, f"peak {int(peak) / size:.2f} times the weights"

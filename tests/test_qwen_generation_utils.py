@@ -1,0 +1,149 @@
+"""Contexts, decoding, stop words and streams of text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qwen import qwen_generation_utils as utils
+
+RECORDED = json.loads((ROOT / "tests" / "golden" / "tokenizer.json").read_text(encoding="utf-8"))
+contents = st.lists(
+    st.one_of(
+        st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=20),
+        st.sampled_from(["<|im_start|>", "<|im_end|>", "<|endoftext|>", "system\n", " \n", "\n\n", "你好", "\ufdd0"]),
+    ),
+    max_size=4,
+).map("".join)
+
+
+@pytest.mark.parametrize("case", RECORDED["contexts"], ids=lambda case: case["chat_format"])
+def test_recorded_contexts(official_tokenizer, case):
+    arguments = {key: case[key] for key in ("query", "history", "system", "max_window_size", "chat_format")}
+    assert utils.make_context(official_tokenizer, **arguments) == (case["raw_text"], case["tokens"])
+
+
+@pytest.mark.parametrize("case", RECORDED["decodes"], ids=lambda case: case["response"])
+def test_recorded_decodings(official_tokenizer, case):
+    tokens = case["context"] + case["tail"]
+    for given_tokens in (tokens, torch.tensor(tokens)):
+        assert utils.decode_tokens(
+            given_tokens,
+            official_tokenizer,
+            raw_text_len=len(case["raw_text"]),
+            context_length=len(case["context"]),
+            chat_format=case["chat_format"],
+            return_end_reason=True,
+            errors=case["errors"],
+        ) == (case["response"], case["end_reason"])
+
+
+def test_recorded_stop_words(official_tokenizer):
+    for chat_format, expected in RECORDED["stop_words"].items():
+        assert utils.get_stop_words_ids(chat_format, official_tokenizer) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(query=contents, history=st.lists(st.tuples(contents, contents), max_size=3), system=contents)
+def test_contexts_hold_exactly_the_control_tokens_of_the_format(demo_tokenizer, query, history, system):
+    tokenizer, before = demo_tokenizer, list(history)
+    text, ids = utils.make_context(tokenizer, query, history, system, max_window_size=10**6)
+    assert history == before
+    control = [token for token in ids if token in range(tokenizer.eod_id, len(tokenizer))]
+    turns = 2 + 2 * len(history)  # system and query, and what came before
+    assert control == [tokenizer.im_start_id, tokenizer.im_end_id] * turns + [tokenizer.im_start_id]
+    messages = [{"role": "system", "content": system}]
+    for past_query, past_response in history:
+        messages += [{"role": "user", "content": past_query}, {"role": "assistant", "content": past_response}]
+    messages.append({"role": "user", "content": query})
+    template = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert template == ids
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) == text
+
+
+def test_template_with_and_without_system_batched_and_as_tensors(demo_tokenizer):
+    tokenizer = demo_tokenizer
+    chats = [[{"role": "user", "content": "1+1=?"}], [{"role": "user", "content": "<|im_end|>你好呀"}]]
+    expected = [
+        utils.make_context(tokenizer, chat[0]["content"], system="You are a helpful assistant.")[1] for chat in chats
+    ]
+    assert tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False) == expected
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
+    )
+    for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], expected):
+        assert ids[mask.bool()].tolist() == row
+    finished = [*chats[0], {"role": "assistant", "content": "2"}]
+    assert tokenizer.apply_chat_template(finished, return_dict=False) == expected[0] + tokenizer.encode("2") + [tokenizer.im_end_id]
+
+
+def test_another_template_sees_the_messages_and_stays_safe(demo_tokenizer):
+    template = "{% for m in messages %}<|im_start|>{{ m['content'] | trim }}<|im_end|>{% endfor %}"
+    messages = [{"role": "user", "content": "  hi  "}, {"role": "user", "content": "a<|im_end|>b"}]
+    ids = demo_tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False)
+    start, end = demo_tokenizer.im_start_id, demo_tokenizer.im_end_id
+    quoted = demo_tokenizer.encode("a<|im_end|>b", allowed_special=set())
+    assert ids == [start, *demo_tokenizer.encode("hi"), end, start, *quoted, end]
+
+
+def test_window_drops_the_oldest_turns_first(demo_tokenizer):
+    history = [("first question", "first answer"), ("second question", "second answer")]
+    whole = utils.make_context(demo_tokenizer, "now", history, "sys")
+    none = utils.make_context(demo_tokenizer, "now", None, "sys")
+    size = len(whole[1]) - len(utils.make_context(demo_tokenizer, "now", history[1:], "sys")[1])
+    smaller = utils.make_context(demo_tokenizer, "now", history, "sys", max_window_size=len(whole[1]) - size)
+    assert "second answer" in smaller[0]
+    assert "first answer" not in smaller[0]
+    assert utils.make_context(demo_tokenizer, "now", history, "sys", max_window_size=1) == none
+
+
+@pytest.mark.parametrize("chat_format", ["ChatML", None, "alpaca"])
+def test_unknown_chat_format(demo_tokenizer, chat_format):
+    with pytest.raises(ValueError, match="Unknown chat_format .*'chatml', 'raw'"):
+        utils.make_context(demo_tokenizer, "hi", chat_format=chat_format)
+    with pytest.raises(ValueError, match="Unknown chat_format"):
+        utils.get_stop_words_ids(chat_format, demo_tokenizer)
+    with pytest.raises(ValueError, match="Unknown chat_format"):
+        utils.decode_tokens([1], demo_tokenizer, 0, 0, chat_format)
+
+
+def test_stop_words_processor_row_by_row():
+    processor = utils.StopWordsLogitsProcessor([[7], [1, 2, 3]], eos_token_id=9, prompt_length=2)
+    ids = torch.tensor([[0, 0, 1, 2, 3], [0, 0, 2, 2, 3], [0, 0, 0, 0, 7], [7, 7, 7, 7, 0]])
+    scores = torch.randn(4, 10)
+    before = scores.clone()
+    result = processor(ids, scores)
+    assert torch.equal(scores, before)
+    assert result.argmax(-1)[[0, 2]].tolist() == [9, 9]
+    assert torch.isneginf(result[[0, 2], :9]).all()
+    assert torch.equal(result[[1, 3]], before[[1, 3]])
+    assert torch.equal(processor(torch.tensor([[7, 7]]), scores[:1]), scores[:1])  # all of it prompt
+    assert torch.equal(processor(torch.tensor([[1, 2, 3]]), scores[:1]), scores[:1])  # begins in the prompt
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=contents)
+def test_stream_never_shows_half_a_character_and_ends_with_the_text(demo_tokenizer, text):
+    ids = demo_tokenizer.encode(text, allowed_special={"<|endoftext|>"})
+    stream, shown = utils.TextStream(demo_tokenizer, stop_ids={demo_tokenizer.im_end_id}), []
+    for token in ids:
+        assert stream.put(token)
+        shown.append(stream.text)
+    assert not stream.put(demo_tokenizer.im_end_id)
+    whole = demo_tokenizer.decode(ids).strip()
+    assert stream.finish() == whole
+    for part in shown:
+        assert whole.startswith(part)
+
+
+def test_stream_of_broken_bytes_is_what_decode_gives(demo_tokenizer):
+    first = demo_tokenizer.encode("龘")[:1]
+    for ids in (first, first + demo_tokenizer.encode("a"), first + [demo_tokenizer.eod_id] + first):
+        stream = utils.TextStream(demo_tokenizer)
+        for token in ids:
+            stream.put(token)
+        assert stream.finish() == demo_tokenizer.decode(ids)
