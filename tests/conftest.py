@@ -81,3 +81,12 @@ def official_tokenizer():
 @pytest.fixture(scope="session")
 def demo_tokenizer():
     return tokenization_qwen.QWenTokenizer(str(ROOT / "demo" / "qwen.tiktoken"))
+
+
+def pytest_configure(config):
+    """Stop if the release under test is not the one that was asked for."""
+    import transformers
+
+    expected = os.environ.get("QWEN_EXPECT_TRANSFORMERS", transformers.__version__)
+    if transformers.__version__ != expected:
+        raise pytest.UsageError(f"asked for transformers {expected}, found {transformers.__version__}")

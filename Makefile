@@ -1,0 +1,40 @@
+# make demo: see the demo checkpoint answer.  make test: run the tests.  Both make .venv first.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# Releases of transformers to test beside the one in requirements.txt.
+RELEASES ?= 4.57.6
+
+.PHONY: demo test lint matrix evaluate retrain clean
+
+demo: $(VENV)/run.stamp
+	$(PY) examples/quickstart.py demo
+
+test: $(VENV)/dev.stamp
+	$(PY) -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+# The whole test suite with other releases of transformers, which share the torch of .venv.
+matrix: $(VENV)/dev.stamp
+	$(PY) tests/matrix.py $(RELEASES)
+
+evaluate: $(VENV)/run.stamp
+	$(PY) demo/evaluate.py
+
+retrain: $(VENV)/dev.stamp
+	$(PY) demo/train.py
+
+$(VENV)/run.stamp: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache
