@@ -275,14 +275,18 @@ class QWenPreTrainedModel(PreTrainedModel):
         bf16, fp16, fp32: at most one True; the precision of the weights. Without one, and without `dtype`, the
         checkpoint's own (config.json's `dtype`) if the device has it, else bfloat16 where the device supports it,
         else float16 on a GPU, else float32.
-        strict: a weight that this architecture has and the checkpoint lacks, or the reverse, is an error.
-        False leaves it at transformers' warning, for experiments with a changed configuration.
+        strict: a weight that this architecture has and the checkpoint lacks, or the reverse, is an error. False
+        leaves it at transformers' warning, for experiments with a changed configuration; so does
+        `output_loading_info=True`, which returns the lists.
 
         Raises ValueError for a contradiction in the configuration, RuntimeError for weights that don't fit it.
         """
         config, kwargs = load_config(cls.config_class, config, pretrained_model_name_or_path, kwargs)
         on_accelerator = _goes_to_accelerator(kwargs.get("device_map"))
-        kwargs["dtype"] = cls._choose_dtype(config, pop_dtype(kwargs), on_accelerator)
+        dtype = pop_dtype(kwargs)
+        if dtype is None and pretrained_model_name_or_path is None:
+            dtype = "auto"  # that of the `state_dict`
+        kwargs["dtype"] = cls._choose_dtype(config, dtype, on_accelerator)
         if "attn_implementation" not in kwargs and config._attn_implementation is None:
             choice = cls._choose_attention(config, kwargs["dtype"], on_accelerator)
             if choice is not None:
@@ -291,7 +295,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
-        if strict:
+        if strict and not info_wanted:
             model._check_loaded(info, pretrained_model_name_or_path)
         return (model, info) if info_wanted else model
 

@@ -207,6 +207,16 @@ def test_loading_information(checkpoint):
     model, info = load(checkpoint, output_loading_info=True)
     assert type(model).__name__ == "QWenLMHeadModel"
     assert not info["missing_keys"]
+    change_weights(checkpoint, lambda weights: weights.pop("lm_head.weight"))
+    assert set(load(checkpoint, output_loading_info=True)[1]["missing_keys"]) == {"lm_head.weight"}
+
+
+def test_weights_given_as_a_state_dict_keep_their_precision():
+    model = tiny_model()
+    for dtype in (torch.float32, torch.bfloat16):
+        state = {name: p.to(dtype) for name, p in model.state_dict().items()}
+        loaded = QWenLMHeadModel.from_pretrained(None, config=tiny_config(), state_dict=state)
+        assert loaded.dtype == dtype
 
 
 def sparse_safetensors(path: Path, shapes: dict[str, torch.Size]) -> int:

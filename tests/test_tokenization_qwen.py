@@ -19,7 +19,8 @@ QWenTokenizer = tokenization_qwen.QWenTokenizer
 SPECIAL = tokenization_qwen.SPECIAL_TOKENS
 RECORDED = json.loads((ROOT / "tests" / "golden" / "tokenizer.json").read_text(encoding="utf-8"))
 
-texts = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60)
+# Characters that Unicode has long assigned: about newer ones two libraries may know different things.
+texts = st.text(alphabet=st.characters(exclude_categories=["Cs", "Cn"]), max_size=60)
 snippets = st.sampled_from([*SPECIAL[:4], "<|im_", "start|>", "<|", "你好", "首都是", " the", "\n", "\r\n", "e\u0301", "1+1", "'s"])
 mixed = st.lists(st.one_of(texts, snippets), max_size=8).map("".join)
 
