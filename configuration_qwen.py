@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from .transformers_compat import PretrainedConfig
 
 PRECISION_FLAGS = ("bf16", "fp16", "fp32")
 

@@ -16,11 +16,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache, GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
+from transformers.utils import logging
 
 from .configuration_qwen import PRECISION_FLAGS, QWenConfig
 from .qwen_generation_utils import (
@@ -31,7 +28,22 @@ from .qwen_generation_utils import (
     make_context,
     stream_generate,
 )
-from .transformers_compat import cache_kwargs, create_causal_mask, load_config, pop_dtype
+from .transformers_compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    DTYPE,
+    DynamicCache,
+    GenerationMixin,
+    GradientCheckpointingLayer,
+    PreTrainedModel,
+    as_cache,
+    cache_kwargs,
+    can_return_tuple,
+    create_causal_mask,
+    is_flash_attn_2_available,
+    load_config,
+    pop_dtype,
+    set_attention,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -286,16 +298,14 @@ class QWenPreTrainedModel(PreTrainedModel):
         dtype = pop_dtype(kwargs)
         if dtype is None and pretrained_model_name_or_path is None:
             dtype = "auto"  # that of the `state_dict`
-        kwargs["dtype"] = cls._choose_dtype(config, dtype, on_accelerator)
+        kwargs[DTYPE] = cls._choose_dtype(config, dtype, on_accelerator)
         if "attn_implementation" not in kwargs and config._attn_implementation is None:
-            choice = cls._choose_attention(config, kwargs["dtype"], on_accelerator)
-            if choice is not None:
-                kwargs["attn_implementation"] = choice
+            set_attention(config, kwargs, cls._choose_attention(config, kwargs[DTYPE], on_accelerator))
         info_wanted = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
-        if strict and not info_wanted:
+        if strict and not info_wanted and getattr(model, "hf_quantizer", None) is None:  # quantisers rename weights
             model._check_loaded(info, pretrained_model_name_or_path)
         return (model, info) if info_wanted else model
 
@@ -307,7 +317,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         if any(getattr(config, flag) for flag in PRECISION_FLAGS):
             dtype = cls._choose_dtype(config, dtype, on_accelerator=False)
         if dtype is not None:
-            kwargs["dtype"] = dtype
+            kwargs[DTYPE] = dtype
         return super()._from_config(config, **kwargs)
 
     @staticmethod
@@ -391,6 +401,11 @@ class QWenModel(QWenPreTrainedModel):
         self.h = nn.ModuleList([QWenBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
+        if config.use_cache_quantization:
+            logger.warning_once(
+                "config.use_cache_quantization is true, but this version of the code has no quantised cache yet: "
+                "keys and values are kept in full precision."
+            )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -434,11 +449,7 @@ class QWenModel(QWenPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        if past_key_values is not None and not hasattr(past_key_values, "update"):
-            raise ValueError(
-                f"past_key_values must be a transformers Cache, found {type(past_key_values).__name__}. "
-                f"Begin with past_key_values=None or DynamicCache(), and pass on what the model returns."
-            )
+        past_key_values = as_cache(past_key_values)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import queue
 import threading
-from typing import Iterator, Sequence
+from typing import Iterator, List, Sequence, Tuple
 
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
@@ -19,6 +19,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 CHAT_FORMATS = ("chatml", "raw")
+HistoryType = List[Tuple[str, str]]  # (query, response), oldest first
 
 
 def _check_chat_format(chat_format: str) -> None:

@@ -8,8 +8,10 @@ import re
 import unicodedata
 
 import tiktoken
-from transformers import AddedToken, PreTrainedTokenizer
+from transformers import AddedToken
 from transformers.utils import logging
+
+from .transformers_compat import PreTrainedTokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -301,6 +303,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         that apart: encode it only if you trust the messages.
         """
         if tokenize:
+            conversation = getattr(conversation, "messages", conversation)
             template = kwargs.get("chat_template") or self.chat_template
             quotes = _unused_characters(conversation)
             conversation = _quote(conversation, quotes, everything=template == CHAT_TEMPLATE)

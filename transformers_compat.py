@@ -1,21 +1,96 @@
 """
 What differs between releases of transformers, and nothing else.
 
-The other modules are written for today's transformers and import from here what an older release lacks
-or calls differently. Every entry is chosen by feature, never by version number, and names the releases
-that need it: raising the floor is deleting lines.
+The other modules are written for today's transformers and import from here what an older release lacks or calls
+differently. Every entry is chosen by feature, never by version number, and names the releases that need it: raising
+the floor is deleting lines.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import inspect
 
 import torch
-from transformers import PretrainedConfig, masking_utils
+import torch.nn.functional as F
+import transformers
+from torch import nn
 
-_MASK_PARAMETERS = inspect.signature(masking_utils.create_causal_mask).parameters
+try:
+    from transformers import masking_utils
+except ImportError:  # up to 4.52
+    masking_utils = None
+
+# --- Configuration -----------------------------------------------------------------------------------------------
+
+if hasattr(transformers.PretrainedConfig(), "_attn_implementation"):
+    PretrainedConfig = transformers.PretrainedConfig
+else:  # up to 4.35: attention kernels are no concern of the configuration
+
+    class PretrainedConfig(transformers.PretrainedConfig):
+        _attn_implementation = "sdpa"
+
+        def to_dict(self):
+            config = super().to_dict()
+            config.pop("_attn_implementation", None)
+            return config
+
+
+# --- Caches and masks --------------------------------------------------------------------------------------------
+
 # Up to 4.57 a cache is told where to write; from 5.0 it counts for itself.
-_CACHE_WANTS_POSITIONS = "cache_position" in _MASK_PARAMETERS
+_CACHE_WANTS_POSITIONS = (
+    masking_utils is None or "cache_position" in inspect.signature(masking_utils.create_causal_mask).parameters
+)
+
+try:
+    from transformers import DynamicCache
+except ImportError:  # up to 4.35
+
+    class DynamicCache:
+        """Keys and values that grow along the sequence, one pair (B, nh, S, hd) a layer."""
+
+        def __init__(self):
+            self.layers: list = []
+
+        @classmethod
+        def from_legacy_cache(cls, layers):
+            cache = cls()
+            cache.layers = [tuple(layer) for layer in layers]
+            return cache
+
+        def __len__(self):
+            return len(self.layers)
+
+        def __getitem__(self, index):  # assisted decoding reads and crops it as a tuple of tuples
+            return self.layers[index]
+
+        def get_seq_length(self, layer_idx=0):
+            return self.layers[layer_idx][0].shape[-2] if len(self.layers) > layer_idx else 0
+
+        def update(self, key, value, layer_idx, cache_kwargs=None):
+            if layer_idx == len(self.layers):
+                self.layers.append((key, value))
+            else:
+                old_key, old_value = self.layers[layer_idx]
+                self.layers[layer_idx] = torch.cat((old_key, key), -2), torch.cat((old_value, value), -2)
+            return self.layers[layer_idx]
+
+        def reorder_cache(self, beam_idx):
+            self.layers = [tuple(t.index_select(0, beam_idx.to(t.device)) for t in layer) for layer in self.layers]
+
+
+def as_cache(past_key_values):
+    """Up to 4.46 some ways of generating hand over a tuple of (key, value) pairs, one a layer; as a cache."""
+    if isinstance(past_key_values, (tuple, list)) and hasattr(DynamicCache, "from_legacy_cache"):
+        return DynamicCache.from_legacy_cache(past_key_values)
+    if past_key_values is not None and not hasattr(past_key_values, "update"):
+        raise ValueError(
+            f"past_key_values must be a transformers Cache, found {type(past_key_values).__name__}. "
+            f"Begin with past_key_values=None or DynamicCache(), and pass on what the model returns."
+        )
+    return past_key_values
 
 
 def cache_kwargs(cache_position: torch.Tensor) -> dict:
@@ -25,6 +100,8 @@ def cache_kwargs(cache_position: torch.Tensor) -> dict:
 
 def create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position):
     """transformers' `create_causal_mask` under its present signature and, for releases up to 4.57, `cache_position`."""
+    if masking_utils is None:  # up to 4.52
+        return _causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position)
     if not _CACHE_WANTS_POSITIONS:
         return masking_utils.create_causal_mask(
             config=config,
@@ -42,6 +119,186 @@ def create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, p
         position_ids=position_ids,
     )
 
+
+def _causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position):
+    """
+    The mask that the attention functions below take (up to 4.52): None for plain causal attention, (B, S) for flash
+    attention with padding, else boolean (B or 1, 1, T, S), True where a key is attended to.
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    if config._attn_implementation == "flash_attention_2":
+        return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+    T = inputs_embeds.shape[1]
+    S = T
+    if past_key_values is not None:
+        S += past_key_values.get_seq_length()
+        length_of = getattr(past_key_values, "get_max_cache_shape", getattr(past_key_values, "get_max_length", None))
+        longest = length_of() if length_of is not None else None
+        S = S if longest is None or longest < 0 else longest  # a static cache hands over all of its storage
+    if attention_mask is None and isinstance(S, int) and S == T and config._attn_implementation != "eager":
+        return None
+    mask = (torch.arange(S, device=inputs_embeds.device) <= cache_position[:, None])[None, None]  # (1, 1, T, S)
+    if attention_mask is not None:
+        real = F.pad(attention_mask.bool(), (0, S - attention_mask.shape[1]))  # (B, S)
+        mask = mask & real[:, None, None]
+        # A query that is padding sees nothing, and the softmax of nothing is not a number: let it see everything.
+        mask = mask | ~mask.any(-1, keepdim=True)
+    return mask  # (B or 1, 1, T, S)
+
+
+# --- Attention functions -----------------------------------------------------------------------------------------
+
+try:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+except ImportError:  # up to 4.47
+
+    def _sdpa_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        is_causal = attention_mask is None and query.shape[2] > 1
+        y = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal, scale=scaling)
+        return y.transpose(1, 2), None  # (B, T, nh, hd)
+
+    def _flash_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        """attention_mask: None, or (B, S) with 0 for padding."""
+        from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T or S, nh, hd)
+        arguments = {"dropout_p": dropout, "softmax_scale": scaling, "causal": True}
+        if attention_mask is None:
+            return flash_attn_func(q, k, v, **arguments), None
+        real = attention_mask.bool()
+        real_q = real[:, -q.shape[1] :]
+        starts, longest = zip(*(_sequence_starts(mask) for mask in (real_q, real)))
+        packed = flash_attn_varlen_func(q[real_q], k[real], v[real], *starts, *longest, **arguments)
+        return torch.zeros_like(q).masked_scatter(real_q[:, :, None, None], packed), None
+
+    def _sequence_starts(mask):
+        """Where each row begins once the padding is left out, int32 (B + 1,), and the length of the longest."""
+        lengths = mask.sum(-1, dtype=torch.int32)
+        return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), int(lengths.max())
+
+    ALL_ATTENTION_FUNCTIONS = {"sdpa": _sdpa_attention, "flash_attention_2": _flash_attention}
+
+try:
+    from transformers.utils import is_flash_attn_2_available
+except ImportError:  # up to 4.33
+
+    def is_flash_attn_2_available() -> bool:
+        return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+
+
+# --- Models ------------------------------------------------------------------------------------------------------
+
+try:
+    from transformers.utils import can_return_tuple
+except ImportError:  # up to 4.48
+
+    def can_return_tuple(forward):
+        @functools.wraps(forward)
+        def wrapper(self, *args, return_dict=None, **kwargs):
+            output = forward(self, *args, **kwargs)
+            wants_dict = self.config.use_return_dict if return_dict is None else return_dict
+            return output if wants_dict else output.to_tuple()
+
+        return wrapper
+
+
+try:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+except ImportError:  # up to 4.51
+
+    class GradientCheckpointingLayer(nn.Module):
+        gradient_checkpointing = False
+
+        @staticmethod
+        def _gradient_checkpointing_func(*args):  # from 4.35 transformers sets one of its own
+            return torch.utils.checkpoint.checkpoint(*args, use_reentrant=False)
+
+        def __call__(self, *args, **kwargs):
+            if self.gradient_checkpointing and self.training:
+                kwargs["past_key_values"] = None  # would be written a second time in the backward pass
+                return self._gradient_checkpointing_func(functools.partial(super().__call__, **kwargs), *args)
+            return super().__call__(*args, **kwargs)
+
+
+class PreTrainedModel(transformers.PreTrainedModel):
+    """transformers' `PreTrainedModel` with the methods that its older releases expect a model to bring."""
+
+    _supports_flash_attn_2 = True  # `_supports_flash_attn` up to 4.52
+    _supports_cache_class = True  # 4.36 to 4.55
+    _supports_static_cache = True  # 4.38 to 4.55
+    _supports_quantized_cache = True  # 4.42 to 4.55
+
+    if not hasattr(transformers.PreTrainedModel, "loss_function"):  # up to 4.45
+
+        def loss_function(self, logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
+            targets = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1).to(logits.device)
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            loss = F.cross_entropy(logits.float().view(-1, vocab_size), targets, reduction=reduction)
+            return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+    if (
+        "gradient_checkpointing_kwargs"
+        not in inspect.signature(transformers.PreTrainedModel.gradient_checkpointing_enable).parameters
+    ):  # up to 4.34
+
+        def _set_gradient_checkpointing(self, module, value=False):
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = value
+
+
+try:
+    from transformers import GenerationMixin as _GenerationMixin
+except ImportError:
+    from transformers.generation import GenerationMixin as _GenerationMixin
+
+
+class GenerationMixin(_GenerationMixin):
+    """transformers' `GenerationMixin` with the methods that its older releases expect a model to bring."""
+
+    if "input_ids" not in inspect.signature(_GenerationMixin.prepare_inputs_for_generation).parameters:  # up to 4.45
+
+        def prepare_inputs_for_generation(
+            self,
+            input_ids,
+            past_key_values=None,
+            attention_mask=None,
+            inputs_embeds=None,
+            position_ids=None,
+            use_cache=None,
+            **kwargs,
+        ):
+            past_key_values = as_cache(past_key_values)
+            past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            if past_length:
+                # The ids are the whole sequence, or only new tokens behind a mask that covers everything.
+                total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+                input_ids = input_ids[:, -max(total - past_length, 1) :]
+            inputs = {"input_ids": input_ids}
+            if inputs_embeds is not None and not past_length:
+                inputs = {"inputs_embeds": inputs_embeds}
+            T = next(iter(inputs.values())).shape[1]
+            if attention_mask is not None and position_ids is None:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            return {
+                **inputs,
+                "past_key_values": past_key_values,
+                "attention_mask": attention_mask,
+                "position_ids": None if position_ids is None else position_ids[:, -T:],
+                "use_cache": use_cache,
+            }
+
+        @staticmethod
+        def _reorder_cache(past_key_values, beam_idx):
+            past_key_values = as_cache(past_key_values)
+            past_key_values.reorder_cache(beam_idx)
+            return past_key_values
+
+
+# --- Loading -----------------------------------------------------------------------------------------------------
+
+# What the precision is called, as an argument of `from_pretrained`: `torch_dtype` up to 4.55.
+DTYPE = "dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch_dtype"
 
 _HUB_ARGUMENTS = (
     "cache_dir",
@@ -63,14 +320,14 @@ def load_config(config_class, config, path, kwargs: dict):
     What `PreTrainedModel.from_pretrained` does with its configuration, done before it, so that loading
     choices can depend on it: `(config, keyword arguments that are not configuration keys)`.
     """
-    if isinstance(config, PretrainedConfig):
+    if isinstance(config, transformers.PretrainedConfig):
         return config, kwargs
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-    # The data type is an argument of loading, not a key for the configuration to swallow.
-    dtype = {key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs}
-    rest = {key: value for key, value in kwargs.items() if key not in dtype}
+    # These are arguments of loading, not keys for the configuration to swallow.
+    kept = {key: kwargs[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs}
+    rest = {key: value for key, value in kwargs.items() if key not in kept}
     config, unused = config_class.from_pretrained(path if config is None else config, return_unused_kwargs=True, **rest)
-    return config, {**hub, **unused, **dtype}
+    return config, {**hub, **unused, **kept}
 
 
 def pop_dtype(kwargs: dict):
@@ -83,3 +340,71 @@ def pop_dtype(kwargs: dict):
             raise ValueError(f"dtype={dtype!r} is not a torch data type; pass for example dtype='bfloat16'.")
         return named
     return dtype
+
+
+def set_attention(config, kwargs: dict, choice: str | None) -> None:
+    """Hand the attention implementation `choice` (None: transformers') to the `from_pretrained` that follows."""
+    if hasattr(transformers.PretrainedConfig(), "_attn_implementation"):
+        if choice is not None:
+            kwargs["attn_implementation"] = choice
+        return
+    # up to 4.35, where `from_pretrained` knows nothing of it
+    choice = kwargs.pop("attn_implementation", None) or choice or "sdpa"
+    if choice == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ImportError("Flash attention 2 needs an NVIDIA GPU and the package flash-attn: pip install flash-attn.")
+    if choice not in ("eager", *ALL_ATTENTION_FUNCTIONS):
+        raise ValueError(f"attn_implementation must be eager, sdpa or flash_attention_2 here, found {choice!r}.")
+    config._attn_implementation = choice
+
+
+# --- Tokenizers --------------------------------------------------------------------------------------------------
+
+_template = getattr(transformers.PreTrainedTokenizer, "apply_chat_template", None)
+
+if _template is not None and "return_dict" in inspect.signature(_template).parameters:
+    PreTrainedTokenizer = transformers.PreTrainedTokenizer
+else:  # up to 4.39: no chat templates, or none that returns a mask
+
+    class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
+        def __init__(self, chat_template=None, **kwargs):
+            super().__init__(**kwargs)
+            self.chat_template = chat_template
+            self.init_kwargs["chat_template"] = chat_template  # so that it is saved
+
+        def apply_chat_template(
+            self,
+            conversation,
+            chat_template=None,
+            add_generation_prompt=False,
+            tokenize=True,
+            padding=False,
+            truncation=False,
+            max_length=None,
+            return_tensors=None,
+            return_dict=False,
+            tokenizer_kwargs=None,
+            **kwargs,
+        ):
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+            template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+                chat_template or self.chat_template
+            )
+            one = isinstance(conversation[0], dict)
+            texts = [
+                template.render(messages=messages, add_generation_prompt=add_generation_prompt, **kwargs)
+                for messages in ([conversation] if one else conversation)
+            ]
+            texts = texts[0] if one else texts
+            if not tokenize:
+                return texts
+            encoded = self(
+                [texts] if one and return_tensors else texts,
+                padding=padding,
+                truncation=truncation,
+                max_length=max_length,
+                return_tensors=return_tensors,
+                add_special_tokens=False,
+                **(tokenizer_kwargs or {}),
+            )
+            return encoded if return_dict else encoded["input_ids"]

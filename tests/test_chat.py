@@ -17,7 +17,12 @@ def model(demo_tokenizer):
     model = tiny_model(vocab_size=len(demo_tokenizer), seq_length=512)
     eod = demo_tokenizer.eod_id
     model.generation_config = GenerationConfig(
-        chat_format="chatml", max_window_size=400, max_new_tokens=12, do_sample=False, eos_token_id=eod, pad_token_id=eod
+        chat_format="chatml",
+        max_window_size=400,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=eod,
+        pad_token_id=eod,
     )
     return model
 
@@ -80,7 +85,9 @@ def test_stream_ends_with_what_chat_returns(model, demo_tokenizer):
 def test_settings_by_keyword_and_by_configuration(model, demo_tokenizer):
     short, _ = model.chat(demo_tokenizer, "hi", None, max_new_tokens=3)
     assert short == by_hand(model, demo_tokenizer, "hi", new_tokens=3)
-    config = GenerationConfig(chat_format="chatml", max_new_tokens=5, do_sample=False, eos_token_id=demo_tokenizer.eod_id)
+    config = GenerationConfig(
+        chat_format="chatml", max_new_tokens=5, do_sample=False, eos_token_id=demo_tokenizer.eod_id
+    )
     assert model.chat(demo_tokenizer, "hi", None, generation_config=config)[0] == by_hand(
         model, demo_tokenizer, "hi", new_tokens=5
     )
@@ -145,7 +152,11 @@ def test_many_streams_at_once(model, demo_tokenizer):
 
 
 def test_a_base_model_is_told_how_to_go_on(model, demo_tokenizer):
-    for chat_format, found in (("raw", "has chat_format='raw'"), (None, "names no chat_format"), ("alpaca", "'alpaca'")):
+    for chat_format, found in (
+        ("raw", "has chat_format='raw'"),
+        (None, "names no chat_format"),
+        ("alpaca", "'alpaca'"),
+    ):
         config = GenerationConfig(eos_token_id=demo_tokenizer.eod_id)
         if chat_format is not None:
             config.chat_format = chat_format

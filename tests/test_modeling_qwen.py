@@ -374,5 +374,5 @@ def test_bad_inputs_are_named():
     model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="has 5 columns, but there are 5 cached and 5 new tokens"):
         model(ids, past_key_values=cache, attention_mask=torch.ones_like(ids))
-    with pytest.raises(ValueError, match="must be a transformers Cache, found tuple"):
-        model(ids, past_key_values=((1, 2),))
+    with pytest.raises(ValueError, match="must be a transformers Cache, found int"):
+        model(ids, past_key_values=5)

@@ -78,7 +78,9 @@ def test_template_with_and_without_system_batched_and_as_tensors(demo_tokenizer)
     for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], expected):
         assert ids[mask.bool()].tolist() == row
     finished = [*chats[0], {"role": "assistant", "content": "2"}]
-    assert tokenizer.apply_chat_template(finished, return_dict=False) == expected[0] + tokenizer.encode("2") + [tokenizer.im_end_id]
+    assert tokenizer.apply_chat_template(finished, return_dict=False) == expected[0] + tokenizer.encode("2") + [
+        tokenizer.im_end_id
+    ]
 
 
 def test_another_template_sees_the_messages_and_stays_safe(demo_tokenizer):
@@ -103,7 +105,7 @@ def test_window_drops_the_oldest_turns_first(demo_tokenizer):
 
 @pytest.mark.parametrize("chat_format", ["ChatML", None, "alpaca"])
 def test_unknown_chat_format(demo_tokenizer, chat_format):
-    with pytest.raises(ValueError, match="Unknown chat_format .*'chatml', 'raw'"):
+    with pytest.raises(ValueError, match=r"Unknown chat_format .*'chatml', 'raw'"):
         utils.make_context(demo_tokenizer, "hi", chat_format=chat_format)
     with pytest.raises(ValueError, match="Unknown chat_format"):
         utils.get_stop_words_ids(chat_format, demo_tokenizer)

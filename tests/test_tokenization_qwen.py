@@ -21,7 +21,9 @@ RECORDED = json.loads((ROOT / "tests" / "golden" / "tokenizer.json").read_text(e
 
 # Characters that Unicode has long assigned: about newer ones two libraries may know different things.
 texts = st.text(alphabet=st.characters(exclude_categories=["Cs", "Cn"]), max_size=60)
-snippets = st.sampled_from([*SPECIAL[:4], "<|im_", "start|>", "<|", "你好", "首都是", " the", "\n", "\r\n", "e\u0301", "1+1", "'s"])
+snippets = st.sampled_from(
+    [*SPECIAL[:4], "<|im_", "start|>", "<|", "你好", "首都是", " the", "\n", "\r\n", "e\u0301", "1+1", "'s"]
+)
 mixed = st.lists(st.one_of(texts, snippets), max_size=8).map("".join)
 
 
@@ -104,7 +106,10 @@ def test_padding_batches_and_tensors(demo_tokenizer):
     assert batch["attention_mask"][0].tolist()[-1] == 1
     assert batch["attention_mask"][0].tolist()[0] == 0
     assert batch["input_ids"][0, 0] == demo_tokenizer.pad_token_id == demo_tokenizer.eod_id
-    assert demo_tokenizer("the capital of", truncation=True, max_length=1)["input_ids"] == demo_tokenizer.encode("the capital of")[:1]
+    assert (
+        demo_tokenizer("the capital of", truncation=True, max_length=1)["input_ids"]
+        == demo_tokenizer.encode("the capital of")[:1]
+    )
     assert demo_tokenizer("a", "b")["input_ids"] == demo_tokenizer.encode("a") + demo_tokenizer.encode("b")
     assert demo_tokenizer.batch_decode([[1, 2], [3]]) == [demo_tokenizer.decode([1, 2]), demo_tokenizer.decode([3])]
 
@@ -143,7 +148,7 @@ def test_only_known_special_tokens_and_no_regular_ones(demo_tokenizer):
     assert QWenTokenizer(tokenizer.vocab_file, eos_token="<|im_end|>").eos_token_id == tokenizer.im_end_id
     with pytest.raises(ValueError, match="'<mask>' is not a special token"):
         tokenizer.add_special_tokens({"mask_token": "<mask>"})
-    with pytest.raises(ValueError, match="regular token 'word'.*extra_vocab_file"):
+    with pytest.raises(ValueError, match=r"regular token 'word'.*extra_vocab_file"):
         tokenizer.add_tokens(["word"])
     with pytest.raises(ValueError, match="regular token 'word'"):
         tokenizer.add_tokens([AddedToken("word")])

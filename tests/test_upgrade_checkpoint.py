@@ -1,0 +1,274 @@
+"""tools/upgrade_checkpoint.py: what it reads, writes, undoes, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, tiny_model
+from safetensors.torch import load_file, save_file
+
+spec = importlib.util.spec_from_file_location("upgrade_checkpoint", ROOT / "tools" / "upgrade_checkpoint.py")
+upgrade = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(upgrade)
+
+# An earlier version of the code in miniature: the published modules' names and imports of each other.
+EARLIER = {
+    "configuration_qwen.py": """
+from transformers import PretrainedConfig
+class QWenConfig(PretrainedConfig):
+    model_type = "qwen"
+    def __init__(self, **kwargs):
+        for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
+            setattr(self, key, kwargs.pop(key))
+        super().__init__(**kwargs)
+""",
+    "qwen_generation_utils.py": """
+HistoryType = list
+def make_context(): ...
+def decode_tokens(): ...
+def get_stop_words_ids(): ...
+class StopWordsLogitsProcessor: ...
+""",
+    "tokenization_qwen.py": """
+from transformers import PreTrainedTokenizer
+class QWenTokenizer(PreTrainedTokenizer): ...
+""",
+    "modeling_qwen.py": """
+import torch
+from transformers import PreTrainedModel
+from .configuration_qwen import QWenConfig
+from .qwen_generation_utils import (
+    HistoryType, make_context, decode_tokens, get_stop_words_ids, StopWordsLogitsProcessor)
+class QWenPreTrainedModel(PreTrainedModel):
+    config_class = QWenConfig
+class QWenModel(QWenPreTrainedModel): ...
+class QWenLMHeadModel(QWenPreTrainedModel):
+    is_earlier = True
+""",
+}
+# Formatting that is not json.dumps's, and keys of other software.
+CONFIG_STYLE = {"indent": 4, "separators": (", ", ": ")}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    tiny_model(vocab_size=4096).save_pretrained(folder)
+    for name, text in EARLIER.items():
+        (folder / name).write_text(text)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("auto_map", None)
+    config["somebody_elses_key"] = [1, 2, {"a": None}]
+    config["auto_map"] = {
+        "AutoConfig": "configuration_qwen.QWenConfig",
+        "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+    }
+    (folder / "config.json").write_text(json.dumps(config, **CONFIG_STYLE))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class":"QWenTokenizer","model_max_length":32}')
+    shutil.copy(ROOT / "demo" / "qwen.tiktoken", folder)
+    return folder
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}, **CONFIG_STYLE))
+
+
+def test_check_reads_only(checkpoint, capsys):
+    before = contents(checkpoint)
+    assert upgrade.main([str(checkpoint)]) == 1
+    printed = capsys.readouterr().out
+    assert "weights: all 27 are there, in the shapes of config.json" in printed
+    assert "vocabulary: 4096 tokens, not the official one" in printed
+    for line in ("would add     transformers_compat.py", "would replace modeling_qwen.py", "would replace config.json"):
+        assert line in printed
+    assert contents(checkpoint) == before
+
+
+def test_write_then_restore_is_exact(checkpoint, capsys):
+    before = contents(checkpoint)
+    assert upgrade.main([str(checkpoint), "--write"]) == 0
+    assert "loads: QWenLMHeadModel" in capsys.readouterr().out
+    for name in upgrade.MODULES:
+        assert (checkpoint / name).read_bytes() == (ROOT / name).read_bytes()
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert config["somebody_elses_key"] == [1, 2, {"a": None}]
+    assert config["auto_map"]["AutoModel"] == "modeling_qwen.QWenModel"
+    text, old_text = (checkpoint / "config.json").read_text(), before["config.json"].decode()
+    assert text.split('"auto_map"')[0] == old_text.split('"auto_map"')[0]  # to the letter
+    tokenizer_config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    assert tokenizer_config["auto_map"] == {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
+    assert tokenizer_config["model_max_length"] == 32
+
+    after = contents(checkpoint)
+    assert upgrade.main([str(checkpoint), "--write"]) == 0  # a second time changes nothing
+    assert contents(checkpoint) == after
+    assert upgrade.main([str(checkpoint)]) == 0
+
+    assert upgrade.main([str(checkpoint), "--restore"]) == 0
+    assert contents(checkpoint) == before
+    assert upgrade.main([str(checkpoint), "--restore"]) == 2
+    assert "nothing to restore" in capsys.readouterr().err
+
+
+def loads(folder) -> str:
+    """Load the model's class in a fresh process; says which version it is."""
+    code = f"""
+from transformers import AutoConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+config = AutoConfig.from_pretrained({str(folder)!r}, trust_remote_code=True)
+model = get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], {str(folder)!r})
+get_class_from_dynamic_module("tokenization_qwen.QWenTokenizer", {str(folder)!r})
+print("earlier" if hasattr(model, "is_earlier") else "new")
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("action", ["--write", "--restore"])
+def test_a_kill_at_any_moment_leaves_a_folder_that_loads(checkpoint, monkeypatch, action):
+    before = contents(checkpoint)
+    replace, versions = os.replace, []
+    for moment in range(1, 20):
+        if action == "--restore":
+            assert upgrade.main([str(checkpoint), "--write"]) == 0
+        steps = iter(range(1, 100))
+
+        def killed(source, target, moment=moment, steps=steps):
+            if next(steps) == moment:
+                raise Killed
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", killed)
+        try:
+            assert upgrade.main([str(checkpoint), action]) == 0
+            finished = True
+        except Killed:
+            finished = False
+        monkeypatch.setattr(os, "replace", replace)
+        if moment in (4, 6) or finished:  # a process each takes time
+            versions.append(loads(checkpoint))
+        if action == "--write":
+            assert upgrade.main([str(checkpoint), "--write"]) == 0  # goes on where it stopped
+            assert upgrade.main([str(checkpoint), "--restore"]) == 0
+        else:
+            while upgrade.backups(checkpoint):
+                assert upgrade.main([str(checkpoint), "--restore"]) == 0
+        left = {k: v for k, v in contents(checkpoint).items() if not k.startswith(".")}
+        assert left == before
+        if finished:
+            break
+    assert finished
+    assert set(versions) == {"earlier", "new"}
+
+
+def test_links_into_a_shared_cache_are_refused_and_copied_instead(checkpoint, tmp_path, capsys):
+    blobs, snapshot = tmp_path / "models--me--qwen" / "blobs", tmp_path / "models--me--qwen" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in checkpoint.iterdir():
+        shutil.copy(path, blobs)
+        (snapshot / path.name).symlink_to(blobs / path.name)
+    before = contents(blobs)
+    assert upgrade.main([str(snapshot), "--write"]) == 2
+    assert "symbolic link" in (message := capsys.readouterr().err)
+    assert "--copy-to" in message
+    assert upgrade.main([str(snapshot), "--copy-to", str(tmp_path / "copy")]) == 0
+    assert contents(blobs) == before
+    assert not any(path.is_symlink() for path in (tmp_path / "copy").iterdir())
+    assert loads(tmp_path / "copy") == "new"
+    assert upgrade.main([str(snapshot), "--copy-to", str(tmp_path / "copy")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (lambda f: change_config(f, no_bias=False), "weights are missing, such as transformer.h.0.attn.c_proj.bias"),
+        (lambda f: change_config(f, num_hidden_layers=2), "have no place in the model, such as transformer.h.2"),
+        (lambda f: change_config(f, intermediate_size=200), r"another shape .*\(64, 96\), not \(64, 100\)"),
+        (lambda f: change_config(f, num_attention_heads=5), "must be a multiple"),
+        (lambda f: (f / "model.safetensors").unlink(), "There are no weights"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"123"), "model.safetensors is damaged"),
+        (lambda f: (f / "qwen.tiktoken").write_bytes(b"version 1"), "line 1"),
+        (lambda f: (f / "qwen.tiktoken").unlink(), "no vocabulary file"),
+    ],
+)
+def test_problems_are_named_and_nothing_is_written(checkpoint, capsys, damage, message):
+    damage(checkpoint)
+    before = contents(checkpoint)
+    for action in ([], ["--write"]):
+        assert upgrade.main([str(checkpoint), *action]) == 2
+        assert __import__("re").search(message, capsys.readouterr().err)
+    assert contents(checkpoint) == before
+
+
+def test_sharded_and_pickled_weights(checkpoint, capsys):
+    weights = load_file(checkpoint / "model.safetensors")
+    names = sorted(weights)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in halves.items():
+        save_file({name: weights[name] for name in part}, checkpoint / file)
+    index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    (checkpoint / "model.safetensors").unlink()
+    assert upgrade.main([str(checkpoint)]) == 1
+    assert "weights: all 27 are there, in the shapes" in capsys.readouterr().out
+    (checkpoint / "b.safetensors").unlink()
+    assert upgrade.main([str(checkpoint)]) == 2
+    assert "b.safetensors is missing" in capsys.readouterr().err
+
+    (checkpoint / "model.safetensors.index.json").unlink()
+    torch.save({}, checkpoint / "p.bin")
+    (checkpoint / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "p.bin")}))
+    assert upgrade.main([str(checkpoint)]) == 1  # names only: a pickle is not opened
+    assert "weights: all 27 are there\n" in capsys.readouterr().out
+
+
+def test_chat_checkpoints_get_advice(checkpoint, capsys):
+    (checkpoint / "generation_config.json").write_text('{"chat_format": "chatml", "eos_token_id": 151643}')
+    upgrade.main([str(checkpoint)])
+    assert '"eos_token_id": [151643, 151645]' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        '{"a": 1}',
+        '{\n\t"a": 1,\n\t"auto_map": {"AutoConfig": "x.y"},\n\t"b": [1,2]\n}\n',
+        '{"auto_map":{},"z":0}',
+    ],
+)
+def test_auto_map_is_merged_into_any_formatting(text):
+    merged = upgrade.merged_auto_map(text, {"AutoModel": "m.M"})
+    old, new = json.loads(text), json.loads(merged)
+    assert new.pop("auto_map") == {**old.pop("auto_map", {}), "AutoModel": "m.M"}
+    assert new == old
+    assert upgrade.merged_auto_map(merged, {"AutoModel": "m.M"}) == merged
+
+
+def test_the_modules_are_all_that_the_code_imports():
+    import re
+
+    for name in upgrade.MODULES:
+        for module in re.findall(r"^from \.(\w+) import", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE):
+            assert upgrade.MODULES.index(f"{module}.py") < upgrade.MODULES.index(name)
