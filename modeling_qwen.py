@@ -299,8 +299,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         if dtype is None and pretrained_model_name_or_path is None:
             dtype = "auto"  # that of the `state_dict`
         kwargs[DTYPE] = cls._choose_dtype(config, dtype, on_accelerator)
-        if "attn_implementation" not in kwargs and config._attn_implementation is None:
-            set_attention(config, kwargs, cls._choose_attention(config, kwargs[DTYPE], on_accelerator))
+        set_attention(config, kwargs, cls._choose_attention(config, kwargs[DTYPE], on_accelerator))
         info_wanted = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
@@ -332,7 +331,7 @@ class QWenPreTrainedModel(PreTrainedModel):
             return named[flag]
         if dtype is not None:
             return dtype
-        own = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+        own = getattr(config, DTYPE, None)
         own = getattr(torch, own) if isinstance(own, str) else own
         if on_accelerator:
             supported = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else True
@@ -485,6 +484,7 @@ class QWenModel(QWenPreTrainedModel):
 
         all_hidden_states = [] if output_hidden_states else None
         attention_weights = [] if output_attentions else None
+        update_kwargs = cache_kwargs(cache_position)
         x = self.drop(x)
         for block in self.h:
             if output_hidden_states:
@@ -496,7 +496,7 @@ class QWenModel(QWenPreTrainedModel):
                 sin=sin,
                 query_scale=query_scale,
                 past_key_values=past_key_values,
-                update_kwargs=cache_kwargs(cache_position),
+                update_kwargs=update_kwargs,
                 attention_weights=attention_weights,
                 position_ids=position_ids,
                 **kwargs,

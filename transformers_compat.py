@@ -343,9 +343,12 @@ def pop_dtype(kwargs: dict):
 
 
 def set_attention(config, kwargs: dict, choice: str | None) -> None:
-    """Hand the attention implementation `choice` (None: transformers') to the `from_pretrained` that follows."""
+    """
+    Hand the attention implementation `choice` (None: transformers') to the `from_pretrained` that gets `kwargs`,
+    unless the caller named one.
+    """
     if hasattr(transformers.PretrainedConfig(), "_attn_implementation"):
-        if choice is not None:
+        if choice is not None and "attn_implementation" not in kwargs and config._attn_implementation is None:
             kwargs["attn_implementation"] = choice
         return
     # up to 4.35, where `from_pretrained` knows nothing of it

@@ -145,7 +145,7 @@ def check_vocabulary(folder: Path) -> str:
 
 
 def merged_auto_map(text: str, auto_map: dict) -> str:
-    """The text of a JSON object with `auto_map`'s entries in its "auto_map", everything else to the letter as it was."""
+    """The text of a JSON object with these entries in its "auto_map", everything else to the letter as it was."""
     old = json.loads(text)
     merged = {**old.get("auto_map", {}), **auto_map}
     if old.get("auto_map") == merged:
