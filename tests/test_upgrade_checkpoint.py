@@ -26,7 +26,7 @@ class QWenConfig(PretrainedConfig):
     model_type = "qwen"
     def __init__(self, **kwargs):
         for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
-            setattr(self, key, kwargs.pop(key))
+            setattr(self, key, kwargs.pop(key, 1))
         super().__init__(**kwargs)
 """,
     "qwen_generation_utils.py": """
