@@ -16,6 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
@@ -32,7 +33,6 @@ from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
     DTYPE,
     DynamicCache,
-    GenerationMixin,
     GradientCheckpointingLayer,
     PreTrainedModel,
     as_cache,
@@ -41,6 +41,7 @@ from .transformers_compat import (
     create_causal_mask,
     is_flash_attn_2_available,
     load_config,
+    loading_defaults,
     pop_dtype,
     set_attention,
 )
@@ -296,7 +297,9 @@ class QWenPreTrainedModel(PreTrainedModel):
         config, kwargs = load_config(cls.config_class, config, pretrained_model_name_or_path, kwargs)
         on_accelerator = _goes_to_accelerator(kwargs.get("device_map"))
         dtype = pop_dtype(kwargs)
-        if dtype is None and pretrained_model_name_or_path is None:
+        if pretrained_model_name_or_path is not None:
+            loading_defaults(kwargs)
+        elif dtype is None:
             dtype = "auto"  # that of the `state_dict`
         kwargs[DTYPE] = cls._choose_dtype(config, dtype, on_accelerator)
         set_attention(config, kwargs, cls._choose_attention(config, kwargs[DTYPE], on_accelerator))
@@ -547,6 +550,8 @@ class QWenModel(QWenPreTrainedModel):
         lengths = getattr(cache, "prompt_lengths", None)
         if lengths is None:
             lengths = position_ids.amax(-1) + 1
+        elif lengths.shape[0] < position_ids.shape[0]:  # rows became beams after the note
+            lengths = lengths.repeat_interleave(position_ids.shape[0] // lengths.shape[0])
         alpha = ntk_alpha(lengths.to(position_ids.device), self.config.seq_length)
         if cache is None:
             return alpha

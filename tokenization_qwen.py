@@ -273,7 +273,7 @@ class QWenTokenizer(PreTrainedTokenizer):
             surface = token.content if isinstance(token, AddedToken) else token
             if surface in self.special_tokens:
                 continue
-            if special_tokens or (isinstance(token, AddedToken) and token.special):
+            if special_tokens or getattr(token, "special", False):
                 raise ValueError(
                     f"{surface!r} is not a special token of this vocabulary. Use one of "
                     f"<|extra_0|> to <|extra_204|>, which are there for this."

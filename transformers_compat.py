@@ -246,17 +246,9 @@ class PreTrainedModel(transformers.PreTrainedModel):
             if isinstance(module, GradientCheckpointingLayer):
                 module.gradient_checkpointing = value
 
-
-try:
-    from transformers import GenerationMixin as _GenerationMixin
-except ImportError:
-    from transformers.generation import GenerationMixin as _GenerationMixin
-
-
-class GenerationMixin(_GenerationMixin):
-    """transformers' `GenerationMixin` with the methods that its older releases expect a model to bring."""
-
-    if "input_ids" not in inspect.signature(_GenerationMixin.prepare_inputs_for_generation).parameters:  # up to 4.45
+    if (
+        "input_ids" not in inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
+    ):  # up to 4.45
 
         def prepare_inputs_for_generation(
             self,
@@ -299,6 +291,18 @@ class GenerationMixin(_GenerationMixin):
 
 # What the precision is called, as an argument of `from_pretrained`: `torch_dtype` up to 4.55.
 DTYPE = "dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch_dtype"
+
+
+def loading_defaults(kwargs: dict) -> None:
+    """Up to 4.46 weights are by default loaded beside a model that has its own already; not here."""
+    if masking_utils is not None:
+        return
+    from transformers.deepspeed import is_deepspeed_zero3_enabled
+    from transformers.utils import is_accelerate_available
+
+    if is_accelerate_available() and not is_deepspeed_zero3_enabled():
+        kwargs.setdefault("low_cpu_mem_usage", True)
+
 
 _HUB_ARGUMENTS = (
     "cache_dir",

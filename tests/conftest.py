@@ -51,6 +51,29 @@ def tiny_model(seed: int = 0, **changes):
     return model.eval()
 
 
+def save(model, folder) -> None:
+    """Save in safetensors, which releases up to 4.34 do only when told."""
+    import inspect
+
+    told = "safe_serialization" in inspect.signature(model.save_pretrained).parameters
+    model.save_pretrained(folder, **({"safe_serialization": True} if told else {}))
+
+
+def static_cache(config, length: int, batch_size: int = 1):
+    """A StaticCache for `length` tokens; skips where the release has none."""
+    import inspect
+
+    try:
+        from transformers import StaticCache
+    except ImportError:
+        pytest.skip("this release of transformers has no static cache")
+    parameters = inspect.signature(StaticCache.__init__).parameters
+    if "max_batch_size" not in parameters and "batch_size" not in parameters:
+        return StaticCache(config=config, max_cache_len=length)
+    size = {"max_batch_size" if "max_batch_size" in parameters else "batch_size": batch_size}
+    return StaticCache(config=config, max_cache_len=length, device="cpu", dtype=torch.float32, **size)
+
+
 def random_ids(*shape: int, seed: int = 0, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, modeling_qwen, random_ids, tiny_config, tiny_model
+from conftest import ROOT, modeling_qwen, random_ids, save, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -30,7 +30,7 @@ QWenLMHeadModel = modeling_qwen.QWenLMHeadModel
 def checkpoint(tmp_path):
     """A folder as a user has it: our files beside a small random model's weights, and a vocabulary."""
     folder = tmp_path / "checkpoint"
-    tiny_model(vocab_size=4096).save_pretrained(folder)
+    save(tiny_model(vocab_size=4096), folder)
     for name in CODE:
         shutil.copy(ROOT / name, folder)
     for name in ("tokenizer_config.json", "qwen.tiktoken"):
@@ -81,7 +81,7 @@ def test_saved_folder_loads_in_a_fresh_process_elsewhere(checkpoint, tmp_path):
     model = load(checkpoint, fp32=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     saved = tmp_path / "saved"
-    model.save_pretrained(saved)
+    save(model, saved)
     tokenizer.save_pretrained(saved)
     for name in CODE:
         assert (saved / name).read_text() == (ROOT / name).read_text()

@@ -101,7 +101,9 @@ def test_control_over_special_tokens(demo_tokenizer):
 
 
 def test_padding_batches_and_tensors(demo_tokenizer):
-    batch = demo_tokenizer(["a", "the capital of"], padding=True, return_tensors="pt", padding_side="left")
+    left = copy.deepcopy(demo_tokenizer)
+    left.padding_side = "left"
+    batch = left(["a", "the capital of"], padding=True, return_tensors="pt")
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     assert batch["attention_mask"][0].tolist()[-1] == 1
     assert batch["attention_mask"][0].tolist()[0] == 0
