@@ -129,6 +129,14 @@ class QWenConfig(PretrainedConfig):
         """Channels of a head that are rotated."""
         return int(self.kv_channels * self.rotary_pct)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As inherited; a precision that the caller names replaces the one in the file."""
+        named = any(kwargs.get(key) for key in (*PRECISION_FLAGS, "dtype", "torch_dtype"))
+        if named:
+            config_dict = {**config_dict, **dict.fromkeys(PRECISION_FLAGS, False)}
+        return super().from_dict(config_dict, **kwargs)
+
     def check(self) -> None:
         """
         Raise ValueError if the values contradict each other.

@@ -307,6 +307,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
+        model._forget_precision_flags()
         if strict and not info_wanted and getattr(model, "hf_quantizer", None) is None:  # quantisers rename weights
             model._check_loaded(info, pretrained_model_name_or_path)
         return (model, info) if info_wanted else model
@@ -320,7 +321,14 @@ class QWenPreTrainedModel(PreTrainedModel):
             dtype = cls._choose_dtype(config, dtype, on_accelerator=False)
         if dtype is not None:
             kwargs[DTYPE] = dtype
-        return super()._from_config(config, **kwargs)
+        model = super()._from_config(copy.deepcopy(config), **kwargs)
+        model._forget_precision_flags()
+        return model
+
+    def _forget_precision_flags(self) -> None:
+        """What they asked for is done, and `dtype` says it; a saved flag would overrule a later change of precision."""
+        for flag in PRECISION_FLAGS:
+            setattr(self.config, flag, False)
 
     @staticmethod
     def _choose_dtype(config: QWenConfig, dtype, on_accelerator: bool):
@@ -542,10 +550,10 @@ class QWenModel(QWenPreTrainedModel):
 
     def _ntk_alpha(self, position_ids: torch.Tensor, cache, past_length) -> torch.Tensor:
         """
-        The NTK scale of each sequence, float32 (B or 1,): that of the prompt, which its cache remembers.
+        The NTK scale of each sequence, float32 (B or 1,): that of its prompt, which its cache remembers.
 
-        `generate` notes the length of the prompt on the cache (`prompt_lengths`), for a prompt that arrives in chunks
-        or with draft tokens behind it; without the note the first tokens that a cache sees are the prompt.
+        While `generate` runs, the length of the prompt is noted on the cache (`prompt_lengths`), for a prompt that
+        arrives in chunks or with draft tokens behind it; otherwise the first tokens that a cache sees are the prompt.
         """
         lengths = getattr(cache, "prompt_lengths", None)
         if lengths is None:
@@ -555,13 +563,16 @@ class QWenModel(QWenPreTrainedModel):
         alpha = ntk_alpha(lengths.to(position_ids.device), self.config.seq_length)
         if cache is None:
             return alpha
-        if getattr(cache, "ntk_alpha", None) is None:
+        stored = getattr(cache, "ntk_alpha", None)
+        if isinstance(past_length, torch.Tensor) and stored is not None:
+            # A static cache may have been reset. Its length is a tensor: decide without a branch, so that this
+            # compiles and no device waits for the host. A compiled step is never the first, and has nothing to store.
+            alpha = torch.where(past_length == 0, alpha, stored.to(alpha.device))
+            if not torch.compiler.is_compiling():
+                cache.ntk_alpha = alpha
+            return alpha
+        if stored is None or past_length == 0:
             cache.ntk_alpha = alpha
-        elif position_ids.shape[-1] > 1:
-            # A static cache that was reset holds the old prompt's value. Its length is a tensor: decide without a
-            # branch, so that this compiles and no device waits for the host.
-            empty = torch.as_tensor(past_length == 0, device=alpha.device)
-            cache.ntk_alpha = torch.where(empty, alpha, cache.ntk_alpha)
         return cache.ntk_alpha
 
 
@@ -664,26 +675,33 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         if stop_words_ids is None:
             stop_words_ids = getattr(settings, "stop_words_ids", None)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if ids is not None and ids.numel():
+        if torch.is_tensor(ids) and ids.numel():
             vocab_size = self.get_input_embeddings().num_embeddings
             if ids.min() < 0 or ids.max() >= vocab_size:
                 raise IndexError(_outside_vocabulary(ids, vocab_size))
         if stop_words_ids is not None:
             eos = kwargs.get("eos_token_id", settings.eos_token_id)
+            eos = eos.tolist() if torch.is_tensor(eos) else eos
             stop = StopWordsLogitsProcessor(
                 stop_words_ids,
                 eos[0] if isinstance(eos, (list, tuple)) else eos,
                 prompt_length=0 if ids is None else ids.shape[1],
             )
             logits_processor = [*(logits_processor or []), stop]
-        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+        cache = kwargs.get("past_key_values")
+        try:
+            output = super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+            cache = getattr(output, "past_key_values", cache)
+        finally:
+            if getattr(cache, "prompt_lengths", None) is not None:
+                cache.prompt_lengths = None  # the note was for this prompt; the cache may outlive it
+        return output
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As inherited; notes the length of the prompt, int64 (B,), on a cache that is still empty."""
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if self.config.use_dynamic_ntk and cache is not None and not cache.get_seq_length():
-            cache.ntk_alpha = cache.prompt_lengths = None
             positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
             if positions is not None:
                 cache.prompt_lengths = positions.amax(-1) + 1
@@ -753,6 +771,12 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             tokenizer, query, history, system, stop_words_ids, generation_config, kwargs
         )
 
+        settings_of = self.generation_config if generation_config is None else generation_config
+        if max(kwargs.get("num_beams", 1), getattr(settings_of, "num_beams", 1) or 1) > 1:
+            raise ValueError("chat_stream can't stream beams, which are only chosen at the end; use chat.")
+        if "streamer" in kwargs:
+            raise ValueError("chat_stream is a stream itself; to use a streamer call model.generate.")
+
         def responses():
             stream = TextStream(tokenizer, stop_ids)
             shown = None
@@ -779,7 +803,10 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
                 f"model.generation_config.chat_format = 'chatml', or load the checkpoint's generation_config.json "
                 f"with GenerationConfig.from_pretrained."
             )
-        max_window_size = kwargs.pop("max_window_size", None) or getattr(settings, "max_window_size", None) or 6144
+        if max(kwargs.get("num_return_sequences", 1), getattr(settings, "num_return_sequences", 1) or 1) > 1:
+            raise ValueError("chat gives one response; for several call model.generate with num_return_sequences.")
+        max_window_size = kwargs.pop("max_window_size", getattr(settings, "max_window_size", None))
+        max_window_size = 6144 if max_window_size is None else max_window_size
         _, shortest = make_context(tokenizer, query, None, system, max_window_size, chat_format)
         if len(shortest) > max_window_size:
             raise ValueError(
@@ -804,5 +831,6 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             "stop_words_ids": stop_words_ids,
             "eos_token_id": eos,
             **kwargs,
+            "return_dict_in_generate": False,
         }
         return ids, set(eos), arguments

@@ -45,7 +45,7 @@ def make_context(
     below `max_window_size` tokens together with it, then the query. Roles and contents are encoded as ordinary text:
     what a person wrote never becomes a control token. In the raw format the prompt is the query itself.
 
-    Raises ValueError for an unknown `chat_format`.
+    Raises ValueError for an unknown `chat_format`, or a history that is not made of pairs of texts.
 
     Example:
         >>> make_context(tokenizer, "1+1=?", chat_format="chatml")[0]
@@ -64,7 +64,13 @@ def make_context(
 
     system_text, system_ids = message("system", system)
     turns_text, turns_ids = "", []
-    for past_query, past_response in reversed(history or []):
+    for turn in reversed(history or []):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError(
+                f"history must be a list of (query, response) pairs of texts, found {turn!r} in it. For messages "
+                f"with roles use tokenizer.apply_chat_template."
+            )
+        past_query, past_response = turn
         query_text, query_ids = message("user", past_query)
         response_text, response_ids = message("assistant", past_response)
         turn_ids = newline + query_ids + newline + response_ids

@@ -25,7 +25,10 @@ ENDOFTEXT = "<|endoftext|>"
 IMSTART = "<|im_start|>"
 IMEND = "<|im_end|>"
 SPECIAL_TOKENS = (ENDOFTEXT, IMSTART, IMEND, *(f"<|extra_{i}|>" for i in range(205)))
-_SPECIAL_PATTERN = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+_TOKEN_NAMES = (
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    *("additional_special_tokens", "extra_special_tokens"),
+)
 
 # ChatML, as `make_context` writes it. Like `chat`, it begins with a system prompt even when none is given.
 CHAT_TEMPLATE = (
@@ -133,9 +136,32 @@ class QWenTokenizer(PreTrainedTokenizer):
         for name in ("eos_token", "pad_token"):
             if kwargs.get(name) is None:
                 kwargs[name] = ENDOFTEXT
+        for name in _TOKEN_NAMES:
+            self._check_special(kwargs.get(name))
         if kwargs.get("chat_template") is None:
             kwargs["chat_template"] = CHAT_TEMPLATE
         super().__init__(errors=errors, **kwargs)
+
+    def _check_special(self, token) -> None:
+        """Raise ValueError unless it is None, a special token of this vocabulary, or a list of such tokens."""
+        for one in token if isinstance(token, (list, tuple)) else [token]:
+            surface = one.content if isinstance(one, AddedToken) else one
+            if surface is not None and surface not in self.special_tokens:
+                raise ValueError(
+                    f"{surface!r} is not a special token of this vocabulary. Use one of "
+                    f"<|extra_0|> to <|extra_204|>, which are there for this."
+                )
+
+    def __setattr__(self, name, value):
+        if name in _TOKEN_NAMES:
+            self._check_special(value)
+        super().__setattr__(name, value)
+
+    def add_special_tokens(self, special_tokens_dict, *args, **kwargs) -> int:
+        """As inherited, for special tokens of this vocabulary; ValueError, and no change, for others."""
+        for value in special_tokens_dict.values():
+            self._check_special(value)
+        return super().add_special_tokens(special_tokens_dict, *args, **kwargs)
 
     def _load_extra(self, path: str) -> dict[bytes, int]:
         """Further tokens with ids behind the special tokens; a token or id that is taken already is skipped."""
@@ -202,7 +228,9 @@ class QWenTokenizer(PreTrainedTokenizer):
             >>> tokenizer.tokenize("print(1)<|endoftext|>")
             [b'print', b'(', b'1', b')', '<|endoftext|>']
         """
-        ids = self._text_to_ids(text, allowed_special, disallowed_special, kwargs.pop("quotes", None))
+        if kwargs.get("split_special_tokens", self.split_special_tokens):  # transformers' name for it
+            allowed_special = set()
+        ids = self._text_to_ids(text, allowed_special, disallowed_special, kwargs.get("quotes"))
         if pair is not None:
             ids += self._text_to_ids(pair, allowed_special, disallowed_special)
         return [self.decoder[token] for token in ids]
@@ -245,8 +273,8 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     def convert_ids_to_tokens(self, ids, skip_special_tokens: bool = False):
         """The token (bytes or str) of an id, or those of a list of ids; ValueError for an id that does not exist."""
-        if isinstance(ids, int):
-            return self._convert_id_to_token(ids)
+        if isinstance(ids, int) or getattr(ids, "ndim", 1) == 0:  # a number of Python, NumPy or torch
+            return self._convert_id_to_token(int(ids))
         tokens = [self._convert_id_to_token(int(index)) for index in ids]
         return [t for t in tokens if not (skip_special_tokens and isinstance(t, str))]
 
@@ -274,10 +302,7 @@ class QWenTokenizer(PreTrainedTokenizer):
             if surface in self.special_tokens:
                 continue
             if special_tokens or getattr(token, "special", False):
-                raise ValueError(
-                    f"{surface!r} is not a special token of this vocabulary. Use one of "
-                    f"<|extra_0|> to <|extra_204|>, which are there for this."
-                )
+                self._check_special(surface)
             raise ValueError(
                 f"Adding the regular token {surface!r} is not supported. Put new tokens into a file and pass it "
                 f"as extra_vocab_file."
@@ -302,11 +327,19 @@ class QWenTokenizer(PreTrainedTokenizer):
         With the default template the ids are exactly those of `make_context`. The text (`tokenize=False`) can't keep
         that apart: encode it only if you trust the messages.
         """
+        conversation = getattr(conversation, "messages", conversation)
+        if not conversation:
+            raise ValueError("The conversation is empty; it needs at least one message.")
+        is_default = (kwargs.get("chat_template") or self.chat_template) == CHAT_TEMPLATE
+        if is_default:
+            if kwargs.get("tools") or any(args[:1]):
+                raise ValueError("The default chat template has no place for tools; pass a chat_template that has.")
+            conversation = _plain(conversation)
         if tokenize:
-            conversation = getattr(conversation, "messages", conversation)
-            template = kwargs.get("chat_template") or self.chat_template
-            quotes = _unused_characters(conversation)
-            conversation = _quote(conversation, quotes, everything=template == CHAT_TEMPLATE)
+            quotes = _unused_characters([conversation, args, kwargs])
+            conversation = _quote(conversation, quotes, everything=is_default)
+            args = [_quote(value, quotes) for value in args]
+            kwargs = {k: v if k == "chat_template" else _quote(v, quotes) for k, v in kwargs.items()}
             tokenizer_kwargs = {**(tokenizer_kwargs or {}), "quotes": quotes}
         return super().apply_chat_template(
             conversation, *args, tokenize=tokenize, tokenizer_kwargs=tokenizer_kwargs, **kwargs
@@ -338,17 +371,31 @@ def _unused_characters(conversation) -> tuple[str, str]:
     return chr(free[0]), chr(free[1])
 
 
-def _quote(message, quotes: tuple[str, str], everything: bool, key: str | None = None):
+def _plain(message):
+    """Messages with contents that are texts: parts of type "text" joined, None as an empty text."""
+    if isinstance(message, (list, tuple)):
+        return [_plain(m) for m in message]
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"Qwen reads text only; found a message with the content {content!r}.")
+        content = "".join(parts)
+    return {**message, "content": "" if content is None else content}
+
+
+def _quote(value, quotes: tuple[str, str], everything: bool = False, key: str | None = None):
     """
     Put what people say between the two characters `quotes`, so that it can be found in the rendered template.
 
     Everything under "content" if the template is the one that we know. Another template may want to look into the
-    messages (trim them, compare them), so there only texts with a special token's surface form are marked.
+    messages (trim them, compare them), so there only texts with a "|" are marked: every special token has one, so
+    none can come out of texts that a template changes or joins.
     """
-    if isinstance(message, dict):
-        return {k: _quote(v, quotes, everything, k) for k, v in message.items()}
-    if isinstance(message, (list, tuple)):
-        return [_quote(v, quotes, everything, key) for v in message]
-    if isinstance(message, str) and (_SPECIAL_PATTERN.search(message) or (everything and key == "content")):
-        return f"{quotes[0]}{message}{quotes[1]}"
-    return message
+    if isinstance(value, dict):
+        return {_quote(k, quotes): _quote(v, quotes, everything, k) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_quote(v, quotes, everything, key) for v in value]
+    if isinstance(value, str) and ("|" in value or (everything and key == "content")):
+        return f"{quotes[0]}{value}{quotes[1]}"
+    return value

@@ -327,9 +327,12 @@ def load_config(config_class, config, path, kwargs: dict):
     if isinstance(config, transformers.PretrainedConfig):
         return config, kwargs
     hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
-    # These are arguments of loading, not keys for the configuration to swallow.
-    kept = {key: kwargs[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in kwargs}
-    rest = {key: value for key, value in kwargs.items() if key not in kept}
+    # These are arguments of loading too; a configuration has no data type "auto" and keeps its own quantisation.
+    dtype = pop_dtype(kwargs := dict(kwargs))
+    kwargs = kwargs if dtype is None else {**kwargs, DTYPE: dtype}
+    kept = {key: kwargs[key] for key in (DTYPE, "quantization_config") if key in kwargs}
+    hidden = [key for key in kept if key == "quantization_config" or dtype == "auto"]
+    rest = {key: value for key, value in kwargs.items() if key not in hidden}
     config, unused = config_class.from_pretrained(path if config is None else config, return_unused_kwargs=True, **rest)
     return config, {**hub, **unused, **kept}
 
@@ -338,12 +341,12 @@ def pop_dtype(kwargs: dict):
     """Take `dtype`, or `torch_dtype` (its name up to 4.55), out of `kwargs`; None when neither is given."""
     dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
     dtype = torch_dtype if dtype is None else dtype
-    if isinstance(dtype, str) and dtype != "auto":
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(f"dtype={dtype!r} is not a torch data type; pass for example dtype='bfloat16'.")
-        return named
-    return dtype
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is not a torch data type; pass for example dtype='bfloat16'.")
+    return named
 
 
 def set_attention(config, kwargs: dict, choice: str | None) -> None:

@@ -174,6 +174,20 @@ def test_a_question_longer_than_the_window(model, demo_tokenizer):
             method(demo_tokenizer, "a b c " * 200, None)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"num_return_sequences": 2}, "one response"), ({"num_beams": 2}, "beams"), ({"streamer": object()}, "streamer")],
+)
+def test_streams_refuse_at_the_call_what_cannot_be_streamed(model, demo_tokenizer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.chat_stream(demo_tokenizer, "hi", None, **arguments)
+
+
+def test_chat_with_a_dictionary_asked_for(model, demo_tokenizer):
+    expected = by_hand(model, demo_tokenizer, "hi")
+    assert model.chat(demo_tokenizer, "hi", None, return_dict_in_generate=True)[0] == expected
+
+
 def test_text_generation_pipeline(model, demo_tokenizer):
     pipe = pipeline("text-generation", model=model, tokenizer=demo_tokenizer)
     text = "法国的首都是"

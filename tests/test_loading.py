@@ -159,6 +159,22 @@ def test_contradictions_in_precision(checkpoint):
         QWenLMHeadModel.from_pretrained(checkpoint, dtype="bfloat")
 
 
+def test_a_saved_precision_does_not_stand_in_the_way(checkpoint, tmp_path):
+    edit(checkpoint, bf16=True)  # as published code leaves it
+    for arguments, expected in (
+        ({}, torch.bfloat16),
+        ({"fp32": True}, torch.float32),
+        ({"dtype": torch.float16}, torch.float16),
+        ({"dtype": "float32"}, torch.float32),
+    ):
+        assert load(checkpoint, **arguments).dtype == expected
+        assert QWenLMHeadModel.from_pretrained(checkpoint, **arguments).dtype == expected
+    model = load(checkpoint).float()
+    save(model, tmp_path / "saved")
+    assert load(tmp_path / "saved").dtype == torch.float32
+    assert load(tmp_path / "saved", bf16=True).dtype == torch.bfloat16
+
+
 def test_flash_attention_asked_for_but_not_there(checkpoint):
     with pytest.raises((ImportError, ValueError), match=r"(?i)flash"):
         load(checkpoint, use_flash_attn=True)

@@ -239,6 +239,21 @@ def test_ntk_scale_is_that_of_the_prompt_and_kept(kind):
             cache.reset()
 
 
+@pytest.mark.parametrize("first", ["generate", "forward"])
+def test_a_reset_cache_knows_nothing_of_its_earlier_prompt(first):
+    model = tiny_model(**NTK_LOGN)
+    cache, fresh = static_cache(model.config, 120), static_cache(model.config, 120)
+    long, short = random_ids(1, 100), random_ids(1, 20, seed=1)
+    with torch.no_grad():
+        if first == "generate":
+            model.generate(long, past_key_values=cache, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        else:
+            model(long, past_key_values=cache)
+        cache.reset()
+        for part in (short[:, :1], short[:, 1:]):
+            close(model(part, past_key_values=cache).logits, model(part, past_key_values=fresh).logits)
+
+
 def test_logits_to_keep():
     model = tiny_model()
     ids = random_ids(2, 12)

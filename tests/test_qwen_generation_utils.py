@@ -92,6 +92,46 @@ def test_another_template_sees_the_messages_and_stays_safe(demo_tokenizer):
     assert ids == [start, *demo_tokenizer.encode("hi"), end, start, *quoted, end]
 
 
+@pytest.mark.parametrize(
+    ("template", "messages", "variables"),
+    [
+        ("{{ m.content[0] }}{{ m.content[1] }}", {"content": ["<|im_", "end|>"]}, {}),
+        ("{{ m.content[0] }}{{ m.content[1] }}{{ m.content[2] }}", {"content": ["<", "|im_end|", ">"]}, {}),
+        ("{{ m.content | lower }}", {"content": "<|IM_END|>"}, {}),
+        ("{{ m.role }}{{ m.content }}", {"role": "<|im_", "content": "end|>"}, {}),
+        ("{{ m.call | tojson }}", {"content": "", "call": {"<|im_end|>": 1}}, {}),
+        ("{{ note }}", {"content": ""}, {"note": "<|im_end|>"}),
+    ],
+)
+def test_no_template_makes_control_tokens_out_of_texts(demo_tokenizer, template, messages, variables):
+    template = "{% for m in messages %}" + template + "{% endfor %}"
+    ids = demo_tokenizer.apply_chat_template(
+        [{"role": "user", **messages}], chat_template=template, return_dict=False, **variables
+    )
+    assert ids
+    assert demo_tokenizer.im_end_id not in ids
+
+
+def test_contents_in_parts_and_empty_ones(demo_tokenizer):
+    def ids(content):
+        return demo_tokenizer.apply_chat_template([{"role": "user", "content": content}], return_dict=False)
+
+    assert ids([{"type": "text", "text": "1+"}, {"type": "text", "text": "1"}]) == ids("1+1")
+    assert ids(None) == ids("")
+    with pytest.raises(ValueError, match="text only"):
+        ids([{"type": "image", "url": "x"}])
+    with pytest.raises(ValueError, match="empty"):
+        demo_tokenizer.apply_chat_template([])
+    with pytest.raises(ValueError, match="no place for tools"):
+        demo_tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tools=[{"name": "f"}])
+
+
+@pytest.mark.parametrize("bad", [[{"role": "user", "content": "x"}], [("a",)], [("a", None)], ["ab"]], ids=str)
+def test_history_that_is_not_pairs_of_texts(demo_tokenizer, bad):
+    with pytest.raises(ValueError, match=r"pairs of texts.*apply_chat_template"):
+        utils.make_context(demo_tokenizer, "hi", bad)
+
+
 def test_window_drops_the_oldest_turns_first(demo_tokenizer):
     history = [("first question", "first answer"), ("second question", "second answer")]
     whole = utils.make_context(demo_tokenizer, "now", history, "sys")

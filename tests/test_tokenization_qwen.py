@@ -155,6 +155,17 @@ def test_only_known_special_tokens_and_no_regular_ones(demo_tokenizer):
     with pytest.raises(ValueError, match="regular token 'word'"):
         tokenizer.add_tokens([AddedToken("word")])
     assert len(tokenizer) == len(demo_tokenizer)
+    with pytest.raises(ValueError, match="not a special token"):
+        tokenizer.pad_token = "[PAD]"
+    with pytest.raises(ValueError, match="not a special token"):
+        QWenTokenizer(tokenizer.vocab_file, pad_token="[PAD]")
+    assert tokenizer.pad_token == "<|extra_0|>"  # nothing refused has left a trace
+    assert tokenizer.mask_token is None
+
+
+def test_transformers_own_switch_against_special_tokens(demo_tokenizer):
+    expected = demo_tokenizer.encode("<|im_end|>", allowed_special=set())
+    assert demo_tokenizer("<|im_end|>", split_special_tokens=True)["input_ids"] == expected
 
 
 def test_extra_vocabulary(demo_tokenizer, tmp_path, caplog):
