@@ -143,7 +143,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         super().__init__(errors=errors, **kwargs)
 
     def _check_special(self, token) -> None:
-        """Raise ValueError unless it is None, a special token of this vocabulary, or a list of such tokens."""
+        """Raise ValueError unless it is None, a special token of this vocabulary, or several of them."""
+        token = list(token.values()) if isinstance(token, dict) else token  # names of tokens, in extra_special_tokens
         for one in token if isinstance(token, (list, tuple)) else [token]:
             surface = one.content if isinstance(one, AddedToken) else one
             if surface is not None and surface not in self.special_tokens:
