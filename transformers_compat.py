@@ -294,7 +294,7 @@ DTYPE = "dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch
 
 
 def loading_defaults(kwargs: dict) -> None:
-    """Up to 4.46 weights are by default loaded beside a model that has its own already; not here."""
+    """Up to 4.52 (needed to 4.46): weights are not loaded beside a model that has random ones already."""
     if masking_utils is not None:
         return
     from transformers.deepspeed import is_deepspeed_zero3_enabled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -217,7 +218,7 @@ def test_problems_are_named_and_nothing_is_written(checkpoint, capsys, damage, m
     before = contents(checkpoint)
     for action in ([], ["--write"]):
         assert upgrade.main([str(checkpoint), *action]) == 2
-        assert __import__("re").search(message, capsys.readouterr().err)
+        assert re.search(message, capsys.readouterr().err)
     assert contents(checkpoint) == before
 
 
@@ -267,8 +268,6 @@ def test_auto_map_is_merged_into_any_formatting(text):
 
 
 def test_the_modules_are_all_that_the_code_imports():
-    import re
-
     for name in upgrade.MODULES:
         for module in re.findall(r"^from \.(\w+) import", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE):
             assert upgrade.MODULES.index(f"{module}.py") < upgrade.MODULES.index(name)
