@@ -39,6 +39,7 @@ from .transformers_compat import (
     cache_kwargs,
     can_return_tuple,
     create_causal_mask,
+    forget_device_map,
     is_flash_attn_2_available,
     load_config,
     loading_defaults,
@@ -295,7 +296,8 @@ class QWenPreTrainedModel(PreTrainedModel):
         Raises ValueError for a contradiction in the configuration, RuntimeError for weights that don't fit it.
         """
         config, kwargs = load_config(cls.config_class, config, pretrained_model_name_or_path, kwargs)
-        on_accelerator = _goes_to_accelerator(kwargs.get("device_map"))
+        device_map = kwargs.get("device_map")
+        on_accelerator = _goes_to_accelerator(device_map)
         dtype = pop_dtype(kwargs)
         if pretrained_model_name_or_path is not None:
             loading_defaults(kwargs)
@@ -307,6 +309,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
+        forget_device_map(model, device_map)
         model._forget_precision_flags()
         if strict and not info_wanted and getattr(model, "hf_quantizer", None) is None:  # quantisers rename weights
             model._check_loaded(info, pretrained_model_name_or_path)

@@ -300,8 +300,19 @@ def loading_defaults(kwargs: dict) -> None:
     from transformers.deepspeed import is_deepspeed_zero3_enabled
     from transformers.utils import is_accelerate_available
 
-    if is_accelerate_available() and not is_deepspeed_zero3_enabled():
-        kwargs.setdefault("low_cpu_mem_usage", True)
+    if not is_accelerate_available() or is_deepspeed_zero3_enabled():
+        return
+    kwargs.setdefault("low_cpu_mem_usage", True)
+    quantised = any(kwargs.get(key) for key in ("quantization_config", "load_in_8bit", "load_in_4bit"))
+    if kwargs["low_cpu_mem_usage"] and not quantised and kwargs.get("device_map") is None:
+        # Without a map these releases take all weights on the meta device for one tied weight, none of them missing.
+        kwargs["device_map"] = {"": "cpu"}
+
+
+def forget_device_map(model, device_map) -> None:
+    """The map of `loading_defaults` is nobody's wish (`device_map` is the caller's): the model may be moved."""
+    if masking_utils is None and device_map is None and getattr(model, "hf_device_map", None) == {"": "cpu"}:
+        del model.hf_device_map
 
 
 _HUB_ARGUMENTS = (
@@ -355,7 +366,9 @@ def set_attention(config, kwargs: dict, choice: str | None) -> None:
     unless the caller named one.
     """
     if hasattr(transformers.PretrainedConfig(), "_attn_implementation"):
-        if choice is not None and "attn_implementation" not in kwargs and config._attn_implementation is None:
+        # The attribute itself reads "eager" where nothing is chosen, from 4.36 to 4.55.
+        unset = getattr(config, "_attn_implementation_internal", None) is None
+        if choice is not None and "attn_implementation" not in kwargs and unset:
             kwargs["attn_implementation"] = choice
         return
     # up to 4.35, where `from_pretrained` knows nothing of it

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matrix import LACKING
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +24,8 @@ configuration_qwen = importlib.import_module("qwen.configuration_qwen")
 modeling_qwen = importlib.import_module("qwen.modeling_qwen")
 tokenization_qwen = importlib.import_module("qwen.tokenization_qwen")
 
+PIPELINES_TAKE_MESSAGES = hasattr(importlib.import_module("transformers.pipelines.text_generation"), "Chat")
+
 TINY = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -34,6 +37,11 @@ TINY = {
     "max_position_embeddings": 32,
     "initializer_range": 0.2,  # so that attention is far from uniform and a wrong mask shows
 }
+
+
+def lacks(what: str) -> None:
+    """Skip a test of what the release of transformers can't do; the table of `make matrix` says so."""
+    pytest.skip(LACKING + what)
 
 
 def tiny_config(**changes):
@@ -66,7 +74,7 @@ def static_cache(config, length: int, batch_size: int = 1):
     try:
         from transformers import StaticCache
     except ImportError:
-        pytest.skip("this release of transformers has no static cache")
+        lacks("has no static cache")
     parameters = inspect.signature(StaticCache.__init__).parameters
     if "max_batch_size" not in parameters and "batch_size" not in parameters:
         return StaticCache(config=config, max_cache_len=length)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 import time
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import PIPELINES_TAKE_MESSAGES, lacks, tiny_model
 from qwen import qwen_generation_utils as utils
 from transformers import GenerationConfig, StoppingCriteria, pipeline
 
@@ -195,8 +194,11 @@ def test_text_generation_pipeline(model, demo_tokenizer):
     expected = demo_tokenizer.decode(model.generate(**ids, max_new_tokens=6)[0], skip_special_tokens=True)
     assert pipe(text, max_new_tokens=6, do_sample=False)[0]["generated_text"] == expected
 
-    if not hasattr(importlib.import_module("transformers.pipelines.text_generation"), "Chat"):
-        return  # up to 4.38: pipelines take no messages
+
+def test_text_generation_pipeline_with_messages(model, demo_tokenizer):
+    if not PIPELINES_TAKE_MESSAGES:
+        lacks("has no pipelines for messages")
+    pipe = pipeline("text-generation", model=model, tokenizer=demo_tokenizer)
     messages = [{"role": "user", "content": "hi"}]
     answer = pipe(messages, max_new_tokens=6, do_sample=False)[0]["generated_text"]
     assert answer[:-1] == messages
