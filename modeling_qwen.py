@@ -20,7 +20,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .configuration_qwen import PRECISION_FLAGS, QWenConfig
+from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig
 from .qwen_generation_utils import (
     StopWordsLogitsProcessor,
     TextStream,
@@ -38,8 +38,10 @@ from .transformers_compat import (
     as_cache,
     cache_kwargs,
     can_return_tuple,
+    cpu_supports_bf16,
     create_causal_mask,
     forget_device_map,
+    is_compiling,
     is_flash_attn_2_available,
     load_config,
     loading_defaults,
@@ -328,6 +330,11 @@ class QWenPreTrainedModel(PreTrainedModel):
         model._forget_precision_flags()
         return model
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As inherited. The code is saved beside the weights, and the configuration names it for every auto class."""
+        self.config.auto_map = dict(AUTO_MAP)  # loaded from a hub, it names the code's repository there
+        super().save_pretrained(save_directory, **kwargs)
+
     def _forget_precision_flags(self) -> None:
         """What they asked for is done, and `dtype` says it; a saved flag would overrule a later change of precision."""
         for flag in PRECISION_FLAGS:
@@ -351,7 +358,7 @@ class QWenPreTrainedModel(PreTrainedModel):
             supported = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else True
             fallback = torch.float16
         else:
-            supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            supported = cpu_supports_bf16()
             fallback = torch.float32
         if own is not None and (own != torch.bfloat16 or supported):
             return own
@@ -404,6 +411,8 @@ def _goes_to_accelerator(device_map) -> bool:
 
 class QWenModel(QWenPreTrainedModel):
     """The network without its head: token ids or embeddings to hidden states."""
+
+    _auto_class = "AutoModel"
 
     def __init__(self, config: QWenConfig):
         config.check()
@@ -571,7 +580,7 @@ class QWenModel(QWenPreTrainedModel):
             # A static cache may have been reset. Its length is a tensor: decide without a branch, so that this
             # compiles and no device waits for the host. A compiled step is never the first, and has nothing to store.
             alpha = torch.where(past_length == 0, alpha, stored.to(alpha.device))
-            if not torch.compiler.is_compiling():
+            if not is_compiling():
                 cache.ntk_alpha = alpha
             return alpha
         if stored is None or past_length == 0:
@@ -590,6 +599,8 @@ def _outside_vocabulary(input_ids: torch.Tensor, vocab_size: int) -> str:
 
 class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
     """The language model: the network, the output layer, generation and chat."""
+
+    _auto_class = "AutoModelForCausalLM"
 
     def __init__(self, config: QWenConfig):
         config.check()

@@ -43,12 +43,15 @@ RELEASES = (
 )
 
 
-# The newest peft imports classes of transformers 4.43, and transformers_stream_generator can't be imported from 5.0 on.
-OLD_PACKAGES = ("peft==0.12.0", "transformers_stream_generator==0.0.4")
-
-
-def numbers(release: str) -> tuple[int, ...]:
-    return tuple(map(int, release.split(".")))
+def packages(release: str) -> list[str]:
+    """What to install with a release: what the model card names, beyond the shared environment."""
+    names = [f"transformers=={release}", "transformers_stream_generator==0.0.4"]
+    minor = tuple(map(int, release.split(".")[:2]))
+    if minor < (4, 48):  # newer ones import what 4.43 brought, or rely on imports of 4.48
+        names.append("peft==0.14.0" if minor >= (4, 43) else "peft==0.12.0")
+    # Newer ones import from a newer huggingface_hub than the tokenizers of 4.34 allow.
+    names.append("accelerate==0.31.0" if minor == (4, 34) else "accelerate")
+    return names
 
 
 def install(release: str) -> Path:
@@ -59,11 +62,9 @@ def install(release: str) -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", stamp.parent], check=True)
         own = Path(sysconfig.get_path("purelib", vars={"base": str(stamp.parent)}))
         (own / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        packages = [f"transformers=={release}", "accelerate==0.31.0" if release == "4.34.1" else "accelerate"]
-        packages += OLD_PACKAGES[numbers(release) >= (4, 43) :] if numbers(release) < (5,) else ()
         # Warnings of pip would be about packages in the shared environment that ask for a newer transformers.
         pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-warn-conflicts"]
-        subprocess.run([*pip, *packages], check=True)
+        subprocess.run([*pip, *packages(release)], check=True)
         stamp.touch()
     return python
 

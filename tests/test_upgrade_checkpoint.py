@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, save, tiny_model
+from conftest import ROOT, tiny_model
 from safetensors.torch import load_file, save_file
 
 spec = importlib.util.spec_from_file_location("upgrade_checkpoint", ROOT / "tools" / "upgrade_checkpoint.py")
@@ -61,7 +61,7 @@ CONFIG_STYLE = {"indent": 4, "separators": (", ", ": ")}
 @pytest.fixture
 def checkpoint(tmp_path):
     folder = tmp_path / "checkpoint"
-    save(tiny_model(vocab_size=4096), folder)
+    tiny_model(vocab_size=4096).save_pretrained(folder)
     for name, text in EARLIER.items():
         (folder / name).write_text(text)
     config = json.loads((folder / "config.json").read_text())

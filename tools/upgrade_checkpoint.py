@@ -22,7 +22,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -104,7 +104,7 @@ def check_weights(folder: Path) -> str:
         raise Problem(f"config.json: {error}") from None
     if getattr(config, "quantization_config", None):
         return "weights: quantised, not compared"
-    with torch.device("meta"):
+    with init_empty_weights():
         expected = {name: tuple(p.shape) for name, p in model_class(config).named_parameters()}
     found = weight_shapes(folder)
     ours = {name for name in found if name.startswith(("transformer.", "lm_head."))}
@@ -287,7 +287,7 @@ def try_loading(folder: Path) -> None:
     """Load configuration, tokenizer and, without its weights, the model, as a user would."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    with torch.device("meta"):
+    with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     count = sum(p.numel() for p in model.parameters())
     print(f"loads: {type(model).__name__} with {count / 1e9:.2f} billion parameters, {len(tokenizer)} tokens")
