@@ -30,7 +30,7 @@ except ImportError:  # up to 4.52
 # --- PyTorch -----------------------------------------------------------------------------------------------------
 
 # torch up to 1.13 has no fused attention, 2.0 one without a scale
-_HAS_SDPA = "scale" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
+HAS_SDPA = "scale" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
 
 
 def cpu_supports_bf16() -> bool:
@@ -50,7 +50,7 @@ if hasattr(transformers.PretrainedConfig(), "_attn_implementation"):
 else:  # up to 4.35: attention kernels are no concern of the configuration
 
     class PretrainedConfig(transformers.PretrainedConfig):
-        _attn_implementation = "sdpa" if _HAS_SDPA else "eager"
+        _attn_implementation = "sdpa" if HAS_SDPA else "eager"
 
         def to_dict(self):
             config = super().to_dict()

@@ -29,6 +29,8 @@ configuration_qwen = importlib.import_module("qwen.configuration_qwen")
 modeling_qwen = importlib.import_module("qwen.modeling_qwen")
 tokenization_qwen = importlib.import_module("qwen.tokenization_qwen")
 
+compat = importlib.import_module("qwen.transformers_compat")
+needs_sdpa = pytest.mark.skipif(not compat.HAS_SDPA, reason="needs the fused attention of torch 2.1")
 PIPELINES_TAKE_MESSAGES = hasattr(importlib.import_module("transformers.pipelines.text_generation"), "Chat")
 
 TINY = {
