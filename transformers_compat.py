@@ -98,6 +98,9 @@ except ImportError:  # up to 4.35
                 self.layers[layer_idx] = torch.cat((old_key, key), -2), torch.cat((old_value, value), -2)
             return self.layers[layer_idx]
 
+        def crop(self, length):
+            self.layers = [tuple(tensor[..., :length, :] for tensor in layer) for layer in self.layers]
+
         def reorder_cache(self, beam_idx):
             self.layers = [tuple(t.index_select(0, beam_idx.to(t.device)) for t in layer) for layer in self.layers]
 
@@ -116,6 +119,22 @@ def as_cache(past_key_values):
             "This release's StaticCache holds a single layer; take a DynamicCache, or transformers 4.41 or newer."
         )
     return past_key_values
+
+
+def crop_cache(cache, length: int) -> None:
+    """Shorten a cache to its first `length` tokens, in place; ValueError for one that can't be shortened."""
+    if cache.get_seq_length() <= length:
+        return
+    if hasattr(cache, "crop"):  # DynamicCache from 4.42, and ours
+        cache.crop(length)
+    elif isinstance(getattr(cache, "key_cache", None), list):  # 4.36 to 4.41
+        for tensors in (cache.key_cache, cache.value_cache):
+            tensors[:] = [tensor[..., :length, :] for tensor in tensors]
+        for name in ("seen_tokens", "_seen_tokens"):
+            if name in vars(cache):
+                setattr(cache, name, length)
+    else:
+        raise ValueError(f"A {type(cache).__name__} can't be shortened to a common beginning; pass a DynamicCache.")
 
 
 def cache_kwargs(cache_position: torch.Tensor) -> dict:
