@@ -75,9 +75,9 @@ def static_cache(config, length: int, batch_size: int = 1):
     if not HAS_STATIC:
         lacks("has no static cache for all layers")
     parameters = inspect.signature(StaticCache.__init__).parameters
-    if "max_batch_size" not in parameters and "batch_size" not in parameters:
+    if "config" in parameters and "max_batch_size" not in parameters and "batch_size" not in parameters:
         return StaticCache(config=config, max_cache_len=length)
-    size = {"max_batch_size" if "max_batch_size" in parameters else "batch_size": batch_size}
+    size = {"batch_size" if "batch_size" in parameters else "max_batch_size": batch_size}
     return StaticCache(config=config, max_cache_len=length, device="cpu", dtype=torch.float32, **size)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 
 import pytest
 import torch
@@ -397,6 +398,6 @@ def test_bad_inputs_are_named():
         model(ids, past_key_values=cache, attention_mask=torch.ones_like(ids))
     with pytest.raises(ValueError, match="must be a transformers Cache, found int"):
         model(ids, past_key_values=5)
-    cache.key_cache = torch.zeros(1)  # as the StaticCache of 4.38 to 4.40 has it
+    single_layer = types.SimpleNamespace(key_cache=torch.zeros(1), update=None)  # the StaticCache of 4.38 to 4.40
     with pytest.raises(ValueError, match="StaticCache holds a single layer"):
-        model(ids, past_key_values=cache)
+        model(ids, past_key_values=single_layer)
