@@ -99,6 +99,7 @@ except ImportError:  # up to 4.35
             return self.layers[layer_idx]
 
         def crop(self, length):
+            """Keep `length` tokens, or drop `-length`."""
             self.layers = [tuple(tensor[..., :length, :] for tensor in layer) for layer in self.layers]
 
         def reorder_cache(self, beam_idx):
@@ -123,18 +124,21 @@ def as_cache(past_key_values):
 
 def crop_cache(cache, length: int) -> None:
     """Shorten a cache to its first `length` tokens, in place; ValueError for one that can't be shortened."""
-    if cache.get_seq_length() <= length:
+    surplus = int(cache.get_seq_length()) - length
+    if surplus <= 0:
         return
-    if hasattr(cache, "crop"):  # DynamicCache from 4.42, and ours
-        cache.crop(length)
-    elif isinstance(getattr(cache, "key_cache", None), list):  # 4.36 to 4.41
+    if isinstance(getattr(cache, "key_cache", None), list) and not hasattr(cache, "crop"):  # 4.36 to 4.41
         for tensors in (cache.key_cache, cache.value_cache):
             tensors[:] = [tensor[..., :length, :] for tensor in tensors]
         for name in ("seen_tokens", "_seen_tokens"):
             if name in vars(cache):
                 setattr(cache, name, length)
-    else:
-        raise ValueError(f"A {type(cache).__name__} can't be shortened to a common beginning; pass a DynamicCache.")
+        return
+    try:
+        cache.crop(-surplus)  # newer releases refuse the length, older ones take both
+    except AttributeError:
+        name = type(cache).__name__
+        raise ValueError(f"A {name} can't be shortened to a common beginning; pass a DynamicCache.") from None
 
 
 def cache_kwargs(cache_position: torch.Tensor) -> dict:

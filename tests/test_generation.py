@@ -159,7 +159,12 @@ def test_prefill_in_chunks_equals_whole(model):
         lacks("has no prefill in chunks")
     ids = random_ids(2, 100)
     expected = generate(model, ids, max_new_tokens=6)
-    chunked = generate(model, ids, max_new_tokens=6, prefill_chunk_size=16, disable_compile=True)
+    try:
+        chunked = generate(model, ids, max_new_tokens=6, prefill_chunk_size=16, disable_compile=True)
+    except ValueError as error:
+        if "prefill chunking without a cache" not in str(error):
+            raise
+        lacks("makes no cache for a prefill in chunks")  # 5.0.0, for any model
     assert torch.equal(chunked, expected)
 
 
