@@ -22,7 +22,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig
+from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
 from .qwen_generation_utils import (
     StopAtText,
     StopWordsLogitsProcessor,
@@ -349,12 +349,10 @@ class QWenPreTrainedModel(PreTrainedModel):
     def _choose_dtype(config: QWenConfig, dtype, on_accelerator: bool):
         """The precision to load in; `dtype` is what the caller passed: a torch.dtype, "auto" or None."""
         config.check()
-        named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
         flag = next((flag for flag in PRECISION_FLAGS if getattr(config, flag)), None)
         if flag is not None:
-            if dtype not in (None, "auto", named[flag]):
-                raise ValueError(f"{flag}=True contradicts dtype={dtype}; pass one of them.")
-            return named[flag]
+            check_precision(flag, dtype)
+            return getattr(torch, PRECISION_FLAGS[flag])
         if dtype is not None:
             return dtype
         own = getattr(config, DTYPE, None)
