@@ -190,6 +190,6 @@ class QWenConfig(PretrainedConfig):
 
 
 def check_precision(flag: str, dtype) -> None:
-    """Raise ValueError if `dtype` (a torch.dtype, its name, "auto" or None) contradicts a precision flag that is true."""
+    """Raise ValueError if `dtype` (a torch.dtype, its name, "auto" or None) contradicts a flag that is true."""
     if dtype not in (None, "auto") and str(dtype).replace("torch.", "") != PRECISION_FLAGS[flag]:
         raise ValueError(f"{flag}=True contradicts dtype={dtype}; pass one of them.")
