@@ -276,6 +276,11 @@ class PreTrainedModel(transformers.PreTrainedModel):
     _supports_static_cache = True  # 4.38 to 4.55
     _supports_quantized_cache = True  # 4.42 to 4.55
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """From 4.56: whether the attention function can change; by default names in the source file decide."""
+        return True
+
     if "safe_serialization: bool = False" in str(inspect.signature(transformers.PreTrainedModel.save_pretrained)):
         # up to 4.34 pickles are the default
 

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from conftest import HAS_STATIC, lacks, random_ids, static_cache, tiny_model
 from qwen.transformers_compat import DynamicCache
 from reference import greedy as reference_greedy
@@ -13,6 +14,14 @@ from transformers import GenerationConfig, GenerationMixin, TextStreamer
 
 NTK_LOGN = {"use_dynamic_ntk": True, "use_logn_attn": True}
 NOTES_PROMPTS = hasattr(GenerationMixin, "_prepare_cache_for_generation")  # from 4.45
+QWEN2 = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -218,6 +227,24 @@ def test_eight_threads_on_one_model_get_what_they_get_alone(model):
     for outputs, alone in zip(results, expected):
         assert len(outputs) == 3
         assert all(torch.equal(output, alone) for output in outputs)
+
+
+def test_continuous_batching_gives_every_prompt_what_it_gets_alone():
+    """Several sequences share a row there; each has its own NTK scale and LogN positions."""
+    if not hasattr(GenerationMixin, "generate_batch"):
+        lacks("has no continuous batching")
+    rows = [random_ids(1, length, seed=length) for length in (5, 40, 20, 70, 100)]
+    settings = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def is_right(model):
+        expected = [generate(model, row, max_new_tokens=8)[0, row.shape[1] :].tolist() for row in rows]
+        outputs = model.generate_batch([row[0].tolist() for row in rows], generation_config=settings)
+        by_prompt = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+        return [by_prompt.get(tuple(row[0].tolist())) for row in rows] == expected
+
+    if not is_right(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN2)).eval()):
+        lacks("has no continuous batching on a CPU")  # up to 5.0
+    assert is_right(tiny_model(**NTK_LOGN))
 
 
 def test_streamer_sees_every_token(model, demo_tokenizer, capsys):

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+import transformers
 from conftest import golden_folder, lacks, modeling_qwen, needs_sdpa, random_ids, static_cache, tiny_config, tiny_model
 from qwen.transformers_compat import DynamicCache
 from reference import forward as reference_forward
@@ -255,6 +256,30 @@ def test_a_reset_cache_knows_nothing_of_its_earlier_prompt(first):
         cache.reset()
         for part in (short[:, :1], short[:, 1:]):
             close(model(part, past_key_values=cache).logits, model(part, past_key_values=fresh).logits)
+
+
+def test_the_attention_function_can_be_changed():
+    model = tiny_model(**NTK_LOGN)
+    if not hasattr(model, "set_attn_implementation"):
+        lacks("chooses the attention function when a model is made only")
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    ids = random_ids(2, 40)
+    calls = []
+
+    def counted(module, *args, **kwargs):
+        calls.append(kwargs["scaling"])
+        return modeling_qwen.eager_attention(module, *args, **kwargs)
+
+    transformers.AttentionInterface.register("counted", counted)
+    transformers.AttentionMaskInterface.register("counted", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    with torch.no_grad():
+        expected = model(ids).logits
+        for name in ("eager", "counted", "sdpa"):
+            model.set_attn_implementation(name)
+            assert model.config._attn_implementation == name
+            close(model(ids).logits, expected)
+    assert calls == [16**-0.5] * 3
 
 
 def test_logits_to_keep():
