@@ -335,7 +335,8 @@ class QWenTokenizer(PreTrainedTokenizer):
             and not return_overflowing_tokens
             and not any(preparing.get(name) for name in _FURTHER_LISTS)
         )
-        ids = iter(_map(to_ids, [text for pair in pairs for text in pair if text is not None], num_threads))
+        texts = [text for first, second in pairs for text in ((first,) if second is None else (first, second))]
+        ids = iter(_map(to_ids, texts, num_threads))
         rows = []
         for _, second in pairs:
             first_ids, second_ids = next(ids), None if second is None else next(ids)
@@ -402,7 +403,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         return ids
 
     def _encode_nfc(self, text: str, allowed: frozenset, disallowed: frozenset) -> list[int]:
-        if "|" not in text or "<|" not in text:  # the second search alone would take longer
+        if "|" not in text or "<|" not in text:  # every special token has both; the second takes longer to look for
             return self.tokenizer.encode_ordinary(text)
         return self.tokenizer.encode(text, allowed_special=allowed, disallowed_special=disallowed)
 
@@ -490,7 +491,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         except (KeyError, OverflowError):
             self.convert_ids_to_tokens(ids)  # says which id it is
             raise
-        if skip_special_tokens and b"<|" in data:
+        if skip_special_tokens and b"|" in data and b"<|" in data:
             special = set(self.special_tokens.values())
             data = self.tokenizer.decode_bytes([index for index in ids if index not in special])
         return data.decode("utf-8", errors=errors or self.errors)
@@ -646,7 +647,8 @@ def _special_set(argument: str, tokens) -> frozenset:
 def _map(function, texts: list, num_threads: int | None) -> list:
     """`[function(text) for text in texts]`, by up to `num_threads` threads where texts are long enough for that."""
     num_threads = min(num_threads or os.cpu_count() or 1, len(texts))
-    if num_threads < 2 or sum(map(len, texts)) < len(texts) * _TEXT_FOR_THREADS:
+    characters = sum(len(text) for text in texts if isinstance(text, str))
+    if num_threads < 2 or characters < len(texts) * _TEXT_FOR_THREADS:
         return [function(text) for text in texts]
     results: list = [None] * len(texts)
     numbered = enumerate(texts)  # each thread takes the next one from here
