@@ -87,10 +87,11 @@ def load_tiktoken_bpe(path: str) -> dict[bytes, int]:
     return ranks
 
 
-def _read(path: str) -> bytes:
-    if not os.path.isfile(path):
+def _read(path: str | None) -> bytes:
+    if path is None or not os.path.isfile(path):  # None: transformers found no such file
         raise FileNotFoundError(
-            f"There is no vocabulary file {path}. It comes with the checkpoint, as {VOCAB_FILES_NAMES['vocab_file']}."
+            f"There is no vocabulary file {path or 'beside the configuration'}. It comes with the checkpoint, as "
+            f"{VOCAB_FILES_NAMES['vocab_file']}."
         )
     with open(path, "rb") as file:
         return file.read()

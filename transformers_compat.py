@@ -445,6 +445,17 @@ class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
                 )
             return super().pad(*args, **kwargs)
 
+    @classmethod
+    def _from_pretrained(cls, *args, **kwargs):
+        try:
+            return super()._from_pretrained(*args, **kwargs)
+        except (ImportError, OSError) as error:
+            # What is wrong with a vocabulary is hidden behind "Unable to load", and from 4.41 to 4.57 behind a request
+            # to install protobuf.
+            if isinstance(error.__context__, (ValueError, FileNotFoundError)):
+                raise error.__context__ from None
+            raise
+
     def _show_as_added(self, special_tokens: dict) -> None:
         """Have `added_tokens_decoder` and `get_added_vocab` (from 4.34) give these tokens, {surface: id}."""
         if hasattr(self, "_added_tokens_decoder"):

@@ -249,6 +249,26 @@ def test_what_is_saved_is_loaded(demo_tokenizer, tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "error", "message"),
+    [
+        ("qwen.tiktoken", None, (FileNotFoundError, OSError), "There is no vocabulary file"),
+        ("qwen.tiktoken", b"QQ== 0\nQg==", ValueError, "line 2: expected 'base64-of-the-token rank'"),
+        ("qwen_extra.tiktoken", b"YWJjZGVm 5\n", ValueError, "line 1: the id 5 of b'abcdef' is taken"),
+        ("tokenizer_config.json", b'{"pad_token": "[PAD]"}', ValueError, r"'\[PAD\]' is not a special token"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said_when_it_is_loaded(tmp_path, name, content, error, message):
+    (tmp_path / "qwen.tiktoken").write_bytes((ROOT / "demo" / "qwen.tiktoken").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=message):
+        QWenTokenizer.from_pretrained(tmp_path)
+
+
 def test_a_collator_of_transformers(demo_tokenizer):
     collator = DataCollatorForLanguageModeling(demo_tokenizer, mlm=False)
     batch = collator([demo_tokenizer(text) for text in TEXTS])
@@ -315,7 +335,7 @@ def test_datasets_map_with_several_processes():
     data = datasets.Dataset.from_dict({"text": texts})
     fingerprint = Hasher.hash(tokenizer)
     for batched in (True, False):
-        result = data.map(lambda rows: tokenizer(rows["text"]), batched=batched, num_proc=2)
+        result = data.map(tokenizer, input_columns="text", batched=batched, num_proc=2)
         assert list(result["input_ids"]) == tokenizer(texts)["input_ids"]
     assert Hasher.hash(tokenizer) == fingerprint  # so that a second `map` finds its cache
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from conftest import ROOT
+from texts import TIKTOKEN_TAKES_LONG_PIECES
 
 ENGLISH = "".join(pydoc_data.topics.topics.values())
 CHINESE = re.sub(r"[^\u4e00-\u9fff，。？！、]", "", (ROOT / "demo" / "phrasings.json").read_text(encoding="utf-8")) * 9
@@ -76,6 +77,7 @@ def seconds(function, *args, **kwargs) -> float:
     return time.perf_counter() - start
 
 
+@pytest.mark.skipif(not TIKTOKEN_TAKES_LONG_PIECES, reason="tiktoken before 0.13 takes quadratic time")
 @pytest.mark.parametrize("character", CHARACTERS.values(), ids=CHARACTERS)
 def test_time_grows_no_worse_than_n_log_n(official_tokenizer, character):
     size = len(character.encode("utf-8", "surrogatepass"))

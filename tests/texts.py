@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import random
 import unicodedata
+from importlib.metadata import version
+
+# Older ones take quadratic time for a long piece, such as a word of a million letters.
+TIKTOKEN_TAKES_LONG_PIECES = tuple(map(int, version("tiktoken").split(".")[:2])) >= (0, 13)
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 PREFIXES = sorted({token[:end] for token in SPECIAL for end in range(1, len(token))})
