@@ -6,7 +6,6 @@ Knows tokens and text, not the network.
 
 from __future__ import annotations
 
-import codecs
 import queue
 import threading
 from typing import Iterator, List, Sequence, Tuple
@@ -194,7 +193,7 @@ class StopWordsLogitsProcessor(LogitsProcessor):
 
 class TextStream:
     """
-    Tokens to text, one at a time, in constant time a token and never ending in half a character.
+    The answer that a model is giving: the text of tokens that come one at a time, never ending in half a character.
 
     Args:
         tokenizer: a QWenTokenizer.
@@ -209,21 +208,15 @@ class TextStream:
     """
 
     def __init__(self, tokenizer, stop_ids=()):
-        self._tokenizer = tokenizer
+        self._decoded = tokenizer.decode_stream()
         self._stop_ids = frozenset(stop_ids)
-        self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.errors)
         self._pieces = ""
 
     def put(self, token: int) -> bool:
         """Take the next token id; False if it ends the text."""
         if token in self._stop_ids:
             return False
-        piece = self._tokenizer.convert_ids_to_tokens(token)
-        if isinstance(piece, bytes):
-            self._pieces += self._decoder.decode(piece)
-        else:  # a control token breaks off a character that was not complete
-            self._pieces += self._decoder.decode(b"", final=True) + piece
-            self._decoder.reset()
+        self._pieces += self._decoded.put(token)
         return True
 
     @property
@@ -233,8 +226,7 @@ class TextStream:
 
     def finish(self) -> str:
         """The whole text; an incomplete last character is shown as the tokenizer's `errors` says."""
-        self._pieces += self._decoder.decode(b"", final=True)
-        self._decoder.reset()
+        self._pieces += self._decoded.finish()
         return self.text
 
 

@@ -40,8 +40,8 @@ _PREPARING = ("add_special_tokens", "stride", "verbose", *_FURTHER_LISTS)
 
 # In texts shorter than this on average, threads cost more than they bring.
 _TEXT_FOR_THREADS = 1000
-# A run of white space with more characters overflows the stack of tiktoken's regular expression (at 999,999).
-_LONG_SPACE = 100_000
+# A run of white space with twice as many characters overflows the stack of tiktoken's regular expression.
+_LONG_SPACE = 500_000
 _SPACE = "\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # the pattern's \s without \r and \n
 # unicodedata sorts a run of combining marks in quadratic time.
 _LONG_MARKS = 500
@@ -406,7 +406,7 @@ class QWenTokenizer(PreTrainedTokenizer):
     def _encode_nfc(self, text: str, allowed: frozenset, disallowed: frozenset) -> list[int]:
         if "|" not in text or "<|" not in text:  # every special token has both; the second takes longer to look for
             return self.tokenizer.encode_ordinary(text)
-        return self.tokenizer.encode(text, allowed_special=allowed, disallowed_special=disallowed)
+        return self.tokenizer.encode(text, allowed_special=set(allowed), disallowed_special=disallowed)
 
     def _encode_long_space(self, text: str, allowed: frozenset, disallowed: frozenset) -> list[int]:
         """
@@ -489,8 +489,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         try:
             data = self.tokenizer.decode_bytes(ids)
-        except (KeyError, OverflowError):
-            self.convert_ids_to_tokens(ids)  # says which id it is
+        except BaseException:  # a panic of Rust in tiktoken before 0.8
+            self.convert_ids_to_tokens(ids)  # says which id does not exist
             raise
         if skip_special_tokens and b"|" in data and b"<|" in data:
             special = set(self.special_tokens.values())

@@ -93,6 +93,7 @@ def test_time_grows_no_worse_than_n_log_n(official_tokenizer, character):
         assert min(grown) <= 120
 
 
+@pytest.mark.skipif(not TIKTOKEN_TAKES_LONG_PIECES, reason="tiktoken before 0.13 takes quadratic time")
 @pytest.mark.parametrize("character", ["<|im_end|>", "\ufdd0", "|", " ", "\u0301\u0327"])
 def test_templates_take_no_longer_than_n_log_n(demo_tokenizer, character):
     messages = [{"role": "user", "content": character * (1_000_000 // len(character))}]
