@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, lacks, official_vocabulary, tiny_model, tokenization_qwen
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from texts import generated_texts, without_surrogates
+from texts import KNOWN, generated_texts, without_surrogates
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -224,6 +224,14 @@ def test_the_fast_tokenizer_gives_the_same_ids(ours_and_fast, batch):
     for some in ids[::20]:
         assert fast.decode(some) == ours.decode(some)
         assert fast.decode(some, skip_special_tokens=True) == ours.decode(some, skip_special_tokens=True)
+
+
+def test_the_fast_tokenizer_knows_every_character_as_ours_does(ours_and_fast):
+    """Letter, digit, white space, mark or neither: the regular expressions are those of two libraries."""
+    ours, fast = ours_and_fast
+    texts = [f"{c}{c}a {c}1{c}\n'{c}!{c} <{c}" for c in KNOWN]
+    together = ["|".join(texts[i : i + 40]) for i in range(0, len(texts), 40)]
+    assert fast(together)["input_ids"] == ours(together)["input_ids"]
 
 
 def test_the_fast_tokenizer_can_be_told_that_nothing_is_special(ours_and_fast):
