@@ -6,9 +6,13 @@ Knows tokens and text, not the network.
 
 from __future__ import annotations
 
+import ast
+import copy
+import json
 import queue
+import re
 import threading
-from typing import Iterator, List, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
@@ -126,6 +130,154 @@ def decode_tokens(
     return (response, end_reason) if return_end_reason else response
 
 
+# Of this wording only the names in front of the colons matter: `make_tool_context` and `parse_react` look for them.
+# For a checkpoint that was tuned on another wording pass that.
+TOOL_PROMPT = """You can call these tools to answer the question:
+
+{tools}
+
+Write your answer in this form:
+
+Question: the question to answer
+Thought: what to do next, and why
+Action: the tool to call, one of [{names}]
+Action Input: a JSON object with its arguments
+Observation: what the tool returned
+... (Thought, Action, Action Input and Observation as often as needed)
+Thought: the question can be answered now
+Final Answer: the answer to the question
+
+Question: {query}"""
+OBSERVATION = "Observation:"
+
+
+def _describe_tool(tool: dict) -> tuple[str, str]:
+    """Name and description of a tool, in the published form, or as a function or a tool of OpenAI's interface."""
+    tool = tool.get("function", tool) if isinstance(tool, dict) else {}
+    name = tool.get("name_for_model", tool.get("name"))
+    if not isinstance(name, str) or not name or "\n" in name:
+        raise ValueError(
+            f"A tool must be a dictionary with a name (or name_for_model), description and parameters, found {tool!r}."
+        )
+    description = tool.get("description_for_model", tool.get("description", ""))
+    parameters = json.dumps(tool.get("parameters", {}), ensure_ascii=False)
+    return name, f"{name}: {description} Parameters: {parameters}"
+
+
+def make_tool_context(
+    tokenizer,
+    messages: Sequence[dict],
+    tools: Sequence[dict],
+    system: str = "You are a helpful assistant.",
+    max_window_size: int = 6144,
+    prompt: str = TOOL_PROMPT,
+) -> tuple[str, list[int]]:
+    """
+    The prompt for the next step of an answer that may call tools (ReAct, https://arxiv.org/abs/2210.03629).
+
+    Args:
+        messages: `{"role": "user", "content": ...}`, `{"role": "assistant", "content": ..., "function_call": {"name":
+            ..., "arguments": JSON}}` for a call, `{"role": "function", "name": ..., "content": ...}` for its result,
+            and `{"role": "assistant", "content": ...}` for an answer; calls and results follow their question.
+        tools: a name, a description and parameters (any JSON) each; the tools of OpenAI's interface and those of the
+            published examples (`name_for_model`, `description_for_model`) are read too.
+        prompt: puts `{tools}`, their `{names}` and the `{query}` together.
+
+    Returns the prompt as text and as token ids, like `make_context`: nothing that a person or a tool wrote becomes a
+    control token. The model's next words follow; stop it at `Observation:`, and read them with `parse_react`.
+
+    Raises ValueError for tools without a name, or messages in another order.
+
+    Example:
+        >>> text, ids = make_tool_context(tokenizer, [{"role": "user", "content": "What is 17 * 23?"}], tools)
+    """
+    turns: list[list[str]] = []
+    for message in messages:
+        role, content = message.get("role"), message.get("content") or ""
+        call = message.get("function_call")
+        if role == "user" and (not turns or turns[-1][1]):
+            turns.append([content, ""])
+        elif role == "assistant" and turns and call is not None:
+            turns[-1][1] += f"Thought: {content}\nAction: {call['name']}\nAction Input: {call['arguments']}\n"
+        elif role in ("function", "tool") and turns and turns[-1][1]:
+            turns[-1][1] += f"{OBSERVATION} {content}\n"
+        elif role == "assistant" and turns:
+            turns[-1][1] += f"Final Answer: {content}" if turns[-1][1] else content
+        else:
+            raise ValueError(
+                f"After {len(turns)} questions a message of the role {role!r} has no place: the first is a user's, "
+                f"and each question is followed by calls, their results and an answer."
+            )
+    if not turns:
+        raise ValueError("There is no message from a user.")
+    names, descriptions = zip(*map(_describe_tool, tools)) if tools else ((), ())
+    query, answer = turns.pop()
+    values = {"tools": "\n\n".join(descriptions), "names": ", ".join(names), "query": query}
+    query = re.sub(r"\{(tools|names|query)\}", lambda name: values[name.group(1)], prompt)
+    text, ids = make_context(tokenizer, query, [tuple(turn) for turn in turns], system, max_window_size)
+    answer += "Thought:"
+    return text + answer, ids + tokenizer.encode(answer, allowed_special=set())
+
+
+class ReactStep(NamedTuple):
+    """
+    What a model wrote behind a prompt of `make_tool_context`.
+
+    Either `action` is the name of a tool and `arguments` are its arguments, or `answer` is the final answer. `error`
+    says what is wrong with a call, in words to give back to the model as the tool's result.
+    """
+
+    thought: str
+    action: Optional[str] = None
+    arguments: Optional[dict] = None
+    answer: Optional[str] = None
+    error: Optional[str] = None
+
+
+def parse_react(text: str) -> ReactStep:
+    """
+    Read a step: a thought, then a call or the final answer. Text without either is taken for the answer.
+
+    What follows `Observation:` is left out: the model made it up. Arguments may stand in a Markdown fence, have text
+    behind them, or be written as a Python dictionary; whatever else they are is described in `error`.
+
+    Example:
+        >>> parse_react(' I multiply.\\nAction: calculator\\nAction Input: {"expression": "17*23"}\\nObservation:')[:3]
+        ('I multiply.', 'calculator', {'expression': '17*23'})
+    """
+    text = text.split(OBSERVATION)[0]
+    call = re.search(r"^\s*Action\s*:(.*)$", text, re.MULTILINE)
+    final = re.search(r"^\s*Final Answer\s*:", text, re.MULTILINE)
+    first = min((found.start() for found in (call, final) if found), default=None)
+    thought = re.sub(r"^\s*Thought\s*:", "", text[:first] if first is not None else "").strip()
+    if call is None or (final is not None and final.start() < call.start()):
+        answer = text[final.end() :] if final else re.sub(r"^\s*Thought\s*:", "", text)
+        return ReactStep(thought, answer=answer.strip())
+    name = call.group(1).strip().strip("`\"'[]")
+    rest = re.search(r"^\s*Action Input\s*:", text[call.end() :], re.MULTILINE)
+    if rest is None:
+        return ReactStep(thought, name, error="There was no line 'Action Input:' with the arguments.")
+    written = text[call.end() + rest.end() :].strip()
+    if final is not None:
+        written = written.split("Final Answer")[0].strip()
+    arguments = _read_arguments(written)
+    if arguments is None:
+        return ReactStep(thought, name, error=f"The Action Input is not a JSON object: {written[:200]}")
+    return ReactStep(thought, name, arguments)
+
+
+def _read_arguments(written: str) -> dict | None:
+    written = re.sub(r"^```\w*\s*|\s*```$", "", written)
+    for read in (lambda: json.JSONDecoder(strict=False).raw_decode(written)[0], lambda: ast.literal_eval(written)):
+        try:
+            arguments = read()
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(arguments, dict):
+            return arguments
+    return {} if not written else None
+
+
 def get_stop_words_ids(chat_format: str, tokenizer) -> list[list[int]]:
     """
     The token sequences that end a response in this format.
@@ -158,7 +310,8 @@ class StopWordsLogitsProcessor(LogitsProcessor):
     Args:
         stop_words_ids: lists of token ids.
         eos_token_id: the token to force.
-        prompt_length: tokens of the prompt; a stop word counts only where all of it lies behind them.
+        prompt_length: tokens of the prompt; a stop word counts only where all of it lies behind them. None: the
+            `generate` of a Qwen model fills it in, elsewhere the whole sequence counts.
 
     Raises ValueError if `stop_words_ids` is not a non-empty list of non-empty lists of ids, or `eos_token_id` is None.
 
@@ -167,7 +320,7 @@ class StopWordsLogitsProcessor(LogitsProcessor):
         >>> model.generate(ids, logits_processor=[stop])
     """
 
-    def __init__(self, stop_words_ids: list[list[int]], eos_token_id: int, *, prompt_length: int = 0):
+    def __init__(self, stop_words_ids: list[list[int]], eos_token_id: int, *, prompt_length: int | None = None):
         check_stop_words_ids(stop_words_ids)
         if not isinstance(eos_token_id, int) or eos_token_id < 0:
             raise ValueError(
@@ -177,18 +330,38 @@ class StopWordsLogitsProcessor(LogitsProcessor):
         self.stop_words_ids = [list(words) for words in stop_words_ids]
         self.eos_token_id = eos_token_id
         self.prompt_length = prompt_length
+        self._on_device: list[torch.Tensor] = []
+
+    def behind(self, prompt_length: int) -> StopWordsLogitsProcessor:
+        """A copy for generation behind a prompt of this length, unless it was made for another."""
+        other = copy.copy(self)
+        other.prompt_length = prompt_length if self.prompt_length is None else self.prompt_length
+        return other
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """input_ids: (B, T) so far; scores: (B, vocab) of the next token. Returns the scores to use."""
-        generated = input_ids[:, self.prompt_length :]
+        if not self._on_device or self._on_device[0].device != input_ids.device:
+            # Once: a copy a step would have the host wait for the device.
+            self._on_device = [torch.tensor(words, device=input_ids.device) for words in self.stop_words_ids]
+        generated = input_ids[:, self.prompt_length or 0 :]
         ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        for words in self.stop_words_ids:
+        for words in self._on_device:
             if generated.shape[1] >= len(words):
-                tail = generated[:, -len(words) :]
-                ended |= (tail == torch.tensor(words, device=tail.device)).all(-1)
+                ended |= (generated[:, -len(words) :] == words).all(-1)
         only_eos = torch.full_like(scores, -float("inf"))
         only_eos[:, self.eos_token_id] = 0
         return torch.where(ended[:, None], only_eos, scores)
+
+
+def check_stop(stop) -> list[str]:
+    """`stop` as a list; ValueError unless it is a non-empty text or a list of them."""
+    texts = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, (list, tuple)) else [None]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(
+            f"stop must be a text or a list of texts, none of them empty, found {stop!r}. Token ids are for "
+            f"stop_words_ids."
+        )
+    return texts
 
 
 class TextStream:
@@ -198,6 +371,7 @@ class TextStream:
     Args:
         tokenizer: a QWenTokenizer.
         stop_ids: token ids that end the text and are not part of it.
+        stop: texts that end it and are not part of it; what may be the beginning of one is not shown yet.
 
     Example:
         >>> stream = TextStream(tokenizer, stop_ids={tokenizer.im_end_id})
@@ -207,42 +381,98 @@ class TextStream:
         '你好'
     """
 
-    def __init__(self, tokenizer, stop_ids=()):
+    def __init__(self, tokenizer, stop_ids=(), stop=()):
         self._decoded = tokenizer.decode_stream()
         self._stop_ids = frozenset(stop_ids)
-        self._pieces = ""
+        self._stop = tuple(stop)
+        self._longest = max(map(len, self._stop), default=0)
+        self._text = ""
+        self.ended = False
 
     def put(self, token: int) -> bool:
-        """Take the next token id; False if it ends the text."""
-        if token in self._stop_ids:
-            return False
-        self._pieces += self._decoded.put(token)
-        return True
+        """Take the next token id; False from the one on that ends the text."""
+        if not self.ended:
+            self.ended = token in self._stop_ids
+        if not self.ended:
+            self._add(self._decoded.put(token))
+        return not self.ended
+
+    def _add(self, piece: str) -> None:
+        begin = max(0, len(self._text) + 1 - self._longest)
+        self._text += piece
+        found = [at for at in (self._text.find(stop, begin) for stop in self._stop) if at >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+            self.ended = True
 
     @property
     def text(self) -> str:
-        """The text so far without surrounding white space; bytes of an incomplete character are held back."""
-        return self._pieces.strip()
+        """The text so far without surrounding white space; what may yet change is held back."""
+        held = 0
+        if not self.ended:
+            for length in range(1, min(self._longest, len(self._text) + 1)):
+                if any(stop.startswith(self._text[-length:]) for stop in self._stop):
+                    held = length
+        return self._text[: len(self._text) - held].strip()
 
     def finish(self) -> str:
         """The whole text; an incomplete last character is shown as the tokenizer's `errors` says."""
-        self._pieces += self._decoded.finish()
+        self._add(self._decoded.finish())
+        self.ended = True
         return self.text
+
+
+class StopAtText(StoppingCriteria):
+    """
+    Ends every sequence whose generated text has just come to contain one of the texts `stop`.
+
+    It looks at the last tokens only, as many as the longest of the texts may have; so it costs the same at every step.
+
+    Args:
+        tokenizer: a QWenTokenizer.
+        stop: texts.
+        prompt_length: tokens of the prompt, which are not looked at.
+    """
+
+    _DRAFTS = 32  # so many may be accepted at once in assisted decoding
+
+    def __init__(self, tokenizer, stop: Sequence[str], prompt_length: int):
+        self._tokenizer = tokenizer
+        self._stop = check_stop(list(stop))
+        self._prompt_length = prompt_length
+        self._window = max(len(text.encode("utf-8")) for text in self._stop) + self._DRAFTS
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.Tensor:
+        """input_ids: (B, T). Returns bool (B,), whether a row has ended."""
+        tails = input_ids[:, self._prompt_length :][:, -self._window :].tolist()
+        texts = [self._tokenizer.decode(tail, errors="replace") for tail in tails]
+        ended = [any(stop in text for stop in self._stop) for text in texts]
+        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
 
 
 class _TokenQueue(BaseStreamer, StoppingCriteria):
     """Hands generated tokens to another thread, and stops the generation when that thread asks for it."""
 
+    _AHEAD = 16  # tokens computed before they are asked for: who stops asking soon stops the computation
+
     def __init__(self):
         self.items: queue.Queue = queue.Queue()
         self.stop = threading.Event()
+        self._places = threading.Semaphore(self._AHEAD)
         self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt_seen:
             for token in value.reshape(-1).tolist():
+                while not self.stop.is_set() and not self._places.acquire(timeout=0.1):
+                    pass
                 self.items.put(token)
         self._prompt_seen = True  # `generate` puts the prompt first
+
+    def get(self):
+        item = self.items.get()
+        self._places.release()
+        return item
 
     def end(self) -> None:
         pass  # the thread that generates says when it is through, also after an error
@@ -279,7 +509,7 @@ def stream_generate(model, input_ids: torch.LongTensor, **kwargs) -> Iterator[in
         worker.start()
         try:
             while True:
-                item = tokens.items.get()
+                item = tokens.get()
                 if item is done:
                     return
                 if isinstance(item, BaseException):
