@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pydoc_data.topics
+import random
 import re
 import time
 
@@ -47,19 +48,25 @@ def test_decoding_of_20_kb_is_as_fast_as_tiktoken(official_tokenizer, text):
 
 
 def test_two_threads_are_faster_than_one(official_tokenizer):
-    if (os.cpu_count() or 1) < 2 or os.getloadavg()[0] > os.cpu_count():
-        pytest.skip("needs two cores that have nothing else to do")
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("needs two cores")
     raw, texts = official_tokenizer.tokenizer, [ENGLISH[i * 1000 :][:20_000] for i in range(30)]
-    best = {}
-    for _ in range(40):
-        for encode in (official_tokenizer, raw.encode_ordinary_batch):
-            for num_threads in (1, 2):
-                time = seconds(encode, texts, num_threads=num_threads)
-                best[encode, num_threads] = min(time, best.get((encode, num_threads), time))
-        ours, tiktoken = (best[e, 1] / best[e, 2] for e in (official_tokenizer, raw.encode_ordinary_batch))
+    functions = {
+        "ours, 1": lambda: official_tokenizer(texts, num_threads=1),
+        "ours, 2": lambda: official_tokenizer(texts, num_threads=2),
+        "raw, 1": lambda: [raw.encode_ordinary(text) for text in texts],
+        "raw, 2": lambda: raw.encode_ordinary_batch(texts, num_threads=2),
+    }
+    best = dict.fromkeys(functions, float("inf"))
+    for _ in range(60):
+        for name in random.sample(sorted(functions), 4):
+            best[name] = min(best[name], seconds(functions[name]))
+        ours, theirs = best["ours, 1"] / best["ours, 2"], best["raw, 1"] / best["raw, 2"]
         if ours >= 1.5:
             return
-    assert ours >= 0.85 * tiktoken  # other work keeps the cores busy, and two threads of tiktoken gain as little
+    if theirs < 1.6:
+        pytest.skip("other work keeps the cores busy: two threads of tiktoken alone gain as little")
+    assert ours >= 1.5
 
 
 # Each takes longer the more of it there is in one piece; twice the text may take twice the time and a bit.
