@@ -7,7 +7,6 @@ Knows tokens and text, not the network.
 from __future__ import annotations
 
 import ast
-import codecs
 import copy
 import json
 import queue
@@ -367,7 +366,7 @@ def check_stop(stop) -> list[str]:
 
 class TextStream:
     """
-    Tokens to text, one at a time, in constant time a token and never ending in half a character.
+    The answer that a model is giving: the text of tokens that come one at a time, never ending in half a character.
 
     Args:
         tokenizer: a QWenTokenizer.
@@ -383,11 +382,10 @@ class TextStream:
     """
 
     def __init__(self, tokenizer, stop_ids=(), stop=()):
-        self._tokenizer = tokenizer
+        self._decoded = tokenizer.decode_stream()
         self._stop_ids = frozenset(stop_ids)
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
-        self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.errors)
         self._text = ""
         self.ended = False
 
@@ -396,12 +394,7 @@ class TextStream:
         if not self.ended:
             self.ended = token in self._stop_ids
         if not self.ended:
-            piece = self._tokenizer.convert_ids_to_tokens(token)
-            if isinstance(piece, bytes):
-                self._add(self._decoder.decode(piece))
-            else:  # a control token breaks off a character that was not complete
-                self._add(self._decoder.decode(b"", final=True) + piece)
-                self._decoder.reset()
+            self._add(self._decoded.put(token))
         return not self.ended
 
     def _add(self, piece: str) -> None:
@@ -424,8 +417,7 @@ class TextStream:
 
     def finish(self) -> str:
         """The whole text; an incomplete last character is shown as the tokenizer's `errors` says."""
-        self._add(self._decoder.decode(b"", final=True))
-        self._decoder.reset()
+        self._add(self._decoded.finish())
         self.ended = True
         return self.text
 

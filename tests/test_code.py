@@ -32,7 +32,8 @@ def test_import_statements_name_only_what_is_always_installed(name):
     unless `try` guards them. Loading from a local folder does not show it: only the first module is looked at there.
     """
     standard = {
-        *("base64", "codecs", "copy", "functools", "importlib", "inspect", "math", "os", "queue", "re", "threading"),
+        *("ast", "base64", "codecs", "collections", "concurrent", "contextlib", "copy", "dataclasses", "functools"),
+        *("importlib", "inspect", "json", "math", "os", "queue", "re", "threading"),
         *("__future__", "typing", "unicodedata"),
     }
     packages = {module.split(".")[0] for module in imported(TREES[name])}
