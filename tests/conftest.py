@@ -21,6 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 transformers = importlib.import_module("transformers")
 
+# The models are tiny: threads would only wait for each other. The variable is for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 # The modules import each other relatively, as remote code does; a package whose path is the root holds them.
 package = types.ModuleType("qwen")
 package.__path__ = [str(ROOT)]
