@@ -158,6 +158,8 @@ def test_empty_texts_and_batches(demo_tokenizer):
     assert plain(demo_tokenizer(["", ""])) == {"input_ids": [[], []], "attention_mask": [[], []]}
     batch = demo_tokenizer(["", "a"], padding=True, return_tensors="pt")
     assert batch["attention_mask"].tolist() == [[0], [1]]
+    assert plain(demo_tokenizer("", "")) == {"input_ids": [], "attention_mask": []}
+    assert demo_tokenizer([("a", ""), ("", "b")])["input_ids"] == [demo_tokenizer.encode(text) for text in "ab"]
     assert demo_tokenizer.encode("") == []
     assert demo_tokenizer.decode([]) == ""
     assert demo_tokenizer("", padding="max_length", max_length=2)["attention_mask"] == [0, 0]
