@@ -296,7 +296,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         allowed_special="all",
         disallowed_special=(),
         split_special_tokens=None,
-        sanitize_control_tokens=False,  # transformers' marks; `apply_chat_template` always makes its own
+        sanitize_control_tokens=False,  # `apply_chat_template` always does
         marks=None,
         num_threads=None,
         return_offsets_mapping=False,
@@ -553,8 +553,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         **kwargs,
     ):
         """
-        As inherited; what the messages say is encoded as ordinary text and never becomes a control token (with
-        `sanitize_control_tokens` of transformers or without).
+        As inherited; what the messages say is encoded as ordinary text and never becomes a control token, with
+        transformers' `sanitize_control_tokens` or without.
 
         With the default template the ids are exactly those of `make_context`. The text (`tokenize=False`) can't keep
         that apart: encode it only if you trust the messages.
@@ -573,7 +573,6 @@ class QWenTokenizer(PreTrainedTokenizer):
         given = {"tools": tools, "documents": documents}
         kwargs.update({name: value for name, value in given.items() if value is not None})
         if tokenize:
-            kwargs.pop("sanitize_control_tokens", None)
             marks = _unused_characters([conversation, kwargs])
             conversation = _mark(conversation, *marks, whole_contents=is_default)
             kwargs = _mark(kwargs, *marks)
@@ -632,9 +631,7 @@ class DecodeStream:
 
     def finish(self) -> str:
         """What is left: an incomplete character, as the tokenizer's `errors` says. A new text may follow."""
-        rest = self._bytes.decode(b"", final=True)
-        self._bytes.reset()
-        return rest
+        return self._bytes.decode(b"", final=True)
 
 
 def _special_set(argument: str, tokens) -> frozenset:
