@@ -292,22 +292,14 @@ class QWenTokenizer(PreTrainedTokenizer):
         self,
         pairs,
         is_batch: bool,
-        padding_strategy,
-        truncation_strategy,
-        max_length=None,
         is_split_into_words=False,
-        pad_to_multiple_of=None,
-        padding_side=None,
-        return_tensors=None,
-        return_attention_mask=None,
-        return_overflowing_tokens=False,
-        return_offsets_mapping=False,
         allowed_special="all",
         disallowed_special=(),
         split_special_tokens=None,
-        sanitize_control_tokens=False,  # transformers' marks; `apply_chat_template` always makes its own
+        sanitize_control_tokens=False,  # `apply_chat_template` always does
         marks=None,
         num_threads=None,
+        return_offsets_mapping=False,
         **kwargs,
     ) -> BatchEncoding:
         """All that `__call__`, `encode` and their relatives do, to pairs of a text and a second text or None."""
@@ -316,9 +308,6 @@ class QWenTokenizer(PreTrainedTokenizer):
                 "This tokenizer gives no offsets. The fast one that tools/export_fast_tokenizer.py writes does, and "
                 "has the same ids."
             )
-        preparing = {name: kwargs.pop(name) for name in _PREPARING if name in kwargs}
-        if kwargs:
-            logger.warning_once(f"Arguments that QWenTokenizer does not know are ignored: {', '.join(sorted(kwargs))}.")
         special = self._choose_special(allowed_special, disallowed_special, split_special_tokens)
 
         def to_ids(text) -> list[int]:
@@ -330,27 +319,46 @@ class QWenTokenizer(PreTrainedTokenizer):
                 return list(text) if text and isinstance(text[0], int) else self.convert_tokens_to_ids(text)
             return self._text_to_ids(text, *special) if marks is None else self._rendered_to_ids(text, *special, *marks)
 
-        # Without any of this there is nothing to do for `prepare_for_model`, whose lists take a tenth of the time.
+        texts = [text for first, second in pairs for text in ((first,) if second is None else (first, second))]
+        ids = iter(_map(to_ids, texts, num_threads))
+        pairs = [(next(ids), None if second is None else next(ids)) for _, second in pairs]
+        return self._prepare(pairs, is_batch, **kwargs)
+
+    def _prepare(
+        self,
+        pairs: list,
+        is_batch: bool,
+        padding_strategy,
+        truncation_strategy,
+        max_length=None,
+        pad_to_multiple_of=None,
+        padding_side=None,
+        return_tensors=None,
+        return_attention_mask=None,
+        return_overflowing_tokens=False,
+        **kwargs,
+    ) -> BatchEncoding:
+        """What transformers' `prepare_for_model` makes of pairs of ids and further ids or None, padded together."""
+        preparing = {name: kwargs.pop(name) for name in _PREPARING if name in kwargs}
+        if kwargs:
+            logger.warning_once(f"Arguments that QWenTokenizer does not know are ignored: {', '.join(sorted(kwargs))}.")
+        # If only the ids are asked for, its lists take a tenth of the time that encoding takes, for nothing.
         ids_only = (
             truncation_strategy == "do_not_truncate"
             and "token_type_ids" not in self.model_input_names
             and not return_overflowing_tokens
             and not any(preparing.get(name) for name in _FURTHER_LISTS)
         )
-        texts = [text for first, second in pairs for text in ((first,) if second is None else (first, second))]
-        ids = iter(_map(to_ids, texts, num_threads))
         rows = []
-        for _, second in pairs:
-            first_ids, second_ids = next(ids), None if second is None else next(ids)
+        for first, second in pairs:
             if ids_only:
-                row = {"input_ids": self.build_inputs_with_special_tokens(first_ids, second_ids)}
-                self._eventual_warn_about_too_long_sequence(
-                    row["input_ids"], max_length, preparing.get("verbose", True)
-                )
+                row = {"input_ids": self.build_inputs_with_special_tokens(first, second)}
+                verbose = preparing.get("verbose", True)
+                self._eventual_warn_about_too_long_sequence(row["input_ids"], max_length, verbose)
             else:
                 row = self.prepare_for_model(
-                    first_ids,
-                    second_ids,
+                    first,
+                    second,
                     truncation=truncation_strategy,
                     max_length=max_length,
                     return_attention_mask=False,
@@ -361,14 +369,14 @@ class QWenTokenizer(PreTrainedTokenizer):
                 row.setdefault("overflowing_tokens", [])
                 row.setdefault("num_truncated_tokens", 0)
             rows.append(row)
-        columns = {name: [row[name] for row in rows] for name in (rows or [{"input_ids": None}])[0]}
+        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ["input_ids"])}
         if return_tensors is not None:  # rows of these have different lengths
             columns.pop("overflowing_tokens", None)
             columns.pop("num_truncated_tokens", None)
         if return_attention_mask is None:
             return_attention_mask = "attention_mask" in self.model_input_names
         if return_attention_mask:
-            columns["attention_mask"] = [[1] * len(row) for row in columns["input_ids"]]
+            columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
         if padding_strategy != "do_not_pad" and rows:
             columns = self.pad(
                 columns,
@@ -545,8 +553,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         **kwargs,
     ):
         """
-        As inherited; what the messages say is encoded as ordinary text and never becomes a control token (with
-        `sanitize_control_tokens` of transformers or without).
+        As inherited; what the messages say is encoded as ordinary text and never becomes a control token, with
+        transformers' `sanitize_control_tokens` or without.
 
         With the default template the ids are exactly those of `make_context`. The text (`tokenize=False`) can't keep
         that apart: encode it only if you trust the messages.
@@ -565,7 +573,6 @@ class QWenTokenizer(PreTrainedTokenizer):
         given = {"tools": tools, "documents": documents}
         kwargs.update({name: value for name, value in given.items() if value is not None})
         if tokenize:
-            kwargs.pop("sanitize_control_tokens", None)
             marks = _unused_characters([conversation, kwargs])
             conversation = _mark(conversation, *marks, whole_contents=is_default)
             kwargs = _mark(kwargs, *marks)
@@ -624,9 +631,7 @@ class DecodeStream:
 
     def finish(self) -> str:
         """What is left: an incomplete character, as the tokenizer's `errors` says. A new text may follow."""
-        rest = self._bytes.decode(b"", final=True)
-        self._bytes.reset()
-        return rest
+        return self._bytes.decode(b"", final=True)
 
 
 def _special_set(argument: str, tokens) -> frozenset:

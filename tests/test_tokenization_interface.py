@@ -118,6 +118,14 @@ def test_pairs_and_what_is_cut_off(demo_tokenizer, detour, truncation, stride):
     ]
 
 
+def test_tensors_come_without_what_was_cut_off(demo_tokenizer):
+    arguments = {"truncation": True, "max_length": 3, "return_overflowing_tokens": True, "padding": True}
+    for texts in (TEXTS, TEXTS[3]):
+        encoded = demo_tokenizer(texts, return_tensors="pt", **arguments)
+        assert set(encoded) == {"input_ids", "attention_mask"}
+        assert encoded["input_ids"].shape == (len(TEXTS) if texts is TEXTS else 1, 3)
+
+
 def test_padding_side_of_a_single_call(demo_tokenizer):
     if not PADS_ON_ANY_SIDE:
         with pytest.raises(ValueError, match=r"set tokenizer\.padding_side = 'left'"):
@@ -158,6 +166,8 @@ def test_empty_texts_and_batches(demo_tokenizer):
     assert plain(demo_tokenizer(["", ""])) == {"input_ids": [[], []], "attention_mask": [[], []]}
     batch = demo_tokenizer(["", "a"], padding=True, return_tensors="pt")
     assert batch["attention_mask"].tolist() == [[0], [1]]
+    assert plain(demo_tokenizer("", "")) == {"input_ids": [], "attention_mask": []}
+    assert demo_tokenizer([("a", ""), ("", "b")])["input_ids"] == [demo_tokenizer.encode(text) for text in "ab"]
     assert demo_tokenizer.encode("") == []
     assert demo_tokenizer.decode([]) == ""
     assert demo_tokenizer("", padding="max_length", max_length=2)["attention_mask"] == [0, 0]

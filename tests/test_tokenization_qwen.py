@@ -157,9 +157,14 @@ SPACES = " \t\u3000\xa0\x85\u2028\x0b\x1c\u200b\n\r"
 
 
 @pytest.mark.parametrize("allowed", ["all", set(), {"<|im_end|>"}], ids=str)
-def test_long_white_space_is_encoded_as_tiktoken_does(demo_tokenizer, monkeypatch, allowed):
-    """With the guard for runs that tiktoken can't split made so low that many runs need it."""
-    raw = raw_tiktoken(demo_tokenizer.vocab_file)
+def test_long_white_space_is_encoded_as_tiktoken_does(tmp_path, monkeypatch, allowed):
+    """With the guard for runs that tiktoken can't split made so low that many runs need it, and tokens for runs."""
+    runs = [space * length for space in (" ", "\t", "\u3000", " \t", " \n") for length in range(2, 12)]
+    tokens = [bytes([byte]) for byte in range(256)] + [run.encode() for run in runs]
+    (tmp_path / "qwen.tiktoken").write_bytes(
+        tokenization_qwen.format_tiktoken_bpe({t: i for i, t in enumerate(tokens)})
+    )
+    tokenizer, raw = QWenTokenizer(str(tmp_path / "qwen.tiktoken")), raw_tiktoken(tmp_path / "qwen.tiktoken")
     arguments = {"allowed_special": allowed, "disallowed_special": ()}
     pieces = st.sampled_from(["a", "!", "1", "<|im_end|>", "<|im_start|>", "你", "'s", *SPACES])
     monkeypatch.setattr(tokenization_qwen, "_LONG_SPACE", 4)
@@ -168,7 +173,7 @@ def test_long_white_space_is_encoded_as_tiktoken_does(demo_tokenizer, monkeypatc
     @given(parts=st.lists(st.tuples(pieces, st.integers(1, 9)), max_size=9))
     def check(parts):
         text = "".join(piece * times if piece.isspace() else piece for piece, times in parts)
-        assert demo_tokenizer.encode(text, **arguments) == raw.encode(text, **arguments), text
+        assert tokenizer.encode(text, **arguments) == raw.encode(text, **arguments), text
 
     check()
 

@@ -16,6 +16,8 @@ from conftest import ROOT, lacks, official_vocabulary, tiny_model, tokenization_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import KNOWN, generated_texts, without_surrogates
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -297,6 +299,23 @@ def test_the_exported_folder_loads_by_itself(ours_and_fast):
     assert loaded("你好<|im_end|>")["input_ids"] == ours("你好<|im_end|>")["input_ids"]
 
 
+def test_a_token_that_no_merges_lead_to(tmp_path, capsys):
+    """A word that is a token as a whole is that token to tiktoken, and to the library `tokenizers` from 0.19 on."""
+    shutil.copy(DEMO, tmp_path / "qwen.tiktoken")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "qwen_extra.tiktoken").write_bytes(base64.b64encode(b"xqzjv") + b" 4096\n")
+    ours = QWenTokenizer.from_pretrained(tmp_path)
+    assert ours.encode("xqzjv") == [4096]
+    status = export.main([str(tmp_path), str(tmp_path / "fast")])
+    assert status == (0 if hasattr(BPE(), "ignore_merges") else 2)
+    if status == 2:
+        assert "would give" in capsys.readouterr().err
+        lacks("has fast tokenizers that can't have a token which no merges lead to")
+    fast = PreTrainedTokenizerFast.from_pretrained(tmp_path / "fast")
+    for text in ("xqzjv", "xqzjv xqzjvs", "a xqzjv!"):
+        assert fast(text)["input_ids"] == ours(text)["input_ids"]
+
+
 def test_what_the_export_refuses(tmp_path, capsys, monkeypatch):
     assert export.main([str(tmp_path), str(tmp_path / "fast")]) == 2
     assert "There is no vocabulary" in capsys.readouterr().err
@@ -319,6 +338,4 @@ def test_what_the_export_refuses(tmp_path, capsys, monkeypatch):
 
 
 def test_the_byte_alphabet_is_that_of_the_library(ours_and_fast):
-    from tokenizers.pre_tokenizers import ByteLevel
-
     assert sorted(export.byte_alphabet()) == sorted(ByteLevel.alphabet())
