@@ -15,7 +15,10 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+new_cache = getattr(transformers, "DynamicCache", lambda: None)  # before 4.36 each turn computes the whole conversation
 
 HELP = """\
 :help              this
@@ -40,7 +43,7 @@ class Chat:
 
     def clear(self) -> None:
         self.history: list = []
-        self.cache = DynamicCache()
+        self.cache = new_cache()
 
     def command(self, line: str) -> bool:
         """Carry out a line that begins with a colon; False if it ends the chat."""
