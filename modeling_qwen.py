@@ -51,6 +51,7 @@ from .transformers_compat import (
     load_config,
     loading_defaults,
     pop_dtype,
+    rms_norm,
     set_attention,
 )
 
@@ -66,9 +67,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -113,25 +112,25 @@ class RotaryEmbedding(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         position_ids: int64 (B or 1, T); alpha: float32 (B or 1, T or 1), the NTK scale of the base.
-        Returns cosines and sines, each float32 (B or 1, 1, T, dim).
+        Returns cosines and sines, each float32 (B or 1, 1, T, dim / 2).
         """
         exponents = torch.arange(0, self.dim, 2, device=position_ids.device, dtype=torch.float32) / self.dim
         base = self.base if alpha is None else self.base * alpha[..., None] ** (self.dim / (self.dim - 2))  # (B, T, 1)
-        angles = position_ids[:, :, None].float() * (1.0 / base**exponents)  # (B, T, dim / 2)
-        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (B, 1, T, dim)
+        angles = (position_ids[:, :, None].float() * (1.0 / base**exponents))[:, None]  # (B, 1, T, dim / 2)
         return angles.cos(), angles.sin()
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
-    Rotate the first channels of every head in float32, in the half-rotation form `x cos + cat(-x2, x1) sin`.
+    Rotate the first channels of every head, pairs (x_i, x_{i + d/2}) of the d rotated ones, in float32.
 
-    x: (B, nh, T, hd) of any dtype; cos, sin: float32 (B, 1, T, rotated channels). Returns float32 (B, nh, T, hd).
+    x: (B, nh, T, hd) of any dtype; cos, sin: float32 (B or 1, 1, T, d / 2). Returns (B, nh, T, hd) in x's dtype.
     """
-    x, rest = x.float().split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
-    x1, x2 = x.chunk(2, dim=-1)
-    x = x * cos + torch.cat((-x2, x1), dim=-1) * sin
-    return torch.cat((x, rest), dim=-1) if rest.shape[-1] else x
+    half = cos.shape[-1]
+    x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    y1 = torch.addcmul(x1 * cos, x2, sin, value=-1)
+    y2 = torch.addcmul(x2 * cos, x1, sin)
+    return torch.cat((y1.to(x.dtype), y2.to(x.dtype), rest), dim=-1)
 
 
 def eager_attention(
@@ -188,19 +187,17 @@ class QWenAttention(nn.Module):
         **kwargs,
     ) -> torch.Tensor:
         """
-        x: (B, T, hidden). cos, sin: float32 (B, 1, T, rotated). query_scale: float32 (B, 1, T, 1), LogN.
+        x: (B, T, hidden). cos, sin: float32 (B or 1, 1, T, rotated / 2). query_scale: float32 (B, 1, T, 1), LogN.
         past_key_values: the cache that takes the new keys and values. attention_weights: a list to which this layer's
         weights (B, nh, T, S) are appended; asking for them takes the eager kernel. Returns (B, T, hidden).
         """
         B, T, _ = x.shape
-        q, k, v = (
-            part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nh, T, hd)
-            for part in self.c_attn(x).chunk(3, dim=-1)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, 3 nh, T, hd)
+        nh = qkv.shape[1] // 3
+        q, k = rotate(qkv[:, : 2 * nh], cos, sin).chunk(2, dim=1)  # (B, nh, T, hd) each
+        v = qkv[:, 2 * nh :]
         if query_scale is not None:
-            q = q * query_scale
-        q, k = q.to(v.dtype), k.to(v.dtype)
+            q = (q * query_scale).to(v.dtype)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx, **(update_kwargs or {}))  # (B, nh, S, hd)
 
@@ -502,7 +499,7 @@ class QWenModel(QWenPreTrainedModel):
             alpha = self._ntk_alpha(position_ids, past_key_values, past_length, kwargs.get("cu_seq_lens_q"))
         if self.config.use_logn_attn and not self.training:
             query_scale = logn_scale(position_ids, self.config.seq_length)[:, None, :, None]  # (B, 1, T, 1)
-        cos, sin = self.rotary_emb(position_ids, alpha)  # (B, 1, T, rotated) each
+        cos, sin = self.rotary_emb(position_ids, alpha)  # (B or 1, 1, T, rotated / 2) each
 
         all_hidden_states = [] if output_hidden_states else None
         attention_weights = [] if output_attentions else None
