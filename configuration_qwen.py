@@ -140,8 +140,11 @@ class QWenConfig(PretrainedConfig):
         """
         As inherited; a precision that the caller names replaces the one in the file.
 
-        Raises ValueError for two that contradict each other.
+        Raises ValueError for two that contradict each other, and for two such choices of the attention kernel.
         """
+        flash, attention = kwargs.get("use_flash_attn"), kwargs.get("attn_implementation")
+        if attention is not None and flash in (True, False) and flash != str(attention).startswith("flash_attention"):
+            raise ValueError(f"use_flash_attn={flash} contradicts attn_implementation={attention!r}; pass one of them.")
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         flags = [flag for flag in PRECISION_FLAGS if kwargs.get(flag)]
         for flag in flags:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import math
 
 import torch
@@ -43,13 +44,16 @@ from .transformers_compat import (
     cache_kwargs,
     can_return_tuple,
     cpu_supports_bf16,
+    cpu_supports_fp16,
     create_causal_mask,
     crop_cache,
     forget_device_map,
+    gpu_supports_bf16,
     is_compiling,
     is_flash_attn_2_available,
     load_config,
     loading_defaults,
+    named_attention,
     pop_dtype,
     rms_norm,
     set_attention,
@@ -304,13 +308,20 @@ class QWenPreTrainedModel(PreTrainedModel):
         elif dtype is None:
             dtype = "auto"  # that of the `state_dict`
         kwargs[DTYPE] = cls._choose_dtype(config, dtype, on_accelerator)
-        set_attention(config, kwargs, cls._choose_attention(config, kwargs[DTYPE], on_accelerator))
+        cls._warn_of_precision(kwargs[DTYPE], on_accelerator)
+        attention, reason = named_attention(config, kwargs), ""
+        if attention is None:
+            attention, reason = cls._choose_attention(config, kwargs[DTYPE], on_accelerator)
+        set_attention(config, kwargs, attention)
         info_wanted = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
         forget_device_map(model, device_map)
         model._forget_precision_flags()
+        chosen = model.config._attn_implementation
+        why = f" ({reason})" if reason else ""
+        logger.info(f"{cls.__name__}: weights in {model.dtype}, attention by {chosen}{why}")
         if strict and not info_wanted and getattr(model, "hf_quantizer", None) is None:  # quantisers rename weights
             model._check_loaded(info, pretrained_model_name_or_path)
         return (model, info) if info_wanted else model
@@ -351,7 +362,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         own = getattr(config, DTYPE, None)
         own = getattr(torch, own) if isinstance(own, str) else own
         if on_accelerator:
-            supported = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else True
+            supported = gpu_supports_bf16() if torch.cuda.is_available() else True
             fallback = torch.float16
         else:
             supported = cpu_supports_bf16()
@@ -361,14 +372,41 @@ class QWenPreTrainedModel(PreTrainedModel):
         return torch.bfloat16 if supported else fallback
 
     @staticmethod
-    def _choose_attention(config: QWenConfig, dtype, on_accelerator: bool) -> str | None:
-        """`use_flash_attn` as an attention implementation of transformers; None leaves the choice to it."""
-        if config.use_flash_attn is True:
-            return "flash_attention_2"
-        half = dtype in (torch.float16, torch.bfloat16)
-        if config.use_flash_attn == "auto" and on_accelerator and half and is_flash_attn_2_available():
-            return "flash_attention_2"
-        return None
+    def _warn_of_precision(dtype, on_accelerator: bool) -> None:
+        """One warning for a precision that the device has no instructions for."""
+        if on_accelerator and torch.cuda.is_available():
+            device = torch.cuda.get_device_name()
+            supported = {torch.bfloat16: gpu_supports_bf16(), torch.float16: True}
+        elif on_accelerator:
+            return
+        else:
+            device = "This CPU"
+            supported = {torch.bfloat16: cpu_supports_bf16(), torch.float16: cpu_supports_fp16()}
+        if not supported.get(dtype, True):
+            others = [flag for flag, name in PRECISION_FLAGS.items() if supported.get(getattr(torch, name), True)]
+            logger.warning_once(
+                f"{device} has no instructions for {dtype}, which will be slow. Faster is "
+                f"{' or '.join(f'{flag}=True' for flag in others)}."
+            )
+
+    @staticmethod
+    def _choose_attention(config: QWenConfig, dtype, on_accelerator: bool) -> tuple[str | None, str]:
+        """
+        `use_flash_attn` as an attention implementation of transformers, or None, which leaves the choice to it; and
+        why flash attention was not taken. Raises ImportError if it is asked for and something is missing.
+        """
+        if config.use_flash_attn is False:
+            return None, "use_flash_attn=False"
+        missing = flash_attention_lacks(dtype)
+        if config.use_flash_attn == "auto":
+            missing += [] if on_accelerator else ["a model on a GPU"]
+            return (None, f"flash_attention_2 needs {' and '.join(missing)}") if missing else ("flash_attention_2", "")
+        if missing:
+            raise ImportError(
+                f"use_flash_attn=True needs {' and '.join(missing)}. With use_flash_attn='auto' it is taken where "
+                f"that is there, and PyTorch's own attention elsewhere."
+            )
+        return "flash_attention_2", ""
 
     def _check_loaded(self, info, source) -> None:
         """Raise RuntimeError if weights of this architecture were missing from or left over in the checkpoint."""
@@ -395,6 +433,23 @@ class QWenPreTrainedModel(PreTrainedModel):
                 f"config.json (num_hidden_layers, no_bias) with its weight files, and see that every file is there. "
                 f"To load it all the same, with new values for what is missing, pass strict=False."
             )
+
+
+def flash_attention_lacks(dtype) -> list[str]:
+    """What flash attention 2 needs and is not here; nothing if it can run. dtype: torch.dtype, or "auto" (unknown)."""
+    lacks = []
+    if importlib.util.find_spec("flash_attn") is None:
+        lacks.append("the package flash-attn (pip install flash-attn)")
+    elif torch.cuda.is_available() and not is_flash_attn_2_available():
+        lacks.append("a newer version of the package flash-attn")
+    if not torch.cuda.is_available():
+        lacks.append("a GPU")
+    elif torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        lacks.append(f"a GPU of compute capability 8.0 or higher (found {found})")
+    if dtype not in (torch.float16, torch.bfloat16, "auto"):
+        lacks.append(f"half precision (found {dtype}; pass bf16=True or fp16=True)")
+    return lacks
 
 
 def _goes_to_accelerator(device_map) -> bool:
@@ -485,6 +540,11 @@ class QWenModel(QWenPreTrainedModel):
             cache_position = torch.arange(T, device=x.device) + past_length  # (T,)
         if position_ids is None:
             position_ids = self._positions(attention_mask, cache_position, past_length)  # (B or 1, T)
+        if output_attentions and self.config._attn_implementation != "eager" and not is_compiling():
+            logger.warning_once(
+                f"output_attentions=True: attention by {self.config._attn_implementation} has no weights to return, so "
+                f"the eager one is used, which takes memory for all of them. attn_implementation='eager' says so too."
+            )
         mask = create_causal_mask(
             config=self._eager_config() if output_attentions else self.config,
             inputs_embeds=x,

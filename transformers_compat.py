@@ -47,6 +47,18 @@ def cpu_supports_bf16() -> bool:
     return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
 
 
+def cpu_supports_fp16() -> bool:
+    """Whether this CPU has instructions for float16; torch up to 2.1 can't tell, and has no fast code for it."""
+    return getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)()
+
+
+def gpu_supports_bf16() -> bool:
+    """Whether the current GPU has instructions for bfloat16; torch up to 2.3 does not count an emulation anyway."""
+    if "including_emulation" in inspect.signature(torch.cuda.is_bf16_supported).parameters:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cuda.is_bf16_supported()
+
+
 def is_compiling() -> bool:
     """`torch.compiler.is_compiling`, which torch up to 2.0 lacks."""
     return hasattr(torch, "compiler") and torch.compiler.is_compiling()
@@ -389,6 +401,9 @@ class PreTrainedModel(transformers.PreTrainedModel):
 DTYPE = "dtype" if hasattr(transformers.PretrainedConfig(), "dtype") else "torch_dtype"
 
 
+_ON_CPU = {"": torch.device("cpu")}  # by name it is refused with flash attention, though the model may still be moved
+
+
 def loading_defaults(kwargs: dict) -> None:
     """Up to 4.52 (needed to 4.46): weights are not loaded beside a model that has random ones already."""
     if masking_utils is not None:
@@ -403,12 +418,12 @@ def loading_defaults(kwargs: dict) -> None:
     quantised = any(kwargs.get(key) for key in ("quantization_config", "load_in_8bit", "load_in_4bit"))
     if kwargs["low_cpu_mem_usage"] and not quantised and kwargs.get("device_map") is None:
         # Without a map these releases take all weights on the meta device for one tied weight, none of them missing.
-        kwargs["device_map"] = {"": "cpu"}
+        kwargs["device_map"] = dict(_ON_CPU)
 
 
 def forget_device_map(model, device_map) -> None:
     """The map of `loading_defaults` is nobody's wish (`device_map` is the caller's): the model may be moved."""
-    if masking_utils is None and device_map is None and getattr(model, "hf_device_map", None) == {"": "cpu"}:
+    if masking_utils is None and device_map is None and getattr(model, "hf_device_map", None) == _ON_CPU:
         del model.hf_device_map
 
 
@@ -457,21 +472,26 @@ def pop_dtype(kwargs: dict):
     return named
 
 
+_CONFIG_NAMES_ATTENTION = hasattr(transformers.PretrainedConfig(), "_attn_implementation")  # from 4.36
+
+
+def named_attention(config, kwargs: dict):
+    """The attention implementation that the caller of `from_pretrained` named, or None."""
+    # The attribute without `_internal` reads "eager" where nothing is chosen, from 4.36 to 4.55.
+    return kwargs.get("attn_implementation") or getattr(config, "_attn_implementation_internal", None)
+
+
 def set_attention(config, kwargs: dict, choice: str | None) -> None:
-    """
-    Hand the attention implementation `choice` (None: transformers') to the `from_pretrained` that gets `kwargs`,
-    unless the caller named one.
-    """
-    if hasattr(transformers.PretrainedConfig(), "_attn_implementation"):
-        # The attribute itself reads "eager" where nothing is chosen, from 4.36 to 4.55.
-        unset = getattr(config, "_attn_implementation_internal", None) is None
-        if choice is not None and "attn_implementation" not in kwargs and unset:
+    """Hand the attention implementation `choice` (None: transformers') to the `from_pretrained` that gets `kwargs`."""
+    if _CONFIG_NAMES_ATTENTION:
+        if choice is not None:
             kwargs["attn_implementation"] = choice
         return
     # up to 4.35, where `from_pretrained` knows nothing of it
-    choice = kwargs.pop("attn_implementation", None) or choice or PretrainedConfig._attn_implementation
+    kwargs.pop("attn_implementation", None)
+    choice = choice or PretrainedConfig._attn_implementation
     if choice == "flash_attention_2" and not is_flash_attn_2_available():
-        raise ImportError("Flash attention 2 needs an NVIDIA GPU and the package flash-attn: pip install flash-attn.")
+        raise ImportError("Flash attention 2 needs a GPU and the package flash-attn (pip install flash-attn).")
     if choice not in ("eager", *ALL_ATTENTION_FUNCTIONS):
         raise ValueError(f"attn_implementation must be eager, sdpa or flash_attention_2 here, found {choice!r}.")
     config._attn_implementation = choice

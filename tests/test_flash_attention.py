@@ -12,13 +12,26 @@ from conftest import ROOT, run, tiny_model
 SCRIPT = """
 import json, sys, torch
 torch.cuda.is_available = lambda: True
+torch.cuda.is_bf16_supported = lambda including_emulation=True: True
+torch.cuda.get_device_name = lambda: "GPU"
+torch.cuda.get_device_capability = lambda: (8, 0)
 torch.version.cuda = torch.version.cuda or "12.4"
 import flash_attn
 from transformers import AutoModelForCausalLM
 path, common = sys.argv[1], {"trust_remote_code": True, "device_map": "cpu"}
-load = lambda **kwargs: AutoModelForCausalLM.from_pretrained(path, **common, **kwargs)
+load = lambda **kwargs: AutoModelForCausalLM.from_pretrained(path, **{**common, **kwargs})
 model, expected = load(use_flash_attn=True, bf16=True), load(attn_implementation="eager", fp32=True)
 report = {"chosen": model.config._attn_implementation, "errors": {}, "calls": {}}
+auto = {"on a GPU": {"bf16": True}, "float32": {"fp32": True}, "False": {"bf16": True, "use_flash_attn": False}}
+report["auto"] = {name: load(device_map=None, **how).config._attn_implementation for name, how in auto.items()}
+report["auto"]["on a CPU"] = load(bf16=True).config._attn_implementation
+torch.cuda.get_device_capability = lambda: (7, 5)
+report["auto"]["old GPU"] = load(device_map=None, bf16=True).config._attn_implementation
+try:
+    load(use_flash_attn=True, fp32=True)
+except ImportError as error:
+    report["refused"] = str(error)
+torch.cuda.get_device_capability = lambda: (8, 0)
 
 def compare(name, *args, **kwargs):
     flash_attn.calls.clear()
@@ -82,6 +95,12 @@ def test_it_is_chosen_and_every_layer_calls_it(report):
     assert report["chosen"] == "flash_attention_2"
     assert [number for _, number in report["calls"].values()] == [3] * 3  # layers
     assert report["generate_calls"] == 3 * 12
+
+
+def test_automatic_choice(report):
+    others = dict.fromkeys(("float32", "False", "on a CPU", "old GPU"), "sdpa")
+    assert report["auto"] == {"on a GPU": "flash_attention_2", **others}
+    assert "compute capability 8.0 or higher (found 7.5) and half precision" in report["refused"]
 
 
 def test_arguments(report):

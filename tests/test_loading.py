@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from accelerate import init_empty_weights
 from conftest import CODE, ROOT, modeling_qwen, random_ids, run, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 QWenLMHeadModel = modeling_qwen.QWenLMHeadModel
 
@@ -156,9 +158,60 @@ def test_a_saved_precision_does_not_stand_in_the_way(checkpoint, tmp_path):
     assert load(tmp_path / "saved", bf16=True).dtype == torch.bfloat16
 
 
+def test_a_precision_that_the_device_lacks(checkpoint, monkeypatch, caplog):
+    def supported(name: str, value: bool) -> None:
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: value, raising=False)
+
+    transformers_logging.warning_once.cache_clear()
+    supported("bf16", True)
+    supported("fp16", False)
+    load(checkpoint, bf16=True)
+    load(checkpoint, fp32=True)
+    assert "has no instructions" not in caplog.text
+    for _ in range(2):
+        load(checkpoint, fp16=True)
+    message = "This CPU has no instructions for torch.float16, which will be slow. Faster is bf16=True or fp32=True."
+    assert caplog.text.count(message) == 1
+    supported("bf16", False)
+    load(checkpoint, dtype=torch.bfloat16)
+    assert "no instructions for torch.bfloat16, which will be slow. Faster is fp32=True." in caplog.text
+
+
 def test_flash_attention_asked_for_but_not_there(checkpoint):
-    with pytest.raises((ImportError, ValueError), match=r"(?i)flash"):
+    there = importlib.util.find_spec("flash_attn") is not None
+    if there or torch.cuda.is_available():
+        pytest.skip("something of what is to be missing is there")
+    with pytest.raises(ImportError, match="needs the package flash-attn .* and a GPU and half precision"):
         load(checkpoint, use_flash_attn=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, "sdpa"),
+        ({"use_flash_attn": "auto"}, "sdpa"),
+        ({"use_flash_attn": False}, "sdpa"),
+        ({"attn_implementation": "eager"}, "eager"),
+        ({"use_flash_attn": False, "attn_implementation": "eager"}, "eager"),
+        ({"use_flash_attn": "auto", "attn_implementation": "eager"}, "eager"),
+    ],
+    ids=str,
+)
+def test_attention_by_every_route(checkpoint, arguments, expected, caplog):
+    caplog.set_level("INFO")
+    model = load(checkpoint, **arguments)
+    assert model.config._attn_implementation == expected
+    lines = [record.message for record in caplog.records if "attention by" in record.message]
+    assert len(lines) == 1 and f"attention by {expected}" in lines[0]
+
+
+def test_contradictions_in_attention(checkpoint):
+    with pytest.raises(ValueError, match="use_flash_attn=True contradicts attn_implementation='sdpa'"):
+        load(checkpoint, use_flash_attn=True, attn_implementation="sdpa")
+    with pytest.raises(ValueError, match="use_flash_attn=False contradicts attn_implementation='flash_attention_2'"):
+        load(checkpoint, use_flash_attn=False, attn_implementation="flash_attention_2")
+    with pytest.raises(ValueError, match="must be 'auto', true or false, found 'yes'"):
+        load(checkpoint, use_flash_attn="yes")
 
 
 def change_weights(folder: Path, change):
