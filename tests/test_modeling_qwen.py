@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 from conftest import golden_folder, lacks, modeling_qwen, needs_sdpa, random_ids, static_cache, tiny_config, tiny_model
-from qwen.transformers_compat import DynamicCache
+from qwen.transformers_compat import DynamicCache, masking_utils
 from reference import forward as reference_forward
 from reference import qwen2_of
 from safetensors.torch import load_file
+from transformers.utils import logging as transformers_logging
 
 # Names of the recorded cases, with the configurations they were made with.
 NTK_LOGN = {"use_dynamic_ntk": True, "use_logn_attn": True}
@@ -103,6 +104,38 @@ def test_equals_qwen2_in_logits_hidden_states_attentions_loss_and_gradients():
     attention = qwen2.model.layers[0].self_attn
     parts = [attention.q_proj.weight.grad, attention.k_proj.weight.grad, attention.v_proj.weight.grad]
     torch.testing.assert_close(c_attn, torch.cat(parts))
+
+
+@pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=needs_sdpa)])
+def test_packed_rows_train_as_their_parts_do(attention):
+    """Positions that begin again separate the texts of a row, in loss and gradients."""
+    if masking_utils is None:
+        lacks("has no packed rows")
+    model = tiny_model(attn_implementation=attention).train()
+    parts = [random_ids(1, length, seed=length) for length in (17, 5, 40)]
+    position_ids = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
+    labels = torch.cat([torch.cat((torch.full((1, 1), -100), part[:, 1:]), 1) for part in parts], 1)
+    packed = model(torch.cat(parts, 1), position_ids=position_ids, labels=labels).loss
+    packed.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    predicted = sum(part.shape[1] - 1 for part in parts)
+    separate = sum(model(part, labels=part).loss * (part.shape[1] - 1) for part in parts) / predicted
+    separate.backward()
+    torch.testing.assert_close(packed, separate)
+    for gradient, p in zip(gradients, model.parameters()):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-3, atol=1e-6)
+
+
+@needs_sdpa
+def test_attention_weights_come_from_the_eager_kernel_with_one_warning(caplog):
+    transformers_logging.warning_once.cache_clear()
+    model, ids = tiny_model(attn_implementation="sdpa"), random_ids(1, 9)
+    weights = [model(ids, output_attentions=True).attentions for _ in range(2)][0]
+    assert caplog.text.count("attention by sdpa has no weights to return") == 1
+    for ours, eager in zip(weights, tiny_model(attn_implementation="eager")(ids, output_attentions=True).attentions):
+        close(ours, eager, 1e-6)
+    assert caplog.text.count("no weights to return") == 1
 
 
 def test_ntk_alpha_is_exact_around_every_octave():
