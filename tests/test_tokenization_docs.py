@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_offsets
 
 DOCUMENT = (ROOT / "docs" / "tokenization.md").read_text(encoding="utf-8")
 ENGLISH, CHINESE = DOCUMENT.split("\n# 分词器\n")
@@ -15,6 +15,7 @@ ENGLISH, CHINESE = DOCUMENT.split("\n# 分词器\n")
 
 @pytest.mark.parametrize("part", [ENGLISH, CHINESE], ids=["English", "Chinese"])
 def test_the_snippets_run_and_print_what_is_said(part, capfd, monkeypatch, tmp_path):
+    needs_offsets()
     for name in ("demo", "tools"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)

@@ -12,7 +12,7 @@ import unicodedata
 
 import pytest
 import torch
-from conftest import ROOT, lacks, official_vocabulary, tiny_model, tokenization_qwen
+from conftest import ROOT, lacks, needs_offsets, official_vocabulary, tiny_model, tokenization_qwen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import KNOWN, generated_texts, without_surrogates
@@ -249,6 +249,7 @@ def test_the_fast_tokenizer_can_be_told_that_nothing_is_special(ours_and_fast):
 
 
 def test_offsets_point_into_the_text_as_it_was_given(ours_and_fast):
+    needs_offsets()
     ours, fast = ours_and_fast
     for text in map(without_surrogates, generated_texts(500, seed=51)):
         offsets = fast(text, return_offsets_mapping=True)["offset_mapping"]
