@@ -181,7 +181,7 @@ def test_flash_attention_asked_for_but_not_there(checkpoint):
     there = importlib.util.find_spec("flash_attn") is not None
     if there or torch.cuda.is_available():
         pytest.skip("something of what is to be missing is there")
-    with pytest.raises(ImportError, match="needs the package flash-attn .* and a GPU and half precision"):
+    with pytest.raises(ImportError, match=r"needs the package flash-attn .* and a GPU and half precision"):
         load(checkpoint, use_flash_attn=True)
 
 
@@ -202,7 +202,8 @@ def test_attention_by_every_route(checkpoint, arguments, expected, caplog):
     model = load(checkpoint, **arguments)
     assert model.config._attn_implementation == expected
     lines = [record.message for record in caplog.records if "attention by" in record.message]
-    assert len(lines) == 1 and f"attention by {expected}" in lines[0]
+    assert len(lines) == 1
+    assert f"attention by {expected}" in lines[0]
 
 
 def test_contradictions_in_attention(checkpoint):
