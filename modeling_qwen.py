@@ -52,6 +52,7 @@ from .transformers_compat import (
     loading_defaults,
     pop_dtype,
     set_attention,
+    tensor_parallel_plan,
 )
 
 logger = logging.get_logger(__name__)
@@ -172,6 +173,7 @@ class QWenAttention(nn.Module):
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         self.is_causal = True
         self.c_attn = nn.Linear(config.hidden_size, 3 * projection_size)
+        self.c_attn.num_heads = config.num_attention_heads  # for tensor parallelism
         self.c_proj = nn.Linear(projection_size, config.hidden_size, bias=not config.no_bias)
         self.c_proj.into_residual = True  # for the initial weights
 
@@ -608,6 +610,8 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
     """The language model: the network, the output layer, generation and chat."""
 
     _auto_class = "AutoModelForCausalLM"
+    _tp_plan = tensor_parallel_plan({"lm_head": "colwise_gather_output"})
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: QWenConfig):
         config.check()

@@ -468,6 +468,55 @@ def set_attention(config, kwargs: dict, choice: str | None) -> None:
     config._attn_implementation = choice
 
 
+# --- Tensor parallelism ------------------------------------------------------------------------------------------
+
+try:
+    from transformers.distributed import tensor_parallel
+except ImportError:  # up to 5.10 it is elsewhere, up to 4.49 nowhere
+    try:
+        from transformers.integrations import tensor_parallel
+    except ImportError:
+        tensor_parallel = None
+_STYLES = getattr(tensor_parallel, "ALL_PARALLEL_STYLES", None)  # up to 4.51 a fixed list
+HAS_TENSOR_PARALLEL = hasattr(_STYLES, "register") and "colwise" in _STYLES  # without torch.distributed it is empty
+
+
+def _check_heads(module: nn.Module, processes: int) -> None:
+    if module.num_heads % processes:
+        raise ValueError(
+            f"The {module.num_heads} attention heads can't be shared out evenly to {processes} processes. Start a "
+            f"number of processes that divides {module.num_heads}."
+        )
+
+
+if hasattr(getattr(tensor_parallel, "PackedColwiseParallel", None), "shard_param"):
+    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    class _FusedHeads(tensor_parallel.PackedColwiseParallel):
+        """For a linear layer whose rows are queries, keys and values: a process has its heads of each, biases too."""
+
+        def __init__(self):
+            super().__init__(split_factor=3)
+
+        def shard_param(self, module, param, mesh):
+            _check_heads(module, mesh.size())
+            whole = module._parameters[param]
+            shard = distribute_tensor(whole, mesh, [_StridedShard(dim=0, split_factor=3)], src_data_rank=None)
+            module._parameters[param] = nn.Parameter(shard, requires_grad=whole.requires_grad)
+
+
+def tensor_parallel_plan(plan: dict) -> dict | None:
+    """A plan in the styles and the spelling of this release; None where it has no tensor parallelism."""
+    if not HAS_TENSOR_PARALLEL:
+        return None
+    return plan
+
+
+if HAS_TENSOR_PARALLEL:
+    _STYLES.register("colwise_fused_heads", _FusedHeads())
+
+
 # --- Tokenizers --------------------------------------------------------------------------------------------------
 
 _template = getattr(transformers.PreTrainedTokenizer, "apply_chat_template", None)
