@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import re
 
 import torch
 import torch.nn.functional as F
@@ -234,6 +235,95 @@ except ImportError:  # up to 4.33
         return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 
 
+# --- Tensor parallelism ------------------------------------------------------------------------------------------
+
+try:
+    from transformers.distributed import tensor_parallel
+except ImportError:  # up to 5.10 it is elsewhere, up to 4.49 nowhere
+    try:
+        from transformers.integrations import tensor_parallel
+    except ImportError:
+        tensor_parallel = None
+_STYLES = getattr(tensor_parallel, "ALL_PARALLEL_STYLES", None)  # up to 4.51 a fixed list
+HAS_TENSOR_PARALLEL = hasattr(_STYLES, "register") and "colwise" in _STYLES  # without torch.distributed it is empty
+
+
+def _check_heads(module: nn.Module, processes: int) -> None:
+    if module.num_heads % processes:
+        raise ValueError(
+            f"The {module.num_heads} attention heads can't be shared out evenly to {processes} processes. Start a "
+            f"number of processes that divides {module.num_heads}."
+        )
+
+
+# Releases up to 5.10 know one order of the rows of a layer that is split, which is not that of fused projections.
+KEEPS_FUSED_HEADS = hasattr(getattr(tensor_parallel, "PackedColwiseParallel", None), "shard_param")
+
+if KEEPS_FUSED_HEADS:
+    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    class _FusedHeads(tensor_parallel.PackedColwiseParallel):
+        """For a linear layer whose rows are queries, keys and values: a process has its heads of each, biases too."""
+
+        def __init__(self):
+            super().__init__(split_factor=3)
+
+        def shard_param(self, module, param, mesh):
+            _check_heads(module, mesh.size())
+            whole = module._parameters[param]
+            shard = distribute_tensor(whole, mesh, [_StridedShard(dim=0, split_factor=3)], src_data_rank=None)
+            module._parameters[param] = nn.Parameter(shard, requires_grad=whole.requires_grad)
+
+
+elif HAS_TENSOR_PARALLEL:
+    from torch.distributed.tensor import DTensor, Shard
+
+    class _FusedHeads(tensor_parallel.ColwiseParallel):  # up to 5.10
+        def prepare_module_tp(self, module, device_mesh, **kwargs):
+            _check_heads(module, device_mesh.size())
+            return super().prepare_module_tp(module, device_mesh, **kwargs)
+
+        def shard_tensor(self, param, tensor_idx=None, device=None, dtype=None):  # from 5.0
+            self.shard = [Shard(0)]  # 5.0
+            return self._rows(param, self.rank, self.device_mesh.size()).to(device=device, dtype=dtype)
+
+        if "rank" in str(inspect.signature(getattr(tensor_parallel.ColwiseParallel, "partition_tensor", _check_heads))):
+            # up to 4.57
+
+            def partition_tensor(self, param, empty_param, param_type, dtype, to_contiguous, rank, device_mesh):
+                rows = self._rows(param, rank, device_mesh.size()).to(dtype)
+                return nn.Parameter(DTensor.from_local(rows, device_mesh, [Shard(0)], run_check=False))
+
+        @staticmethod
+        def _rows(param, rank: int, processes: int) -> torch.Tensor:
+            """What of `param`, a tensor or a view of a file, belongs to a process, thirds read one by one."""
+            third = (param.get_shape() if hasattr(param, "get_shape") else param.shape)[0] // 3
+            size = third // processes
+            starts = [i * third + rank * size for i in range(3)]
+            return torch.cat([param[start : start + size] for start in starts])
+
+
+def tensor_parallel_plan(plan: dict) -> dict | None:
+    """A plan in the styles and the spelling of this release; None where it has no tensor parallelism."""
+    if not HAS_TENSOR_PARALLEL:
+        return None
+    if "colwise_gather_output" not in _STYLES:  # up to 5.0
+        plan = {key: style.replace("gather_output", "rep") for key, style in plan.items()}
+    if not KEEPS_FUSED_HEADS:  # up to 5.10 an embedding can't be split, or forgets how long it is
+        plan = {key: style for key, style in plan.items() if style != "embedding_rowwise"}
+    if _PLANS_HIDE_DIGITS:
+        plan = {re.sub(r"\d", "*", key): style for key, style in plan.items()}
+    return plan
+
+
+if HAS_TENSOR_PARALLEL:
+    _STYLES.register("colwise_fused_heads", _FusedHeads())
+    _plan_of = getattr(tensor_parallel, "_get_parameter_tp_plan", None)  # up to 5.10
+    # Up to 5.4 or so digits of names become wildcards too.
+    _PLANS_HIDE_DIGITS = _plan_of is not None and _plan_of("h.0.w1", {"h.*.w1": "colwise"}) is None
+
+
 # --- Models ------------------------------------------------------------------------------------------------------
 
 try:
@@ -280,6 +370,16 @@ class PreTrainedModel(transformers.PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         """From 4.56: whether the attention function can change; by default names in the source file decide."""
         return True
+
+    if HAS_TENSOR_PARALLEL and not KEEPS_FUSED_HEADS:  # 4.52 to 5.10
+
+        def save_pretrained(self, *args, **kwargs):
+            if (getattr(self, "_tp_size", None) or 1) > 1:
+                raise NotImplementedError(
+                    "This release of transformers can't put the attention weights of several processes together again. "
+                    "Save from a model loaded without tp_plan, or take transformers 5.17 or newer."
+                )
+            return super().save_pretrained(*args, **kwargs)
 
     if "safe_serialization: bool = False" in str(inspect.signature(transformers.PreTrainedModel.save_pretrained)):
         # up to 4.34 pickles are the default
@@ -466,55 +566,6 @@ def set_attention(config, kwargs: dict, choice: str | None) -> None:
     if choice not in ("eager", *ALL_ATTENTION_FUNCTIONS):
         raise ValueError(f"attn_implementation must be eager, sdpa or flash_attention_2 here, found {choice!r}.")
     config._attn_implementation = choice
-
-
-# --- Tensor parallelism ------------------------------------------------------------------------------------------
-
-try:
-    from transformers.distributed import tensor_parallel
-except ImportError:  # up to 5.10 it is elsewhere, up to 4.49 nowhere
-    try:
-        from transformers.integrations import tensor_parallel
-    except ImportError:
-        tensor_parallel = None
-_STYLES = getattr(tensor_parallel, "ALL_PARALLEL_STYLES", None)  # up to 4.51 a fixed list
-HAS_TENSOR_PARALLEL = hasattr(_STYLES, "register") and "colwise" in _STYLES  # without torch.distributed it is empty
-
-
-def _check_heads(module: nn.Module, processes: int) -> None:
-    if module.num_heads % processes:
-        raise ValueError(
-            f"The {module.num_heads} attention heads can't be shared out evenly to {processes} processes. Start a "
-            f"number of processes that divides {module.num_heads}."
-        )
-
-
-if hasattr(getattr(tensor_parallel, "PackedColwiseParallel", None), "shard_param"):
-    from torch.distributed.tensor import distribute_tensor
-    from torch.distributed.tensor.placement_types import _StridedShard
-
-    class _FusedHeads(tensor_parallel.PackedColwiseParallel):
-        """For a linear layer whose rows are queries, keys and values: a process has its heads of each, biases too."""
-
-        def __init__(self):
-            super().__init__(split_factor=3)
-
-        def shard_param(self, module, param, mesh):
-            _check_heads(module, mesh.size())
-            whole = module._parameters[param]
-            shard = distribute_tensor(whole, mesh, [_StridedShard(dim=0, split_factor=3)], src_data_rank=None)
-            module._parameters[param] = nn.Parameter(shard, requires_grad=whole.requires_grad)
-
-
-def tensor_parallel_plan(plan: dict) -> dict | None:
-    """A plan in the styles and the spelling of this release; None where it has no tensor parallelism."""
-    if not HAS_TENSOR_PARALLEL:
-        return None
-    return plan
-
-
-if HAS_TENSOR_PARALLEL:
-    _STYLES.register("colwise_fused_heads", _FusedHeads())
 
 
 # --- Tokenizers --------------------------------------------------------------------------------------------------

@@ -31,6 +31,11 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def own(tensor):
+    """What this process holds of a parameter."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
+
+
 def results(model) -> dict:
     """Logits, greedy ids, loss and gradients."""
     with torch.no_grad():
@@ -46,17 +51,22 @@ def training(model) -> dict:
     model.train()
     loss = model(IDS, attention_mask=MASK, labels=IDS.masked_fill(MASK == 0, -100)).loss
     loss.backward()
-    return {"loss": loss.detach(), **{f"gradient of {name}": whole(p.grad) for name, p in model.named_parameters()}}
+    return {"loss": loss.detach(), **{f"gradient of {name}": whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}}
 
 
 def tensor(path: str, folder: str) -> dict:
     model = load(path, tp_plan="auto")
     attention = model.transformer.h[0].attn
-    local = attention.c_attn.weight.to_local(), attention.c_attn.bias.to_local(), attention.c_proj.weight.to_local()
-    found = {"weights": local, **results(model), **training(model)}
-    model.eval()
-    found["static ids"] = model.generate(IDS, attention_mask=MASK, cache_implementation="static", **GREEDY)
-    model.save_pretrained(folder)
+    found = {
+        "c_attn": own(attention.c_attn.weight), "c_attn bias": own(attention.c_attn.bias),
+        "c_proj": own(attention.c_proj.weight), "gate": own(model.transformer.h[0].mlp.w2.weight), **results(model),
+        "static ids": model.generate(IDS, attention_mask=MASK, cache_implementation="static", **GREEDY),
+    }
+    found.update(training(model))
+    try:
+        model.save_pretrained(folder)
+    except NotImplementedError as error:
+        found["not saved"] = str(error)
     return found
 
 
