@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import tempfile
 from pathlib import Path
 
+import accelerate
 import torch
 import transformers
+from accelerate.utils import fsdp_utils
 from torch import distributed
+from torch.distributed import fsdp
 from transformers import AutoModelForCausalLM
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12}
@@ -24,7 +26,7 @@ MASK[0, :8] = 0
 
 
 def load(path, **kwargs):
-    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, fp32=True, **kwargs)
 
 
 def whole(tensor):
@@ -37,7 +39,7 @@ def own(tensor):
 
 
 def results(model) -> dict:
-    """Logits, greedy ids, loss and gradients."""
+    """Logits, greedy ids, and the shape of the first layer's keys where the release tells."""
     with torch.no_grad():
         output = model(IDS, attention_mask=MASK, use_cache=True)
         ids = model.generate(IDS, attention_mask=MASK, **GREEDY)
@@ -47,19 +49,23 @@ def results(model) -> dict:
     return found
 
 
-def training(model) -> dict:
+def training(model, ids=IDS, mask=MASK) -> dict:
     model.train()
-    loss = model(IDS, attention_mask=MASK, labels=IDS.masked_fill(MASK == 0, -100)).loss
+    loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
     loss.backward()
-    return {"loss": loss.detach(), **{f"gradient of {name}": whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}}
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), "gradients": gradients}
 
 
 def tensor(path: str, folder: str) -> dict:
     model = load(path, tp_plan="auto")
     attention = model.transformer.h[0].attn
     found = {
-        "c_attn": own(attention.c_attn.weight), "c_attn bias": own(attention.c_attn.bias),
-        "c_proj": own(attention.c_proj.weight), "gate": own(model.transformer.h[0].mlp.w2.weight), **results(model),
+        "c_attn": own(attention.c_attn.weight),
+        "c_attn bias": own(attention.c_attn.bias),
+        "c_proj": own(attention.c_proj.weight),
+        "gate": own(model.transformer.h[0].mlp.w2.weight),
+        **results(model),
         "static ids": model.generate(IDS, attention_mask=MASK, cache_implementation="static", **GREEDY),
     }
     found.update(training(model))
@@ -68,6 +74,30 @@ def tensor(path: str, folder: str) -> dict:
     except NotImplementedError as error:
         found["not saved"] = str(error)
     return found
+
+
+def share_of_training(model) -> dict:
+    """A training step under FSDP2, in which each process has one row of the batch."""
+    ids = IDS[distributed.get_rank()][None]
+    return {
+        "wrapped": [name for name, module in model.named_modules() if isinstance(module, fsdp.FSDPModule)],
+        "share": sum(own(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters()),
+        **training(model, ids, torch.ones_like(ids)),
+    }
+
+
+def sharded(path: str, folder: str) -> dict:
+    """What to wrap is left to accelerate, which reads `_no_split_modules`."""
+    model = load(path)
+    plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    to_wrap = fsdp_utils.fsdp2_prepare_auto_wrap_policy(plugin, model)
+    for module in filter(to_wrap, list(model.modules())):
+        fsdp.fully_shard(module)
+    return share_of_training(fsdp.fully_shard(model))
+
+
+def sharded_at_loading(path: str, folder: str) -> dict:
+    return share_of_training(load(path, distributed_config={"fsdp_size": 2}))
 
 
 def work(task: str, rank: int, processes: int, port: int, path: str, folder: str) -> None:
