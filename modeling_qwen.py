@@ -53,6 +53,7 @@ from .transformers_compat import (
     pop_dtype,
     set_attention,
     tensor_parallel_plan,
+    to_device_of,
 )
 
 logger = logging.get_logger(__name__)
@@ -508,23 +509,21 @@ class QWenModel(QWenPreTrainedModel):
 
         all_hidden_states = [] if output_hidden_states else None
         attention_weights = [] if output_attentions else None
-        update_kwargs = cache_kwargs(cache_position)
+        shared = {  # by all blocks
+            "attention_mask": mask,
+            "cos": cos,
+            "sin": sin,
+            "query_scale": query_scale,
+            "update_kwargs": cache_kwargs(cache_position),
+            "position_ids": position_ids,
+            **kwargs,
+        }
         x = self.drop(x)
         for block in self.h:
             if output_hidden_states:
                 all_hidden_states.append(x)
-            x = block(
-                x,
-                attention_mask=mask,
-                cos=cos,
-                sin=sin,
-                query_scale=query_scale,
-                past_key_values=past_key_values,
-                update_kwargs=update_kwargs,
-                attention_weights=attention_weights,
-                position_ids=position_ids,
-                **kwargs,
-            )
+            x, shared = to_device_of(block, (x, shared))
+            x = block(x, past_key_values=past_key_values, attention_weights=attention_weights, **shared)
         x = self.ln_f(x)
         if output_hidden_states:
             all_hidden_states.append(x)

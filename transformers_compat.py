@@ -235,6 +235,22 @@ except ImportError:  # up to 4.33
         return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 
 
+# --- Several devices ---------------------------------------------------------------------------------------------
+
+
+def to_device_of(module: nn.Module, tensors):
+    """
+    `tensors`, in tuples and dictionaries, on the device where accelerate runs `module` (`device_map`).
+
+    Its hooks move whatever a block is called with, and forget it: masks and angles would cross over again with every
+    block of the second device. A model on one device has no hooks.
+    """
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return tensors
+    return importlib.import_module("accelerate.utils").send_to_device(tensors, device)
+
+
 # --- Tensor parallelism ------------------------------------------------------------------------------------------
 
 try:
