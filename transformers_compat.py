@@ -390,7 +390,7 @@ class PreTrainedModel(transformers.PreTrainedModel):
     if HAS_TENSOR_PARALLEL and not KEEPS_FUSED_HEADS:  # 4.52 to 5.10
 
         def save_pretrained(self, *args, **kwargs):
-            if (getattr(self, "_tp_size", None) or 1) > 1:
+            if getattr(self, "_device_mesh", None) is not None:
                 raise NotImplementedError(
                     "This release of transformers can't put the attention weights of several processes together again. "
                     "Save from a model loaded without tp_plan, or take transformers 5.17 or newer."
@@ -508,7 +508,8 @@ def loading_defaults(kwargs: dict) -> None:
         return
     kwargs.setdefault("low_cpu_mem_usage", True)
     quantised = any(kwargs.get(key) for key in ("quantization_config", "load_in_8bit", "load_in_4bit"))
-    if kwargs["low_cpu_mem_usage"] and not quantised and kwargs.get("device_map") is None:
+    placed = kwargs.get("device_map") is not None or kwargs.get("tp_plan") is not None
+    if kwargs["low_cpu_mem_usage"] and not quantised and not placed:
         # Without a map these releases take all weights on the meta device for one tied weight, none of them missing.
         kwargs["device_map"] = {"": "cpu"}
 
