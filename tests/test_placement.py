@@ -112,7 +112,8 @@ def test_what_blocks_share_crosses_each_boundary_once(pretended, layers, padded)
             output = model(ids, attention_mask=mask, use_cache=True)
             assert str(output.logits.device) == "cuda:0"
     assert torch.equal(output.logits, expected)
-    moved = Counter((source, target) for _, source, target in pretended.moves)
+    # vmap, by which releases up to 4.57 make masks, hides what is pretended: they seem to come from the CPU.
+    moved = Counter((source, target) for _, source, target in pretended.moves if "cpu" not in (source, target))
     assert set(moved) == {("cuda:0", "cuda:1"), ("cuda:1", "cuda:2"), ("cuda:2", "cuda:0")}
     assert moved[("cuda:2", "cuda:0")] == 1  # the logits
     shapes = [shape for shape, source, _ in pretended.moves if source == "cuda:0"]
