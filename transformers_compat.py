@@ -403,7 +403,8 @@ class PreTrainedModel(transformers.PreTrainedModel):
         def save_pretrained(self, save_directory, safe_serialization=True, **kwargs):
             return super().save_pretrained(save_directory, safe_serialization=safe_serialization, **kwargs)
 
-    if not hasattr(transformers.PreTrainedModel, "loss_function"):  # up to 4.45
+    if getattr(getattr(transformers.PreTrainedModel, "loss_function", None), "fset", None) is None:
+        # up to 4.47; from 4.46 it is guessed from the class's name, with a warning that does not compile
 
         def loss_function(self, logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
             targets = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1).to(logits.device)
