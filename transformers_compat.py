@@ -53,6 +53,11 @@ else:  # up to 4.35: attention kernels are no concern of the configuration
     class PretrainedConfig(transformers.PretrainedConfig):
         _attn_implementation = "sdpa" if HAS_SDPA else "eager"
 
+        def __init__(self, attn_implementation=None, **kwargs):
+            super().__init__(**kwargs)
+            if attn_implementation is not None:
+                self._attn_implementation = attn_implementation
+
         def to_dict(self):
             config = super().to_dict()
             config.pop("_attn_implementation", None)
@@ -147,11 +152,34 @@ def cache_kwargs(cache_position: torch.Tensor) -> dict:
     return {"cache_kwargs": {"cache_position": cache_position}} if _CACHE_WANTS_POSITIONS else {}
 
 
+class _LengthsNow:
+    """
+    A cache whose length stays what it is now, for masks that are evaluated while the cache is being written to.
+
+    Needed by releases from 5.0 on: a static cache hands out its length as a tensor that it counts up in place, and
+    flex_attention calls a function of it in every layer, after the first layer has counted.
+    """
+
+    def __init__(self, cache):
+        self._cache = cache
+
+    def __getattr__(self, name):
+        return getattr(self._cache, name)
+
+    def get_seq_length(self, *args):
+        length = self._cache.get_seq_length(*args)
+        return length.reshape(()).clone() if isinstance(length, torch.Tensor) else length  # (1,) up to 5.10
+
+    get_query_offset = get_seq_length
+
+
 def create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position):
     """transformers' `create_causal_mask` under its present signature and, for releases up to 4.57, `cache_position`."""
     if masking_utils is None:  # up to 4.52
         return _causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position)
     if not _CACHE_WANTS_POSITIONS:
+        if past_key_values is not None and config._attn_implementation == "flex_attention":
+            past_key_values = _LengthsNow(past_key_values)
         return masking_utils.create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,
@@ -172,20 +200,21 @@ def create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, p
 def _causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position):
     """
     The mask that the attention functions below take (up to 4.52): None for plain causal attention, (B, S) for flash
-    attention with padding, else boolean (B or 1, 1, T, S), True where a key is attended to.
+    attention with padding, else boolean (B or 1, 1, T, S), True where a key is attended to. flex_attention of these
+    releases, from 4.48, knows nothing of causality and adds its mask, (B, 1, T, S).
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask
     if config._attn_implementation == "flash_attention_2":
         return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
-    T = inputs_embeds.shape[1]
+    B, T, _ = inputs_embeds.shape
     S = T
     if past_key_values is not None:
         S += past_key_values.get_seq_length()
         length_of = getattr(past_key_values, "get_max_cache_shape", getattr(past_key_values, "get_max_length", None))
         longest = length_of() if length_of is not None else None
         S = S if longest is None or longest < 0 else longest  # a static cache hands over all of its storage
-    if attention_mask is None and isinstance(S, int) and S == T and config._attn_implementation != "eager":
+    if attention_mask is None and isinstance(S, int) and S == T and config._attn_implementation == "sdpa":
         return None
     mask = (torch.arange(S, device=inputs_embeds.device) <= cache_position[:, None])[None, None]  # (1, 1, T, S)
     if attention_mask is not None:
@@ -193,6 +222,9 @@ def _causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_p
         mask = mask & real[:, None, None]
         # A query that is padding sees nothing, and the softmax of nothing is not a number: let it see everything.
         mask = mask | ~mask.any(-1, keepdim=True)
+    if config._attn_implementation == "flex_attention":
+        zeros = torch.zeros((), dtype=inputs_embeds.dtype, device=inputs_embeds.device)
+        return torch.where(mask, zeros, torch.finfo(zeros.dtype).min).expand(B, -1, -1, -1)  # (B, 1, T, S)
     return mask  # (B or 1, 1, T, S)
 
 
