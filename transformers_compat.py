@@ -177,9 +177,9 @@ def create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, p
     """transformers' `create_causal_mask` under its present signature and, for releases up to 4.57, `cache_position`."""
     if masking_utils is None:  # up to 4.52
         return _causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position)
+    if past_key_values is not None and config._attn_implementation == "flex_attention":
+        past_key_values = _LengthsNow(past_key_values)
     if not _CACHE_WANTS_POSITIONS:
-        if past_key_values is not None and config._attn_implementation == "flex_attention":
-            past_key_values = _LengthsNow(past_key_values)
         return masking_utils.create_causal_mask(
             config=config,
             inputs_embeds=inputs_embeds,
