@@ -34,12 +34,12 @@ from .qwen_generation_utils import (
     stream_generate,
 )
 from .transformers_compat import (
-    ALL_ATTENTION_FUNCTIONS,
     DTYPE,
     DynamicCache,
     GradientCheckpointingLayer,
     PreTrainedModel,
     as_cache,
+    attention_function,
     cache_kwargs,
     can_return_tuple,
     cpu_supports_bf16,
@@ -209,7 +209,7 @@ class QWenAttention(nn.Module):
 
         attention = eager_attention
         if attention_weights is None and self.config._attn_implementation not in (None, "eager"):
-            attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            attention = attention_function(self.config._attn_implementation)
         y, weights = attention(
             self,
             q,

@@ -173,8 +173,51 @@ class _LengthsNow:
     get_query_offset = get_seq_length
 
 
+# Tokens from which on the mask of a padded prompt, (B, 1, T, T), is not made for SDPA: at 32,768 it takes 1 GB a row,
+# and several times that inside.
+LONG_PROMPT = 4096
+
+
+class PaddedRows:
+    """In place of a mask: where each row's tokens are, padding left out. Attention then is causal, row by row."""
+
+    def __init__(self, spans: list):
+        self.spans = spans  # of (start, end)
+
+    @classmethod
+    def of(cls, attention_mask, T: int, past_key_values) -> PaddedRows | None:
+        """None for what isn't the mask (B, T) of a long prompt whose rows have padding at the ends only."""
+        if T < LONG_PROMPT or is_compiling() or attention_mask is None or attention_mask.shape[1:] != (T,):
+            return None
+        real = attention_mask.bool()
+        starts, lengths = real.int().argmax(-1), real.sum(-1)
+        run_to = torch.where(real, torch.arange(1, T + 1, device=real.device), 0).amax(-1)
+        if bool(real.all()) or not bool((run_to - starts == lengths).all()):
+            return None
+        if past_key_values is not None and int(past_key_values.get_seq_length()):
+            return None
+        return cls(list(zip(starts.tolist(), run_to.tolist())))
+
+    def attend(self, query, key, value, scaling, dropout):
+        """query: (B, nh, T, hd); key, value: (B, nh, T or more, hd). Returns (B, T, nh, hd), zeros for padding."""
+        y = torch.zeros_like(query)
+        for row, (start, end) in enumerate(self.spans):
+            q, k, v = (x[row : row + 1, :, start:end] for x in (query, key, value))
+            y[row : row + 1, :, start:end] = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling
+            )
+        return y.transpose(1, 2)
+
+
 def create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position):
-    """transformers' `create_causal_mask` under its present signature and, for releases up to 4.57, `cache_position`."""
+    """
+    transformers' `create_causal_mask` under its present signature and, for releases up to 4.57, `cache_position`;
+    `PaddedRows` for long padded prompts and SDPA.
+    """
+    if config._attn_implementation == "sdpa":
+        rows = PaddedRows.of(attention_mask, inputs_embeds.shape[1], past_key_values)
+        if rows is not None:
+            return rows
     if masking_utils is None:  # up to 4.52
         return _causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position)
     if past_key_values is not None and config._attn_implementation == "flex_attention":
@@ -258,6 +301,20 @@ except ImportError:  # up to 4.47
         return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)), int(lengths.max())
 
     ALL_ATTENTION_FUNCTIONS = {"sdpa": _sdpa_attention, "flash_attention_2": _flash_attention}
+
+
+def attention_function(name: str):
+    """transformers' attention function of this name; for SDPA one that takes `PaddedRows` too."""
+    return _sdpa if name == "sdpa" else ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _sdpa(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    if isinstance(attention_mask, PaddedRows):
+        return attention_mask.attend(query, key, value, scaling, dropout), None
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+
 
 try:
     from transformers.utils import is_flash_attn_2_available
