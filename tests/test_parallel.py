@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -94,8 +95,11 @@ def test_heads_that_do_not_divide_are_refused():
     if not compat.HAS_TENSOR_PARALLEL:
         lacks("has no tensor parallelism that takes other styles than its own")
     c_attn = new_model().transformer.h[0].attn.c_attn
+    style, three = compat._FusedHeads(), types.SimpleNamespace(size=lambda: 3)
     with pytest.raises(ValueError, match="4 attention heads can't be shared out evenly to 3 processes"):
-        compat._check_heads(c_attn, 3)
+        style.shard_param(c_attn, "weight", three) if compat.KEEPS_FUSED_HEADS else style.prepare_module_tp(
+            c_attn, three
+        )
 
 
 @pytest.mark.parametrize("task", ["sharded", "sharded_at_loading"])
