@@ -24,7 +24,9 @@ IDS = (torch.arange(80) * 37 % 320).view(2, 40)
 MASK = torch.ones_like(IDS)
 MASK[0, :8] = 0
 # A static cache that is made before it sees keys is as wide as all heads.
-HAS_LAZY_STATIC_CACHE = hasattr(getattr(transformers.cache_utils, "StaticLayer", None), "lazy_initialization")
+HAS_LAZY_STATIC_CACHE = "lazy_initialization" in dir(
+    getattr(getattr(transformers, "cache_utils", None), "StaticLayer", None)
+)
 
 
 def load(path, **kwargs):

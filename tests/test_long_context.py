@@ -126,7 +126,9 @@ def test_rows_without_a_mask_equal_those_with_one(monkeypatch, kind):
                 longer = torch.nn.functional.pad(mask, (0, 1), value=1)
                 output.append(model(ids[:, :1], attention_mask=longer, past_key_values=first).logits)
         model.train()
-        loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[0, 20] = -100  # padding would predict it
+        loss = model(ids, attention_mask=mask, labels=labels).loss
         output += torch.autograd.grad(loss, list(model.parameters()))
         model.eval()
         return output

@@ -14,7 +14,11 @@ from conftest import compat, lacks, modeling_qwen, random_ids, tiny_config, tiny
 from safetensors.torch import load_file
 from torch import nn
 
-parallel = pytest.importorskip("parallel", reason="needs torch.distributed")
+try:
+    import parallel
+except ImportError:
+    pytest.skip("needs FSDP, of newer PyTorch and accelerate", allow_module_level=True)
+
 HAS_FSDP2 = hasattr(parallel.fsdp, "fully_shard") and hasattr(parallel.fsdp_utils, "fsdp2_prepare_auto_wrap_policy")
 SHARDS_AT_LOADING = hasattr(modeling_qwen.PreTrainedModel, "fsdp_plan")
 
