@@ -55,8 +55,8 @@ def test_generation_with_a_static_cache_compiles_once(graphs):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=needs_sdpa)])
 def test_exported_forward_for_batches_of_any_size(attention, strict):
-    if not hasattr(getattr(torch, "export", None), "Dim"):
-        pytest.skip("needs the dynamic shapes of torch 2.2")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+        pytest.skip("needs torch 2.9 or so: 2.8 can't export masks that are made by vmap")
     model = tiny_model(attn_implementation=attention, **NTK_LOGN)
     size = {0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("tokens", min=2, max=512)}
     example = {"input_ids": random_ids(2, 40), "attention_mask": torch.ones(2, 40, dtype=torch.long)}
