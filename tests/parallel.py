@@ -92,9 +92,13 @@ def share_of_training(model) -> dict:
 
 
 def sharded(path: str, folder: str) -> dict:
-    """What to wrap is left to accelerate, which reads `_no_split_modules`."""
+    """By accelerate's policy for `_no_split_modules`, which older releases of it want to be told."""
     model = load(path)
-    plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=list(model._no_split_modules),
+    )
     to_wrap = fsdp_utils.fsdp2_prepare_auto_wrap_policy(plugin, model)
     for module in filter(to_wrap, list(model.modules())):
         fsdp.fully_shard(module)
