@@ -108,8 +108,8 @@ def test_heads_that_do_not_divide_are_refused():
 
 @pytest.mark.parametrize("task", ["sharded", "sharded_at_loading"])
 def test_fsdp2_wraps_blocks_and_gives_the_same_loss_and_gradients(task, folder):
-    if not HAS_FSDP2:
-        pytest.skip("needs FSDP2, of torch 2.6 and accelerate 1.6")
+    if not HAS_FSDP2 or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
+        pytest.skip("needs FSDP2 that averages over gloo, which torch 2.8 does not")
     if task == "sharded_at_loading" and not SHARDS_AT_LOADING:
         lacks("has no FSDP plans")
     results = found(folder, task, 2)
