@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .transformers_compat import PretrainedConfig
+from .transformers_compat import PretrainedConfig, tensor_parallel_plan
 
 PRECISION_FLAGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # as torch calls them
 AUTO_MAP = {
@@ -54,6 +54,17 @@ class QWenConfig(PretrainedConfig):
     model_type = "qwen"
     _auto_class = "AutoConfig"  # saving copies this module and what it imports
     keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = tensor_parallel_plan(
+        {
+            "wte": "embedding_rowwise",
+            "h.*.attn.c_attn": "colwise_fused_heads",
+            "h.*.attn.c_proj": "rowwise",
+            "h.*.mlp.w1": "colwise",
+            "h.*.mlp.w2": "colwise",
+            "h.*.mlp.c_proj": "rowwise",
+        }
+    )
+    base_model_fsdp_plan = {"wte": "free_full_weight", "h.*": "free_full_weight", "ln_f": "keep_full_weight"}
     base_model_pp_plan = {
         "wte": (["input_ids"], ["inputs_embeds"]),
         "h": (["hidden_states", "attention_mask"], ["hidden_states"]),

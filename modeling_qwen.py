@@ -35,12 +35,12 @@ from .qwen_generation_utils import (
     stream_generate,
 )
 from .transformers_compat import (
-    ALL_ATTENTION_FUNCTIONS,
     DTYPE,
     DynamicCache,
     GradientCheckpointingLayer,
     PreTrainedModel,
     as_cache,
+    attention_function,
     cache_kwargs,
     can_return_tuple,
     cpu_supports_bf16,
@@ -57,6 +57,8 @@ from .transformers_compat import (
     pop_dtype,
     rms_norm,
     set_attention,
+    tensor_parallel_plan,
+    to_device_of,
 )
 
 logger = logging.get_logger(__name__)
@@ -175,6 +177,7 @@ class QWenAttention(nn.Module):
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         self.is_causal = True
         self.c_attn = nn.Linear(config.hidden_size, 3 * projection_size)
+        self.c_attn.num_heads = config.num_attention_heads  # for tensor parallelism
         self.c_proj = nn.Linear(projection_size, config.hidden_size, bias=not config.no_bias)
         self.c_proj.into_residual = True  # for the initial weights
 
@@ -207,7 +210,7 @@ class QWenAttention(nn.Module):
 
         attention = eager_attention
         if attention_weights is None and self.config._attn_implementation not in (None, "eager"):
-            attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            attention = attention_function(self.config._attn_implementation)
         y, weights = attention(
             self,
             q,
@@ -563,23 +566,21 @@ class QWenModel(QWenPreTrainedModel):
 
         all_hidden_states = [] if output_hidden_states else None
         attention_weights = [] if output_attentions else None
-        update_kwargs = cache_kwargs(cache_position)
+        shared = {  # by all blocks
+            "attention_mask": mask,
+            "cos": cos,
+            "sin": sin,
+            "query_scale": query_scale,
+            "update_kwargs": cache_kwargs(cache_position),
+            "position_ids": position_ids,
+            **kwargs,
+        }
         x = self.drop(x)
         for block in self.h:
             if output_hidden_states:
                 all_hidden_states.append(x)
-            x = block(
-                x,
-                attention_mask=mask,
-                cos=cos,
-                sin=sin,
-                query_scale=query_scale,
-                past_key_values=past_key_values,
-                update_kwargs=update_kwargs,
-                attention_weights=attention_weights,
-                position_ids=position_ids,
-                **kwargs,
-            )
+            x, shared = to_device_of(block, (x, shared))
+            x = block(x, past_key_values=past_key_values, attention_weights=attention_weights, **shared)
         x = self.ln_f(x)
         if output_hidden_states:
             all_hidden_states.append(x)
@@ -665,6 +666,8 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
     """The language model: the network, the output layer, generation and chat."""
 
     _auto_class = "AutoModelForCausalLM"
+    _tp_plan = tensor_parallel_plan({"lm_head": "colwise_gather_output"})
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: QWenConfig):
         config.check()

@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import re
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,11 @@ else:  # up to 4.35: attention kernels are no concern of the configuration
 
     class PretrainedConfig(transformers.PretrainedConfig):
         _attn_implementation = "sdpa" if HAS_SDPA else "eager"
+
+        def __init__(self, attn_implementation=None, **kwargs):
+            super().__init__(**kwargs)
+            if attn_implementation is not None:
+                self._attn_implementation = attn_implementation
 
         def to_dict(self):
             config = super().to_dict()
@@ -167,10 +173,76 @@ def cache_kwargs(cache_position: torch.Tensor) -> dict:
     return {"cache_kwargs": {"cache_position": cache_position}} if _CACHE_WANTS_POSITIONS else {}
 
 
+class _LengthsNow:
+    """
+    A cache whose length stays what it is now, for masks that are evaluated while the cache is being written to.
+
+    Needed by releases from 5.0 on: a static cache hands out its length as a tensor that it counts up in place, and
+    flex_attention calls a function of it in every layer, after the first layer has counted.
+    """
+
+    def __init__(self, cache):
+        self._cache = cache
+
+    def __getattr__(self, name):
+        return getattr(self._cache, name)
+
+    def get_seq_length(self, *args):
+        length = self._cache.get_seq_length(*args)
+        return length.reshape(()).clone() if isinstance(length, torch.Tensor) else length  # (1,) up to 5.10
+
+    get_query_offset = get_seq_length
+
+
+# Tokens from which on the mask of a padded prompt, (B, 1, T, T), is not made for SDPA: at 32,768 it takes 1 GB a row,
+# and several times that inside.
+LONG_PROMPT = 4096
+
+
+class PaddedRows:
+    """In place of a mask: where each row's tokens are, padding left out. Attention then is causal, row by row."""
+
+    def __init__(self, spans: list):
+        self.spans = spans  # of (start, end)
+
+    @classmethod
+    def of(cls, attention_mask, T: int, past_key_values) -> PaddedRows | None:
+        """None for what isn't the mask (B, T) of a long prompt whose rows have padding at the ends only."""
+        if T < LONG_PROMPT or is_compiling() or attention_mask is None or attention_mask.shape[1:] != (T,):
+            return None
+        real = attention_mask.bool()
+        starts, lengths = real.int().argmax(-1), real.sum(-1)
+        run_to = torch.where(real, torch.arange(1, T + 1, device=real.device), 0).amax(-1)
+        if bool(real.all()) or not bool((run_to - starts == lengths).all()):
+            return None
+        if past_key_values is not None and int(past_key_values.get_seq_length()):
+            return None
+        return cls(list(zip(starts.tolist(), run_to.tolist())))
+
+    def attend(self, query, key, value, scaling, dropout):
+        """query: (B, nh, T, hd); key, value: (B, nh, T or more, hd). Returns (B, T, nh, hd), zeros for padding."""
+        y = torch.zeros_like(query)
+        for row, (start, end) in enumerate(self.spans):
+            q, k, v = (x[row : row + 1, :, start:end] for x in (query, key, value))
+            y[row : row + 1, :, start:end] = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling
+            )
+        return y.transpose(1, 2)
+
+
 def create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position):
-    """transformers' `create_causal_mask` under its present signature and, for releases up to 4.57, `cache_position`."""
+    """
+    transformers' `create_causal_mask` under its present signature and, for releases up to 4.57, `cache_position`;
+    `PaddedRows` for long padded prompts and SDPA.
+    """
+    if config._attn_implementation == "sdpa":
+        rows = PaddedRows.of(attention_mask, inputs_embeds.shape[1], past_key_values)
+        if rows is not None:
+            return rows
     if masking_utils is None:  # up to 4.52
         return _causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position)
+    if past_key_values is not None and config._attn_implementation == "flex_attention":
+        past_key_values = _LengthsNow(past_key_values)
     if not _CACHE_WANTS_POSITIONS:
         return masking_utils.create_causal_mask(
             config=config,
@@ -192,20 +264,21 @@ def create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, p
 def _causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position):
     """
     The mask that the attention functions below take (up to 4.52): None for plain causal attention, (B, S) for flash
-    attention with padding, else boolean (B or 1, 1, T, S), True where a key is attended to.
+    attention with padding, else boolean (B or 1, 1, T, S), True where a key is attended to. flex_attention of these
+    releases, from 4.48, knows nothing of causality and adds its mask, (B, 1, T, S).
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask
     if config._attn_implementation == "flash_attention_2":
         return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
-    T = inputs_embeds.shape[1]
+    B, T, _ = inputs_embeds.shape
     S = T
     if past_key_values is not None:
         S += past_key_values.get_seq_length()
         length_of = getattr(past_key_values, "get_max_cache_shape", getattr(past_key_values, "get_max_length", None))
         longest = length_of() if length_of is not None else None
         S = S if longest is None or longest < 0 else longest  # a static cache hands over all of its storage
-    if attention_mask is None and isinstance(S, int) and S == T and config._attn_implementation != "eager":
+    if attention_mask is None and isinstance(S, int) and S == T and config._attn_implementation == "sdpa":
         return None
     mask = (torch.arange(S, device=inputs_embeds.device) <= cache_position[:, None])[None, None]  # (1, 1, T, S)
     if attention_mask is not None:
@@ -213,6 +286,9 @@ def _causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_p
         mask = mask & real[:, None, None]
         # A query that is padding sees nothing, and the softmax of nothing is not a number: let it see everything.
         mask = mask | ~mask.any(-1, keepdim=True)
+    if config._attn_implementation == "flex_attention":
+        zeros = torch.zeros((), dtype=inputs_embeds.dtype, device=inputs_embeds.device)
+        return torch.where(mask, zeros, torch.finfo(zeros.dtype).min).expand(B, -1, -1, -1)  # (B, 1, T, S)
     return mask  # (B or 1, 1, T, S)
 
 
@@ -247,12 +323,131 @@ except ImportError:  # up to 4.47
 
     ALL_ATTENTION_FUNCTIONS = {"sdpa": _sdpa_attention, "flash_attention_2": _flash_attention}
 
+
+def attention_function(name: str):
+    """transformers' attention function of this name; for SDPA one that takes `PaddedRows` too."""
+    return _sdpa if name == "sdpa" else ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _sdpa(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    if isinstance(attention_mask, PaddedRows):
+        return attention_mask.attend(query, key, value, scaling, dropout), None
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+
+
 try:
     from transformers.utils import is_flash_attn_2_available
 except ImportError:  # up to 4.33
 
     def is_flash_attn_2_available() -> bool:
         return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+
+
+# --- Several devices ---------------------------------------------------------------------------------------------
+
+
+def to_device_of(module: nn.Module, tensors):
+    """
+    `tensors`, in tuples and dictionaries, on the device where accelerate runs `module` (`device_map`).
+
+    Its hooks move whatever a block is called with, and forget it: masks and angles would cross over again with every
+    block of the second device. A model on one device has no hooks.
+    """
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return tensors
+    return importlib.import_module("accelerate.utils").send_to_device(tensors, device)
+
+
+# --- Tensor parallelism ------------------------------------------------------------------------------------------
+
+try:
+    from transformers.distributed import tensor_parallel
+except ImportError:  # up to 5.10 it is elsewhere, up to 4.49 nowhere
+    try:
+        from transformers.integrations import tensor_parallel
+    except ImportError:
+        tensor_parallel = None
+_STYLES = getattr(tensor_parallel, "ALL_PARALLEL_STYLES", None)  # up to 4.51 a fixed list
+HAS_TENSOR_PARALLEL = hasattr(_STYLES, "register") and "colwise" in _STYLES  # without torch.distributed it is empty
+
+
+def _check_heads(module: nn.Module, processes: int) -> None:
+    if module.num_heads % processes:
+        raise ValueError(
+            f"The {module.num_heads} attention heads can't be shared out evenly to {processes} processes. Start a "
+            f"number of processes that divides {module.num_heads}."
+        )
+
+
+# Releases up to 5.10 know one order of the rows of a layer that is split, which is not that of fused projections.
+KEEPS_FUSED_HEADS = hasattr(getattr(tensor_parallel, "PackedColwiseParallel", None), "shard_param")
+
+if KEEPS_FUSED_HEADS:
+    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    class _FusedHeads(tensor_parallel.PackedColwiseParallel):
+        """For a linear layer whose rows are queries, keys and values: a process has its heads of each, biases too."""
+
+        def __init__(self):
+            super().__init__(split_factor=3)
+
+        def shard_param(self, module, param, mesh):
+            _check_heads(module, mesh.size())
+            whole = module._parameters[param]
+            shard = distribute_tensor(whole, mesh, [_StridedShard(dim=0, split_factor=3)], src_data_rank=None)
+            module._parameters[param] = nn.Parameter(shard, requires_grad=whole.requires_grad)
+
+
+elif HAS_TENSOR_PARALLEL:
+    from torch.distributed.tensor import DTensor, Shard
+
+    class _FusedHeads(tensor_parallel.ColwiseParallel):  # up to 5.10
+        def prepare_module_tp(self, module, device_mesh, **kwargs):
+            _check_heads(module, device_mesh.size())
+            return super().prepare_module_tp(module, device_mesh, **kwargs)
+
+        def shard_tensor(self, param, tensor_idx=None, device=None, dtype=None):  # from 5.0
+            self.shard = [Shard(0)]  # 5.0
+            return self._rows(param, self.rank, self.device_mesh.size()).to(device=device, dtype=dtype)
+
+        if "rank" in str(inspect.signature(getattr(tensor_parallel.ColwiseParallel, "partition_tensor", _check_heads))):
+            # up to 4.57
+
+            def partition_tensor(self, param, empty_param, param_type, dtype, to_contiguous, rank, device_mesh):
+                rows = self._rows(param, rank, device_mesh.size()).to(dtype)
+                return nn.Parameter(DTensor.from_local(rows, device_mesh, [Shard(0)], run_check=False))
+
+        @staticmethod
+        def _rows(param, rank: int, processes: int) -> torch.Tensor:
+            """What of `param`, a tensor or a view of a file, belongs to a process, thirds read one by one."""
+            third = (param.get_shape() if hasattr(param, "get_shape") else param.shape)[0] // 3
+            size = third // processes
+            starts = [i * third + rank * size for i in range(3)]
+            return torch.cat([param[start : start + size] for start in starts])
+
+
+def tensor_parallel_plan(plan: dict) -> dict | None:
+    """A plan in the styles and the spelling of this release; None where it has no tensor parallelism."""
+    if not HAS_TENSOR_PARALLEL:
+        return None
+    if "colwise_gather_output" not in _STYLES:  # up to 5.0
+        plan = {key: style.replace("gather_output", "rep") for key, style in plan.items()}
+    if not KEEPS_FUSED_HEADS:  # up to 5.10 an embedding can't be split, or forgets how long it is
+        plan = {key: style for key, style in plan.items() if style != "embedding_rowwise"}
+    if _PLANS_HIDE_DIGITS:
+        plan = {re.sub(r"\d", "*", key): style for key, style in plan.items()}
+    return plan
+
+
+if HAS_TENSOR_PARALLEL:
+    _STYLES.register("colwise_fused_heads", _FusedHeads())
+    _plan_of = getattr(tensor_parallel, "_get_parameter_tp_plan", None)  # up to 5.10
+    # Up to 5.4 or so digits of names become wildcards too.
+    _PLANS_HIDE_DIGITS = _plan_of is not None and _plan_of("h.0.w1", {"h.*.w1": "colwise"}) is None
 
 
 # --- Models ------------------------------------------------------------------------------------------------------
@@ -302,13 +497,24 @@ class PreTrainedModel(transformers.PreTrainedModel):
         """From 4.56: whether the attention function can change; by default names in the source file decide."""
         return True
 
+    if HAS_TENSOR_PARALLEL and not KEEPS_FUSED_HEADS:  # 4.52 to 5.10
+
+        def save_pretrained(self, *args, **kwargs):
+            if getattr(self, "_device_mesh", None) is not None:
+                raise NotImplementedError(
+                    "This release of transformers can't put the attention weights of several processes together again. "
+                    "Save from a model loaded without tp_plan, or take transformers 5.17 or newer."
+                )
+            return super().save_pretrained(*args, **kwargs)
+
     if "safe_serialization: bool = False" in str(inspect.signature(transformers.PreTrainedModel.save_pretrained)):
         # up to 4.34 pickles are the default
 
         def save_pretrained(self, save_directory, safe_serialization=True, **kwargs):
             return super().save_pretrained(save_directory, safe_serialization=safe_serialization, **kwargs)
 
-    if not hasattr(transformers.PreTrainedModel, "loss_function"):  # up to 4.45
+    if getattr(getattr(transformers.PreTrainedModel, "loss_function", None), "fset", None) is None:
+        # up to 4.47; from 4.46 it is guessed from the class's name, with a warning that does not compile
 
         def loss_function(self, logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
             targets = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1).to(logits.device)
@@ -416,7 +622,8 @@ def loading_defaults(kwargs: dict) -> None:
         return
     kwargs.setdefault("low_cpu_mem_usage", True)
     quantised = any(kwargs.get(key) for key in ("quantization_config", "load_in_8bit", "load_in_4bit"))
-    if kwargs["low_cpu_mem_usage"] and not quantised and kwargs.get("device_map") is None:
+    placed = kwargs.get("device_map") is not None or kwargs.get("tp_plan") is not None
+    if kwargs["low_cpu_mem_usage"] and not quantised and not placed:
         # Without a map these releases take all weights on the meta device for one tied weight, none of them missing.
         kwargs["device_map"] = dict(_ON_CPU)
 

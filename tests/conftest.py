@@ -81,7 +81,7 @@ StaticCache = getattr(transformers, "StaticCache", None)
 HAS_STATIC = hasattr(StaticCache, "reset")  # from 4.41; before that it holds a single layer
 
 
-def static_cache(config, length: int, batch_size: int = 1):
+def static_cache(config, length: int, batch_size: int = 1, dtype=torch.float32):
     """A StaticCache for `length` tokens; skips where the release has none."""
     if not HAS_STATIC:
         lacks("has no static cache for all layers")
@@ -89,7 +89,7 @@ def static_cache(config, length: int, batch_size: int = 1):
     if "config" in parameters and "max_batch_size" not in parameters and "batch_size" not in parameters:
         return StaticCache(config=config, max_cache_len=length)
     size = {"batch_size" if "batch_size" in parameters else "max_batch_size": batch_size}
-    return StaticCache(config=config, max_cache_len=length, device="cpu", dtype=torch.float32, **size)
+    return StaticCache(config=config, max_cache_len=length, device="cpu", dtype=dtype, **size)
 
 
 def random_ids(*shape: int, seed: int = 0, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:

@@ -1,0 +1,142 @@
+"""
+What several processes compute together, for test_parallel.py: `python parallel.py CHECKPOINT TASK PROCESSES ...`.
+
+One process imports what is needed and forks the others, which saves their imports; they meet over gloo.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import accelerate
+import torch
+import transformers
+from accelerate.utils import fsdp_utils
+from torch import distributed
+from torch.distributed import fsdp
+from transformers import AutoModelForCausalLM
+
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 12}
+IDS = (torch.arange(80) * 37 % 320).view(2, 40)
+MASK = torch.ones_like(IDS)
+MASK[0, :8] = 0
+# A static cache that is made before it sees keys is as wide as all heads.
+HAS_LAZY_STATIC_CACHE = "lazy_initialization" in dir(
+    getattr(getattr(transformers, "cache_utils", None), "StaticLayer", None)
+)
+
+
+def load(path, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, fp32=True, **kwargs)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def own(tensor):
+    """What this process holds of a parameter."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
+
+
+def results(model) -> dict:
+    """Logits, greedy ids, and the shape of the first layer's keys where the release tells."""
+    with torch.no_grad():
+        output = model(IDS, attention_mask=MASK, use_cache=True)
+        ids = model.generate(IDS, attention_mask=MASK, **GREEDY)
+    found = {"logits": output.logits, "ids": ids}
+    if hasattr(output.past_key_values, "layers"):
+        found["key shape"] = tuple(output.past_key_values.layers[0].keys.shape)
+    return found
+
+
+def training(model, ids=IDS, mask=MASK) -> dict:
+    model.train()
+    loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    loss.backward()
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), "gradients": gradients}
+
+
+def tensor(path: str, folder: str) -> dict:
+    model = load(path, tp_plan="auto")
+    attention = model.transformer.h[0].attn
+    found = {
+        "c_attn": own(attention.c_attn.weight),
+        "c_attn bias": own(attention.c_attn.bias),
+        "c_proj": own(attention.c_proj.weight),
+        "gate": own(model.transformer.h[0].mlp.w2.weight),
+        **results(model),
+    }
+    if HAS_LAZY_STATIC_CACHE:
+        found["static ids"] = model.generate(IDS, attention_mask=MASK, cache_implementation="static", **GREEDY)
+    found.update(training(model))
+    try:
+        model.save_pretrained(folder)
+    except NotImplementedError as error:
+        found["not saved"] = str(error)
+    return found
+
+
+def share_of_training(model) -> dict:
+    """A training step under FSDP2, in which each process has one row of the batch."""
+    ids = IDS[distributed.get_rank()][None]
+    return {
+        "wrapped": [name for name, module in model.named_modules() if isinstance(module, fsdp.FSDPModule)],
+        "share": sum(own(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters()),
+        **training(model, ids, torch.ones_like(ids)),
+    }
+
+
+def sharded(path: str, folder: str) -> dict:
+    """By accelerate's policy for `_no_split_modules`, which older releases of it want to be told."""
+    model = load(path)
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=list(model._no_split_modules),
+    )
+    to_wrap = fsdp_utils.fsdp2_prepare_auto_wrap_policy(plugin, model)
+    for module in filter(to_wrap, list(model.modules())):
+        fsdp.fully_shard(module)
+    return share_of_training(fsdp.fully_shard(model))
+
+
+def sharded_at_loading(path: str, folder: str) -> dict:
+    return share_of_training(load(path, distributed_config={"fsdp_size": 2}))
+
+
+def work(task: str, rank: int, processes: int, port: int, path: str, folder: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=rank, world_size=processes)
+    found = globals()[task](path, str(Path(folder, f"{task}-{processes}-saved")))
+    torch.save(found, Path(folder, f"{task}-{processes}-{rank}.pt"))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def main(path: str, folder: str, *tasks: str) -> None:
+    for task, processes in zip(tasks[::2], map(int, tasks[1::2])):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = torch.multiprocessing.get_context("fork")
+        children = [
+            context.Process(target=work, args=(task, rank, processes, port, path, folder)) for rank in range(processes)
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        if any(child.exitcode for child in children):
+            sys.exit(f"{task} on {processes} processes ended with {[child.exitcode for child in children]}")
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    main(*sys.argv[1:])
