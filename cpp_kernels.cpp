@@ -1,0 +1,874 @@
+// Native CPU kernels of Qwen; cpp_kernels.py defines the operators, says what they compute and builds this file.
+//
+// The file has two parts. The first includes the second (this file once more) for every instruction set, and holds
+// what calls it: checks, threads, registration. The second holds the kernels, written once with vectors of
+// QWEN_WIDTH floats. Which instruction set runs is chosen by the CPU at run time.
+//
+// Floating point is not contracted (-ffp-contract=off), so that quantising gives the same codes everywhere;
+// `fma` below is meant where it is written.
+
+#ifndef QWEN_WIDTH  // --- part one ---------------------------------------------------------------------------------
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Optional.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using at::Tensor;
+using c10::BFloat16;
+using c10::optional;
+
+constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
+
+// int4, see cpp_kernels.py: 8 channels share a step and a zero point, chosen from these.
+constexpr int GROUP = 8;
+constexpr float STEPS[4] = {0.92 / 15, 1.2 / 15, 1.48 / 15, 1.8 / 15};
+constexpr float INVERSES[4] = {15 / 0.92, 15 / 1.2, 15 / 1.48, 15 / 1.8};
+constexpr float ZEROS[8] = {-7.15, -6.35, -5.6, -4.95, -7.85, -8.65, -9.4, -10.05};
+
+struct Linear {
+  const float* x;  // (rows, in)
+  const void* weight;
+  int64_t rows, in, out, weight_stride;
+  const float* scale;  // (out, groups) or null
+  int64_t groups;
+  const float* bias;  // (out) or null
+  void* y;            // (rows, out)
+  bool bf16_out;
+};
+
+struct Store {  // keys or values, (B, nh, S, ...)
+  const char *rows, *params;
+  int64_t batch, head, token, params_batch, params_head, params_token;  // strides in bytes
+};
+
+struct Attention {
+  const float* q;  // (B, nh, T, hd), scaled
+  Store k, v;
+  const bool* mask;
+  int64_t mask_strides[4];
+  int64_t B, nh, T, S, hd, splits;
+  bool causal;
+  float* partial;  // (B * nh, splits, T, hd + 2): weighted sum of the values, largest score, sum of the weights
+  BFloat16* out_bf16;  // (B, T, nh, hd), one of the two
+  float* out;
+};
+
+struct Append {
+  const void* x;  // (B, nh, T, hd)
+  int64_t x_batch, x_head, x_token;
+  uint8_t *codes, *params;
+  int64_t codes_batch, codes_head, codes_token, params_batch, params_head, params_token;
+  int64_t nh, T, hd;
+};
+
+enum Kind { F32, BF16, INT8, INT4 };
+
+struct Kernels {
+  void (*linear)(const Linear&, bool int8, int64_t begin, int64_t end);          // output channels
+  void (*attend)(const Attention&, Kind, int64_t begin, int64_t end);            // splits of heads
+  void (*merge)(const Attention&, bool rotated, int64_t begin, int64_t end);     // queries
+  void (*append)(const Append&, bool bf16, bool int4, int64_t begin, int64_t end);  // rows of x
+};
+
+#define QWEN_STRING(x) #x
+#if defined(__clang__)
+#define QWEN_BEGIN(set) _Pragma(QWEN_STRING(clang attribute push(__attribute__((target(set))), apply_to = function)))
+#define QWEN_END _Pragma("clang attribute pop")
+#else
+#define QWEN_BEGIN(set) _Pragma("GCC push_options") _Pragma(QWEN_STRING(GCC target(set)))
+#define QWEN_END _Pragma("GCC pop_options")
+#endif
+
+#define QWEN_LEVEL portable
+#define QWEN_WIDTH 4
+#include __FILE__
+#undef QWEN_LEVEL
+#undef QWEN_WIDTH
+
+#if defined(__x86_64__)
+QWEN_BEGIN("avx2,fma")
+#define QWEN_LEVEL avx2
+#define QWEN_WIDTH 8
+#include __FILE__
+#undef QWEN_LEVEL
+#undef QWEN_WIDTH
+QWEN_END
+
+QWEN_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#define QWEN_LEVEL avx512
+#define QWEN_WIDTH 16
+#include __FILE__
+#undef QWEN_LEVEL
+#undef QWEN_WIDTH
+QWEN_END
+#endif
+
+// The instruction sets that this CPU has, the widest last.
+struct Level {
+  const char* name;
+  int width;
+  Kernels kernels;
+};
+
+const std::vector<Level>& levels() {
+  static const std::vector<Level> all = [] {
+    std::vector<Level> found{{"portable", 4, portable::KERNELS}};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2) found.push_back({"avx2", 8, avx2::KERNELS});
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+      found.push_back({"avx512", 16, avx512::KERNELS});
+#endif
+    return found;
+  }();
+  return all;
+}
+
+size_t level = levels().size() - 1;
+
+// int4 wants the groups of a head to fill vectors.
+const Kernels& kernels(int64_t groups = 0) {
+  size_t i = level;
+  while (i > 0 && groups % levels()[i].width != 0) --i;
+  return levels()[i].kernels;
+}
+
+// The name of the instruction set in use; a name given is used from now on (for tests and benchmarks).
+std::string cpu_level(std::string name) {
+  std::string known;
+  for (size_t i = 0; i < levels().size(); ++i) {
+    if (name == levels()[i].name) level = i;
+    known += (i ? ", " : "") + std::string(levels()[i].name);
+  }
+  TORCH_CHECK(name.empty() || name == levels()[level].name, "this CPU has ", known, "; found ", name);
+  return levels()[level].name;
+}
+
+// Work below this many bytes read is not worth waking a thread for.
+constexpr int64_t BYTES_PER_THREAD = 1 << 15;
+
+int64_t grain(int64_t bytes_each) { return std::max<int64_t>(1, BYTES_PER_THREAD / std::max<int64_t>(1, bytes_each)); }
+
+Tensor floats(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
+
+Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias,
+              const optional<Tensor>& scale) {
+  const bool int8 = weight.scalar_type() == at::kChar;
+  TORCH_CHECK(int8 || weight.scalar_type() == at::kBFloat16, "linear: weight must be bfloat16 or int8, found ",
+              weight.scalar_type());
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+              "linear: x must be float32 or bfloat16, found ", x.scalar_type());
+  TORCH_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), "linear: x ", x.sizes(),
+              " and weight ", weight.sizes(), " don't fit");
+  TORCH_CHECK(int8 == scale.has_value(), "linear: int8 weights have a scale, others don't");
+  const Tensor w = weight.stride(1) == 1 || weight.size(1) <= 1 ? weight : weight.contiguous();
+  const Tensor rows = floats(x);
+  Tensor b, s;
+  Linear a{};
+  a.in = w.size(1), a.out = w.size(0), a.rows = x.numel() / std::max<int64_t>(1, a.in);
+  if (bias) {
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == a.out, "linear: bias must be (", a.out, "), found ",
+                bias->sizes());
+    b = floats(*bias), a.bias = b.data_ptr<float>();
+  }
+  if (int8) {
+    TORCH_CHECK(scale->size(0) == a.out && scale->dim() <= 2, "linear: scale must be (out,) or (out, groups)");
+    s = floats(*scale), a.scale = s.data_ptr<float>(), a.groups = s.dim() == 2 ? s.size(1) : 1;
+    TORCH_CHECK(a.groups > 0 && a.in % a.groups == 0, "linear: ", a.groups, " groups don't divide ", a.in);
+  }
+  auto shape = x.sizes().vec();
+  shape.back() = a.out;
+  Tensor y = at::empty(shape, x.options());
+  if (a.in == 0) a.rows = y.numel() / std::max<int64_t>(1, a.out);
+  a.x = rows.data_ptr<float>(), a.weight = w.data_ptr(), a.weight_stride = w.stride(0), a.y = y.data_ptr();
+  a.bf16_out = x.scalar_type() == at::kBFloat16;
+  at::parallel_for(0, a.out, grain(a.in * w.element_size()),
+                   [&](int64_t begin, int64_t end) { kernels().linear(a, int8, begin, end); });
+  return y;
+}
+
+Store store(const Tensor& rows, const Tensor* params) {
+  TORCH_CHECK(rows.stride(3) == 1 || rows.size(3) <= 1, "a row of keys or values must be contiguous");
+  const int64_t n = rows.element_size();
+  Store s{static_cast<const char*>(rows.data_ptr()), nullptr, rows.stride(0) * n, rows.stride(1) * n,
+          rows.stride(2) * n};
+  if (params) {
+    TORCH_CHECK(params->stride(3) == 1, "a row of parameters must be contiguous");
+    s.params = static_cast<const char*>(params->data_ptr());
+    s.params_batch = params->stride(0), s.params_head = params->stride(1), s.params_token = params->stride(2);
+  }
+  return s;
+}
+
+Tensor attention(Attention& a, const Tensor& q, const optional<Tensor>& mask, double scaling, bool causal,
+                 Kind kind) {
+  TORCH_CHECK(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16,
+              "q must be float32 or bfloat16, found ", q.scalar_type());
+  a.B = q.size(0), a.nh = q.size(1), a.T = q.size(2), a.hd = q.size(3), a.causal = causal;
+  const Tensor scaled = floats(q).mul(scaling);
+  a.q = scaled.data_ptr<float>();
+  if (mask) {
+    TORCH_CHECK(mask->scalar_type() == at::kBool && mask->dim() == 4, "mask must be boolean (B, nh, T, S)");
+    const int64_t sizes[4] = {a.B, a.nh, a.T, a.S};
+    for (int i = 0; i < 4; ++i) {
+      TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == sizes[i], "mask ", mask->sizes(), " does not fit");
+      a.mask_strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+    }
+    a.mask = mask->data_ptr<bool>();
+  }
+  Tensor y = at::empty({a.B, a.T, a.nh, a.hd}, q.options());
+  if (q.scalar_type() == at::kFloat)
+    a.out = y.data_ptr<float>();
+  else
+    a.out_bf16 = y.data_ptr<BFloat16>();
+  if (y.numel() == 0) return y;
+
+  const int64_t heads = a.B * a.nh, threads = at::get_num_threads();
+  const int64_t wanted = heads % threads == 0 ? 1 : (2 * threads + heads - 1) / heads;
+  a.splits = std::max<int64_t>(1, std::min(wanted, a.S / 256));
+  Tensor partial = at::empty({heads * a.splits * a.T, a.hd + 2}, q.options().dtype(at::kFloat));
+  a.partial = partial.data_ptr<float>();
+  const Kernels& run = kernels(kind == INT4 ? a.hd / GROUP : 0);
+  at::parallel_for(0, heads * a.splits, grain(a.S / a.splits * a.T * a.hd),
+                   [&](int64_t begin, int64_t end) { run.attend(a, kind, begin, end); });
+  at::parallel_for(0, heads * a.T, grain(a.splits * a.hd * 16),
+                   [&](int64_t begin, int64_t end) { run.merge(a, kind >= INT8, begin, end); });
+  return y;
+}
+
+Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& mask,
+                        double scaling, bool causal) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() && q.size(0) == k.size(0) &&
+                  q.size(1) == k.size(1) && q.size(3) == k.size(3),
+              "decode_attention: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), " don't fit");
+  TORCH_CHECK(k.scalar_type() == v.scalar_type() && (k.scalar_type() == at::kFloat || k.scalar_type() == at::kBFloat16),
+              "decode_attention: keys and values must be float32 or bfloat16");
+  Attention a{};
+  a.k = store(k, nullptr), a.v = store(v, nullptr), a.S = k.size(2);
+  return attention(a, q, mask, scaling, causal, k.scalar_type() == at::kFloat ? F32 : BF16);
+}
+
+// Bytes of parameters that a head of a token has beside its codes.
+int64_t params_size(int64_t hd, bool int4) { return int4 ? 2 + hd / GROUP / 2 + (hd / GROUP + 7) / 8 : 4; }
+
+bool is_int4(const Tensor& codes, const Tensor& params, int64_t hd) {
+  const bool int4 = codes.size(3) != hd;
+  TORCH_CHECK(codes.dim() == 4 && params.dim() == 4 && codes.scalar_type() == at::kByte &&
+                  params.scalar_type() == at::kByte && (!int4 || (hd % 16 == 0 && codes.size(3) == hd / 2)) &&
+                  params.size(3) == params_size(hd, int4) && codes.sizes().slice(0, 3) == params.sizes().slice(0, 3),
+              "codes ", codes.sizes(), " and parameters ", params.sizes(), " don't fit a head of ", hd);
+  return int4;
+}
+
+Tensor quantized_decode_attention(const Tensor& q, const Tensor& k_codes, const Tensor& k_params,
+                                  const Tensor& v_codes, const Tensor& v_params, const optional<Tensor>& mask,
+                                  double scaling, bool causal) {
+  TORCH_CHECK(q.dim() == 4 && k_codes.dim() == 4 && k_codes.sizes() == v_codes.sizes() &&
+                  q.size(0) == k_codes.size(0) && q.size(1) == k_codes.size(1),
+              "quantized_decode_attention: q ", q.sizes(), ", keys ", k_codes.sizes(), ", values ", v_codes.sizes(),
+              " don't fit");
+  const bool int4 = is_int4(k_codes, k_params, q.size(3));
+  is_int4(v_codes, v_params, q.size(3));
+  Attention a{};
+  a.k = store(k_codes, &k_params), a.v = store(v_codes, &v_params), a.S = k_codes.size(2);
+  return attention(a, q, mask, scaling, causal, int4 ? INT4 : INT8);
+}
+
+void quantize_append(Tensor& codes, Tensor& params, const Tensor& x, int64_t position) {
+  TORCH_CHECK(x.dim() == 4 && codes.dim() == 4 && x.size(0) == codes.size(0) && x.size(1) == codes.size(1),
+              "quantize_append: x ", x.sizes(), " and codes ", codes.sizes(), " don't fit");
+  TORCH_CHECK(position >= 0 && position + x.size(2) <= codes.size(2), "quantize_append: ", x.size(2),
+              " tokens at position ", position, " don't fit a store of ", codes.size(2));
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+              "quantize_append: x must be float32 or bfloat16, found ", x.scalar_type());
+  TORCH_CHECK(codes.stride(3) == 1 && params.stride(3) == 1, "a row of codes or parameters must be contiguous");
+  const bool int4 = is_int4(codes, params, x.size(3));
+  const Tensor rows = x.stride(3) == 1 ? x : x.contiguous();
+  Append a{rows.data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2), codes.data_ptr<uint8_t>(),
+           params.data_ptr<uint8_t>()};
+  a.codes_batch = codes.stride(0), a.codes_head = codes.stride(1), a.codes_token = codes.stride(2);
+  a.params_batch = params.stride(0), a.params_head = params.stride(1), a.params_token = params.stride(2);
+  a.codes += position * a.codes_token, a.params += position * a.params_token;
+  a.nh = x.size(1), a.T = x.size(2), a.hd = x.size(3);
+  const Kernels& run = kernels(int4 ? a.hd / GROUP : 0);
+  at::parallel_for(0, x.size(0) * a.nh * a.T, grain(a.hd * 64), [&](int64_t begin, int64_t end) {
+    run.append(a, x.scalar_type() == at::kBFloat16, int4, begin, end);
+  });
+}
+
+TORCH_LIBRARY_IMPL(QWEN_NAMESPACE, CPU, m) {
+  m.impl("linear", linear);
+  m.impl("decode_attention", decode_attention);
+  m.impl("quantize_append", quantize_append);
+  m.impl("quantized_decode_attention", quantized_decode_attention);
+}
+
+TORCH_LIBRARY_FRAGMENT(QWEN_NAMESPACE, m) { m.def("cpu_level(str name) -> str", cpu_level); }
+
+}  // namespace
+
+#else  // --- part two: the kernels, for one instruction set ----------------------------------------------------------
+
+namespace QWEN_LEVEL {
+
+#define INLINE inline __attribute__((always_inline))
+
+constexpr int W = QWEN_WIDTH;
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+
+template <class V, class T>
+INLINE V read(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE vf load(const float* p) { return read<vf>(p); }
+INLINE vf load(const BFloat16* p) {
+  typedef uint16_t half __attribute__((vector_size(2 * W)));
+  return (vf)(__builtin_convertvector(read<half>(p), vu) << 16);
+}
+INLINE vu load_bytes(const uint8_t* p) {
+  typedef uint8_t bytes __attribute__((vector_size(W)));
+  return __builtin_convertvector(read<bytes>(p), vu);
+}
+INLINE vf load(const uint8_t* p) { return __builtin_convertvector((vi)load_bytes(p), vf); }
+INLINE vf load(const int8_t* p) {
+  typedef int8_t bytes __attribute__((vector_size(W)));
+  return __builtin_convertvector(__builtin_convertvector(read<bytes>(p), vi), vf);
+}
+
+INLINE void save(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+INLINE vf all(float x) { return vf{} + x; }
+
+INLINE vf fma(vf a, vf b, vf c) {
+#if QWEN_WIDTH == 16
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif QWEN_WIDTH == 8
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+INLINE float sum(vf v) {
+#if QWEN_WIDTH == 16
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s[W];
+  save(s, v);
+  for (int n = W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) s[i] += s[i + n];
+  return s[0];
+#endif
+}
+
+// To the nearest integer, halves to even; |x| below 2^22.
+INLINE vf round(vf x) { return (x + 12582912.f) - 12582912.f; }
+INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vf minimum(vf a, vf b) { return select(a < b, a, b); }
+INLINE vf maximum(vf a, vf b) { return select(a > b, a, b); }
+
+INLINE float largest(vf v) {
+  float x = v[0];
+  for (int i = 1; i < W; ++i) x = std::max(x, v[i]);
+  return x;
+}
+
+// exp for x <= 0, exact to 2 units in the last place; 0 below -87.
+INLINE vf exp(vf x) {
+  const vi tiny = x < -87.f;
+  x = select(tiny, vf{}, x);
+  const vf n = round(x * 1.44269504f);
+  const vf r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), x));  // x - n log 2
+  vf y = fma(r, all(1.f / 5040), all(1.f / 720));
+  y = fma(y, r, all(1.f / 120));
+  y = fma(y, r, all(1.f / 24));
+  y = fma(y, r, all(1.f / 6));
+  y = fma(y, r, all(.5f));
+  y = fma(y, r, all(1.f));
+  y = fma(y, r, all(1.f));
+  return select(tiny, vf{}, y * (vf)((__builtin_convertvector(n, vi) + 127) << 23));
+}
+
+// The R products of rows a, `stride` apart, with b.
+template <int R, class A, class B>
+INLINE void dots(const A* a, int64_t stride, const B* b, int64_t n, float* out) {
+  constexpr int U = R == 1 ? 4 : 2;
+  vf acc[R][U] = {};
+  int64_t k = 0;
+  for (; k + U * W <= n; k += U * W)
+    for (int u = 0; u < U; ++u) {
+      const vf y = load(b + k + u * W);
+      for (int r = 0; r < R; ++r) acc[r][u] = fma(load(a + r * stride + k + u * W), y, acc[r][u]);
+    }
+  for (; k + W <= n; k += W) {
+    const vf y = load(b + k);
+    for (int r = 0; r < R; ++r) acc[r][0] = fma(load(a + r * stride + k), y, acc[r][0]);
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int u = 1; u < U; ++u) acc[r][0] += acc[r][u];
+    out[r] = sum(acc[r][0]);
+    for (int64_t i = k; i < n; ++i) out[r] += static_cast<float>(a[r * stride + i]) * static_cast<float>(b[i]);
+  }
+}
+
+// --- linear -------------------------------------------------------------------------------------------------------
+
+template <int R, class T>
+INLINE void linear_rows(const Linear& a, const T* w, int64_t row, int64_t channel) {
+  float y[R] = {};
+  if (a.scale) {
+    const int64_t n = a.in / a.groups;
+    for (int64_t g = 0; g < a.groups; ++g) {
+      float part[R];
+      dots<R>(a.x + row * a.in + g * n, a.in, w + g * n, n, part);
+      for (int r = 0; r < R; ++r) y[r] += a.scale[channel * a.groups + g] * part[r];
+    }
+  } else {
+    dots<R>(a.x + row * a.in, a.in, w, a.in, y);
+  }
+  for (int r = 0; r < R; ++r) {
+    if (a.bias) y[r] += a.bias[channel];
+    const int64_t i = (row + r) * a.out + channel;
+    if (a.bf16_out)
+      static_cast<BFloat16*>(a.y)[i] = y[r];
+    else
+      static_cast<float*>(a.y)[i] = y[r];
+  }
+}
+
+// Every channel of the weight is read once from memory; further rows of x find it in the cache.
+template <class T>
+void linear_channels(const Linear& a, int64_t begin, int64_t end) {
+  for (int64_t channel = begin; channel < end; ++channel) {
+    const T* w = static_cast<const T*>(a.weight) + channel * a.weight_stride;
+    int64_t row = 0;
+    for (; row + 4 <= a.rows; row += 4) linear_rows<4>(a, w, row, channel);
+    for (; row + 2 <= a.rows; row += 2) linear_rows<2>(a, w, row, channel);
+    if (row < a.rows) linear_rows<1>(a, w, row, channel);
+  }
+}
+
+void linear(const Linear& a, bool int8, int64_t begin, int64_t end) {
+  int8 ? linear_channels<int8_t>(a, begin, end) : linear_channels<BFloat16>(a, begin, end);
+}
+
+// --- stores of keys and values ------------------------------------------------------------------------------------
+//
+// Each has: `scores`, products of a query with keys; `add`, values with weights p added to acc; `finish`, what acc
+// still lacks. A query has `extra` numbers behind its hd channels, and acc has as many.
+
+template <class T>
+struct Plain {
+  const T* rows;
+  int64_t stride, hd;
+
+  Plain(const Store& s, int64_t b, int64_t h, int64_t hd)
+      : rows(reinterpret_cast<const T*>(s.rows + b * s.batch + h * s.head)), stride(s.token / sizeof(T)), hd(hd) {}
+
+  static int64_t extra(int64_t) { return 0; }
+  static void prepare(float*, int64_t) {}
+
+  void scores(const float* q, int64_t key, int64_t n, float* out) const {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) dots<4>(rows + (key + i) * stride, stride, q, hd, out + i);
+    for (; i < n; ++i) dots<1>(rows + (key + i) * stride, stride, q, hd, out + i);
+  }
+
+  template <int R>
+  INLINE void add_rows(const float* p, int64_t key, float* acc) const {
+    const T* row = rows + key * stride;
+    int64_t c = 0;
+    for (; c + W <= hd; c += W) {
+      vf y = load(acc + c);
+      for (int r = 0; r < R; ++r) y = fma(all(p[r]), load(row + r * stride + c), y);
+      save(acc + c, y);
+    }
+    for (; c < hd; ++c)
+      for (int r = 0; r < R; ++r) acc[c] += p[r] * static_cast<float>(row[r * stride + c]);
+  }
+
+  void add(const float* p, int64_t key, int64_t n, float* acc) const {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) add_rows<8>(p + i, key + i, acc);
+    for (; i < n; ++i) add_rows<1>(p + i, key + i, acc);
+  }
+
+  void finish(float*) const {}
+};
+
+// x = step * code + lowest, one pair a row.
+struct Codes8 : Plain<uint8_t> {
+  const char* params;
+  int64_t params_stride;
+
+  Codes8(const Store& s, int64_t b, int64_t h, int64_t hd)
+      : Plain(s, b, h, hd), params(s.params + b * s.params_batch + h * s.params_head), params_stride(s.params_token) {}
+
+  static int64_t extra(int64_t) { return 1; }
+  static void prepare(float* q, int64_t hd) {
+    q[hd] = 0;
+    for (int64_t c = 0; c < hd; ++c) q[hd] += q[c];
+  }
+
+  INLINE float param(int64_t key, int which) const {
+    BFloat16 x;
+    std::memcpy(&x, params + key * params_stride + 2 * which, 2);
+    return x;
+  }
+
+  void scores(const float* q, int64_t key, int64_t n, float* out) const {
+    Plain::scores(q, key, n, out);
+    for (int64_t i = 0; i < n; ++i) out[i] = out[i] * param(key + i, 0) + q[hd] * param(key + i, 1);
+  }
+
+  void add(const float* p, int64_t key, int64_t n, float* acc) const {
+    float scaled[64];
+    for (int64_t i = 0; i < n; ++i) {
+      scaled[i] = p[i] * param(key + i, 0);
+      acc[hd] += p[i] * param(key + i, 1);
+    }
+    Plain::add(scaled, key, n, acc);
+  }
+
+  void finish(float* acc) const {
+    for (int64_t c = 0; c < hd; ++c) acc[c] += acc[hd];
+  }
+};
+
+// x = step * (code + zero) for the channels g, g + G, ... g + 7 G of a row, G = hd / 8. Byte i of a row holds the
+// codes of channels i and i + hd / 2. Its parameters are a bfloat16, the base; then 4 bits a group: which of STEPS,
+// times the base, is its step, and which of the first four ZEROS its zero; then a bit a group: of the last four.
+struct Codes4 {
+  const uint8_t *rows, *params;
+  int64_t stride, params_stride, G;
+
+  Codes4(const Store& s, int64_t b, int64_t h, int64_t hd)
+      : rows(reinterpret_cast<const uint8_t*>(s.rows + b * s.batch + h * s.head)),
+        params(reinterpret_cast<const uint8_t*>(s.params + b * s.params_batch + h * s.params_head)),
+        stride(s.token), params_stride(s.params_token), G(hd / GROUP) {}
+
+  static int64_t extra(int64_t hd) { return hd / GROUP; }
+  static void prepare(float* q, int64_t hd) {
+    const int64_t G = hd / GROUP;
+    for (int64_t g = 0; g < G; ++g) {
+      q[hd + g] = 0;
+      for (int j = 0; j < GROUP; ++j) q[hd + g] += q[j * G + g];
+    }
+  }
+
+  INLINE void group(int64_t key, int64_t g, float* step, float* lowest) const {
+    const uint8_t* p = params + key * params_stride;
+    BFloat16 base;
+    std::memcpy(&base, p, 2);
+    const int choice = p[2 + g / 2] >> (g % 2 * 4) & 15, last = p[2 + G / 2 + g / 8] >> (g % 8) & 1;
+    *step = static_cast<float>(base) * STEPS[choice >> 2];
+    *lowest = *step * ZEROS[last * 4 + (choice & 3)];
+  }
+
+  // The same for W groups from g on, a multiple of W.
+  INLINE void groups(int64_t key, int64_t g, vf* step, vf* lowest) const {
+#if QWEN_WIDTH == 16
+    const uint8_t* p = params + key * params_stride;
+    BFloat16 base;
+    std::memcpy(&base, p, 2);
+    const __m128i packed = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 2 + g / 2)));
+    const __m512i choice = _mm512_cvtepu8_epi32(_mm_or_si128(packed, _mm_slli_epi16(packed, 4)));
+    uint16_t last;
+    std::memcpy(&last, p + 2 + G / 2 + g / 8, 2);
+    const __m512i zero = _mm512_mask_or_epi32(_mm512_and_si512(choice, _mm512_set1_epi32(3)), last,
+                                              _mm512_and_si512(choice, _mm512_set1_epi32(3)), _mm512_set1_epi32(4));
+    const __m512 steps = _mm512_broadcast_f32x4(_mm_loadu_ps(STEPS));
+    const __m512 zeros = _mm512_broadcast_f32x8(_mm256_loadu_ps(ZEROS));
+    *step = (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(choice, 2), steps) * static_cast<float>(base);
+    *lowest = *step * (vf)_mm512_permutexvar_ps(zero, zeros);
+#else
+    float s[W], l[W];
+    for (int i = 0; i < W; ++i) group(key, g + i, s + i, l + i);
+    *step = load(s), *lowest = load(l);
+#endif
+  }
+
+  INLINE float code(int64_t key, int j, int64_t g) const {
+    return rows[key * stride + j % 4 * G + g] >> (j / 4 * 4) & 15;
+  }
+
+  void scores(const float* q, int64_t key, int64_t n, float* out) const {
+    const float* whole = q + GROUP * G;
+    for (int64_t i = 0; i < n; ++i) out[i] = 0;
+    int64_t g = 0;
+    for (; g + W <= G; g += W) {
+      vf part[GROUP];
+      for (int j = 0; j < GROUP; ++j) part[j] = load(q + j * G + g);
+      for (int64_t i = 0; i < n; ++i) {
+        vf step, lowest, low{}, high{};
+        groups(key + i, g, &step, &lowest);
+        for (int j = 0; j < GROUP / 2; ++j) {
+          const vu codes = load_bytes(rows + (key + i) * stride + j * G + g);
+          low = fma(part[j], __builtin_convertvector((vi)(codes & 15), vf), low);
+          high = fma(part[j + GROUP / 2], __builtin_convertvector((vi)(codes >> 4), vf), high);
+        }
+        out[i] += sum(fma(step, low + high, lowest * load(whole + g)));
+      }
+    }
+    for (; g < G; ++g)
+      for (int64_t i = 0; i < n; ++i) {
+        float step, lowest, dot = 0;
+        group(key + i, g, &step, &lowest);
+        for (int j = 0; j < GROUP; ++j) dot += q[j * G + g] * code(key + i, j, g);
+        out[i] += step * dot + lowest * whole[g];
+      }
+  }
+
+  void add(const float* p, int64_t key, int64_t n, float* acc) const {
+    float* offsets = acc + GROUP * G;
+    int64_t g = 0;
+    for (; g + W <= G; g += W) {
+      vf y[GROUP], offset = load(offsets + g);
+      for (int j = 0; j < GROUP; ++j) y[j] = load(acc + j * G + g);
+      for (int64_t i = 0; i < n; ++i) {
+        vf step, lowest;
+        groups(key + i, g, &step, &lowest);
+        step *= p[i];
+        offset = fma(lowest, all(p[i]), offset);
+        for (int j = 0; j < GROUP / 2; ++j) {
+          const vu codes = load_bytes(rows + (key + i) * stride + j * G + g);
+          y[j] = fma(step, __builtin_convertvector((vi)(codes & 15), vf), y[j]);
+          y[j + GROUP / 2] = fma(step, __builtin_convertvector((vi)(codes >> 4), vf), y[j + GROUP / 2]);
+        }
+      }
+      for (int j = 0; j < GROUP; ++j) save(acc + j * G + g, y[j]);
+      save(offsets + g, offset);
+    }
+    for (; g < G; ++g)
+      for (int64_t i = 0; i < n; ++i) {
+        float step, lowest;
+        group(key + i, g, &step, &lowest);
+        for (int j = 0; j < GROUP; ++j) acc[j * G + g] += p[i] * step * code(key + i, j, g);
+        offsets[g] += p[i] * lowest;
+      }
+  }
+
+  void finish(float* acc) const {
+    for (int j = 0; j < GROUP; ++j)
+      for (int64_t g = 0; g < G; ++g) acc[j * G + g] += acc[GROUP * G + g];
+  }
+};
+
+// The orthonormal Walsh-Hadamard transform of blocks of the largest power of two that divides hd; its own inverse.
+void rotate(float* x, int64_t hd) {
+  const int64_t block = hd & -hd;
+  for (int64_t h = 1; h < block; h *= 2)
+    for (int64_t i = 0; i < hd; i += 2 * h)
+      for (int64_t j = i; j < i + h; ++j) {
+        const float a = x[j], b = x[j + h];
+        x[j] = a + b;
+        x[j + h] = a - b;
+      }
+  const float norm = static_cast<float>(1 / std::sqrt(static_cast<double>(block)));
+  for (int64_t i = 0; i < hd; ++i) x[i] *= norm;
+}
+
+// --- attention ----------------------------------------------------------------------------------------------------
+
+constexpr int64_t BLOCK = 64;  // keys between two looks at the largest score
+
+template <class Keys>
+void attend_heads(const Attention& a, bool rotated, int64_t begin, int64_t end) {
+  const int64_t width = a.hd + Keys::extra(a.hd);
+  std::vector<float> queries(a.T * width), sums(a.T * width), tops(a.T), weights(a.T);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t head = item / a.splits, split = item % a.splits, b = head / a.nh, h = head % a.nh;
+    const int64_t first = a.S * split / a.splits, last = a.S * (split + 1) / a.splits;
+    const Keys keys(a.k, b, h, a.hd), values(a.v, b, h, a.hd);
+    for (int64_t t = 0; t < a.T; ++t) {
+      float* q = queries.data() + t * width;
+      std::memcpy(q, a.q + (head * a.T + t) * a.hd, a.hd * sizeof(float));
+      if (rotated) rotate(q, a.hd);
+      Keys::prepare(q, a.hd);
+    }
+    std::fill(sums.begin(), sums.end(), 0.f);
+    std::fill(tops.begin(), tops.end(), MINUS_INFINITY);
+    std::fill(weights.begin(), weights.end(), 0.f);
+
+    for (int64_t key = first; key < last; key += BLOCK)
+      for (int64_t t = 0; t < a.T; ++t) {
+        const int64_t visible = a.causal ? std::min(last, a.S - a.T + t + 1) : last;
+        const int64_t n = std::min(BLOCK, visible - key);
+        if (n <= 0) continue;
+        float p[BLOCK + W];
+        keys.scores(queries.data() + t * width, key, n, p);
+        if (a.mask) {
+          const bool* mask = a.mask + b * a.mask_strides[0] + h * a.mask_strides[1] + t * a.mask_strides[2];
+          for (int64_t i = 0; i < n; ++i)
+            if (!mask[(key + i) * a.mask_strides[3]]) p[i] = MINUS_INFINITY;
+        }
+        for (int64_t i = n; i % W != 0; ++i) p[i] = MINUS_INFINITY;
+        vf highest = all(tops[t]);
+        for (int64_t i = 0; i < n; i += W) highest = maximum(highest, load(p + i));
+        const float top = largest(highest);
+        if (top == MINUS_INFINITY) continue;
+        float* acc = sums.data() + t * width;
+        if (top != tops[t]) {
+          const float shrink = std::exp(tops[t] - top);
+          for (int64_t c = 0; c < width; ++c) acc[c] *= shrink;
+          weights[t] *= shrink;
+          tops[t] = top;
+        }
+        vf total{};
+        for (int64_t i = 0; i < n; i += W) {
+          const vf e = exp(load(p + i) - top);
+          total += e;
+          save(p + i, e);
+        }
+        weights[t] += sum(total);
+        values.add(p, key, n, acc);
+      }
+
+    for (int64_t t = 0; t < a.T; ++t) {
+      float* acc = sums.data() + t * width;
+      values.finish(acc);
+      float* to = a.partial + (item * a.T + t) * (a.hd + 2);
+      std::memcpy(to, acc, a.hd * sizeof(float));
+      to[a.hd] = tops[t], to[a.hd + 1] = weights[t];
+    }
+  }
+}
+
+void attend(const Attention& a, Kind kind, int64_t begin, int64_t end) {
+  switch (kind) {
+    case F32: return attend_heads<Plain<float>>(a, false, begin, end);
+    case BF16: return attend_heads<Plain<BFloat16>>(a, false, begin, end);
+    case INT8: return attend_heads<Codes8>(a, true, begin, end);
+    case INT4: return attend_heads<Codes4>(a, true, begin, end);
+  }
+}
+
+void merge(const Attention& a, bool rotated, int64_t begin, int64_t end) {
+  std::vector<float> y(a.hd);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t head = i / a.T, t = i % a.T, b = head / a.nh, h = head % a.nh;
+    auto part = [&](int64_t split) { return a.partial + ((head * a.splits + split) * a.T + t) * (a.hd + 2); };
+    float top = MINUS_INFINITY, total = 0;
+    for (int64_t s = 0; s < a.splits; ++s) top = std::max(top, part(s)[a.hd]);
+    std::fill(y.begin(), y.end(), 0.f);
+    for (int64_t s = 0; s < a.splits; ++s) {
+      const float* from = part(s);
+      if (from[a.hd] == MINUS_INFINITY) continue;  // no key of this part is attended to
+      const float weight = std::exp(from[a.hd] - top);
+      total += weight * from[a.hd + 1];
+      for (int64_t c = 0; c < a.hd; ++c) y[c] += weight * from[c];
+    }
+    if (total > 0)
+      for (int64_t c = 0; c < a.hd; ++c) y[c] /= total;
+    if (rotated) rotate(y.data(), a.hd);
+    const int64_t to = ((b * a.T + t) * a.nh + h) * a.hd;
+    for (int64_t c = 0; c < a.hd; ++c)
+      if (a.out)
+        a.out[to + c] = y[c];
+      else
+        a.out_bf16[to + c] = y[c];
+  }
+}
+
+// --- quantising ---------------------------------------------------------------------------------------------------
+
+void encode8(const float* x, int64_t hd, uint8_t* codes, uint8_t* params) {
+  const auto range = std::minmax_element(x, x + hd);
+  const BFloat16 lowest = *range.first;
+  const BFloat16 step = (*range.second - static_cast<float>(lowest)) / 255.f;
+  const float divisor = step != 0 ? static_cast<float>(step) : 1.f;
+  std::memcpy(params, &step, 2);
+  std::memcpy(params + 2, &lowest, 2);
+  for (int64_t c = 0; c < hd; ++c) {
+    const float code = (x[c] - static_cast<float>(lowest)) / divisor;
+    codes[c] = static_cast<uint8_t>(std::nearbyint(std::min(std::max(0.f, code), 255.f)));
+  }
+}
+
+// Of all steps and zeros those with the smallest squared error, for W groups at a time.
+void encode4(const float* x, int64_t hd, uint8_t* codes, uint8_t* params) {
+  const int64_t G = hd / GROUP;
+  float largest = 0;
+  for (int64_t c = 0; c < hd; ++c) largest = std::max(largest, std::fabs(x[c]));
+  const BFloat16 base = largest;
+  const float divisor = base > 0 ? static_cast<float>(base) : 1.f;
+  std::memset(params, 0, 2 + G / 2 + (G + 7) / 8);
+  std::memcpy(params, &base, 2);
+  for (int64_t g = 0; g < G; g += W) {
+    const int64_t lanes = std::min<int64_t>(W, G - g);
+    float part[GROUP][W] = {};
+    for (int j = 0; j < GROUP; ++j)
+      for (int64_t i = 0; i < lanes; ++i) part[j][i] = x[j * G + g + i] / divisor;
+    vf best = all(std::numeric_limits<float>::infinity()), chosen[GROUP] = {};
+    vi step{}, zero{};
+    for (int s = 0; s < 4; ++s) {
+      vf scaled[GROUP];
+      for (int j = 0; j < GROUP; ++j) scaled[j] = load(part[j]) * INVERSES[s];
+      for (int z = 0; z < 8; ++z) {
+        vf code[GROUP], error[GROUP];
+        for (int j = 0; j < GROUP; ++j) {
+          code[j] = minimum(maximum(round(scaled[j] - ZEROS[z]), vf{}), all(15.f));
+          const vf miss = ((code[j] + ZEROS[z]) - scaled[j]) * STEPS[s];
+          error[j] = miss * miss;
+        }
+        for (int n = GROUP / 2; n > 0; n /= 2)
+          for (int j = 0; j < n; ++j) error[j] += error[j + n];
+        const vi better = error[0] < best;
+        best = select(better, error[0], best);
+        for (int j = 0; j < GROUP; ++j) chosen[j] = select(better, code[j], chosen[j]);
+        step = (better & s) | (~better & step);
+        zero = (better & z) | (~better & zero);
+      }
+    }
+    for (int64_t i = 0; i < lanes; ++i) {
+      for (int j = 0; j < GROUP / 2; ++j)
+        codes[j * G + g + i] = static_cast<int>(chosen[j][i]) | static_cast<int>(chosen[j + GROUP / 2][i]) << 4;
+      params[2 + (g + i) / 2] |= (step[i] << 2 | (zero[i] & 3)) << ((g + i) % 2 * 4);
+      params[2 + G / 2 + (g + i) / 8] |= (zero[i] >> 2) << ((g + i) % 8);
+    }
+  }
+}
+
+void append(const Append& a, bool bf16, bool int4, int64_t begin, int64_t end) {
+  std::vector<float> x(a.hd);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t t = i % a.T, h = i / a.T % a.nh, b = i / a.T / a.nh;
+    const int64_t from = b * a.x_batch + h * a.x_head + t * a.x_token;
+    for (int64_t c = 0; c < a.hd; ++c)
+      x[c] = bf16 ? static_cast<float>(static_cast<const BFloat16*>(a.x)[from + c])
+                  : static_cast<const float*>(a.x)[from + c];
+    rotate(x.data(), a.hd);
+    uint8_t* codes = a.codes + b * a.codes_batch + h * a.codes_head + t * a.codes_token;
+    uint8_t* params = a.params + b * a.params_batch + h * a.params_head + t * a.params_token;
+    int4 ? encode4(x.data(), a.hd, codes, params) : encode8(x.data(), a.hd, codes, params);
+  }
+}
+
+constexpr Kernels KERNELS{linear, attend, merge, append};
+
+#undef INLINE
+
+}  // namespace QWEN_LEVEL
+
+#endif
