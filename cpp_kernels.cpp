@@ -333,7 +333,6 @@ namespace QWEN_LEVEL {
 constexpr int W = QWEN_WIDTH;
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
-typedef uint32_t vu __attribute__((vector_size(4 * W)));
 
 template <class V, class T>
 INLINE V read(const T* p) {
@@ -342,20 +341,25 @@ INLINE V read(const T* p) {
   return v;
 }
 
+// W numbers of 16 or 8 bits as 32-bit integers.
+#if QWEN_WIDTH == 16
+INLINE vi widen(const BFloat16* p) { return (vi)_mm512_cvtepu16_epi32(read<__m256i>(p)); }
+INLINE vi widen(const uint8_t* p) { return (vi)_mm512_cvtepu8_epi32(read<__m128i>(p)); }
+INLINE vi widen(const int8_t* p) { return (vi)_mm512_cvtepi8_epi32(read<__m128i>(p)); }
+#elif QWEN_WIDTH == 8
+INLINE vi widen(const BFloat16* p) { return (vi)_mm256_cvtepu16_epi32(read<__m128i>(p)); }
+INLINE vi widen(const uint8_t* p) { return (vi)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(read<int64_t>(p))); }
+INLINE vi widen(const int8_t* p) { return (vi)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(read<int64_t>(p))); }
+#else
+INLINE vi widen(const BFloat16* p) { return vi{p[0].x, p[1].x, p[2].x, p[3].x}; }
+INLINE vi widen(const uint8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
+INLINE vi widen(const int8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
+#endif
+
 INLINE vf load(const float* p) { return read<vf>(p); }
-INLINE vf load(const BFloat16* p) {
-  typedef uint16_t half __attribute__((vector_size(2 * W)));
-  return (vf)(__builtin_convertvector(read<half>(p), vu) << 16);
-}
-INLINE vu load_bytes(const uint8_t* p) {
-  typedef uint8_t bytes __attribute__((vector_size(W)));
-  return __builtin_convertvector(read<bytes>(p), vu);
-}
-INLINE vf load(const uint8_t* p) { return __builtin_convertvector((vi)load_bytes(p), vf); }
-INLINE vf load(const int8_t* p) {
-  typedef int8_t bytes __attribute__((vector_size(W)));
-  return __builtin_convertvector(__builtin_convertvector(read<bytes>(p), vi), vf);
-}
+INLINE vf load(const BFloat16* p) { return (vf)(widen(p) << 16); }
+INLINE vf load(const uint8_t* p) { return __builtin_convertvector(widen(p), vf); }
+INLINE vf load(const int8_t* p) { return __builtin_convertvector(widen(p), vf); }
 
 INLINE void save(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 INLINE vf all(float x) { return vf{} + x; }
@@ -624,9 +628,9 @@ struct Codes4 {
         vf step, lowest, low{}, high{};
         groups(key + i, g, &step, &lowest);
         for (int j = 0; j < GROUP / 2; ++j) {
-          const vu codes = load_bytes(rows + (key + i) * stride + j * G + g);
-          low = fma(part[j], __builtin_convertvector((vi)(codes & 15), vf), low);
-          high = fma(part[j + GROUP / 2], __builtin_convertvector((vi)(codes >> 4), vf), high);
+          const vi codes = widen(rows + (key + i) * stride + j * G + g);
+          low = fma(part[j], __builtin_convertvector(codes & 15, vf), low);
+          high = fma(part[j + GROUP / 2], __builtin_convertvector(codes >> 4, vf), high);
         }
         out[i] += sum(fma(step, low + high, lowest * load(whole + g)));
       }
@@ -652,9 +656,9 @@ struct Codes4 {
         step *= p[i];
         offset = fma(lowest, all(p[i]), offset);
         for (int j = 0; j < GROUP / 2; ++j) {
-          const vu codes = load_bytes(rows + (key + i) * stride + j * G + g);
-          y[j] = fma(step, __builtin_convertvector((vi)(codes & 15), vf), y[j]);
-          y[j + GROUP / 2] = fma(step, __builtin_convertvector((vi)(codes >> 4), vf), y[j + GROUP / 2]);
+          const vi codes = widen(rows + (key + i) * stride + j * G + g);
+          y[j] = fma(step, __builtin_convertvector(codes & 15, vf), y[j]);
+          y[j + GROUP / 2] = fma(step, __builtin_convertvector(codes >> 4, vf), y[j + GROUP / 2]);
         }
       }
       for (int j = 0; j < GROUP; ++j) save(acc + j * G + g, y[j]);
