@@ -12,6 +12,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Optional.h>
 #include <torch/library.h>
 
@@ -41,7 +42,7 @@ constexpr float INVERSES[4] = {15 / 0.92, 15 / 1.2, 15 / 1.48, 15 / 1.8};
 constexpr float ZEROS[8] = {-7.15, -6.35, -5.6, -4.95, -7.85, -8.65, -9.4, -10.05};
 
 struct Linear {
-  const float* x;  // (rows, in)
+  const void* x;  // (rows rounded up to a power of two, in), float or BFloat16
   const void* weight;
   int64_t rows, in, out, weight_stride;
   const float* scale;  // (out, groups) or null
@@ -79,7 +80,7 @@ struct Append {
 enum Kind { F32, BF16, INT8, INT4 };
 
 struct Kernels {
-  void (*linear)(const Linear&, bool int8, int64_t begin, int64_t end);          // output channels
+  void (*linear)(const Linear&, bool int8, int64_t begin, int64_t end);  // output channels
   void (*attend)(const Attention&, Kind, int64_t begin, int64_t end);            // splits of heads
   void (*merge)(const Attention&, bool rotated, int64_t begin, int64_t end);     // queries
   void (*append)(const Append&, bool bf16, bool int4, int64_t begin, int64_t end);  // rows of x
@@ -116,6 +117,16 @@ QWEN_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #undef QWEN_LEVEL
 #undef QWEN_WIDTH
 QWEN_END
+
+QWEN_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+#define QWEN_LEVEL avx512_bf16
+#define QWEN_WIDTH 16
+#define QWEN_BF16
+#include __FILE__
+#undef QWEN_BF16
+#undef QWEN_LEVEL
+#undef QWEN_WIDTH
+QWEN_END
 #endif
 
 // The instruction sets that this CPU has, the widest last.
@@ -123,18 +134,22 @@ struct Level {
   const char* name;
   int width;
   Kernels kernels;
+  void (*linear_bf16)(const Linear&, bool int8, int64_t begin, int64_t end);  // x bfloat16 too, or null
 };
 
 const std::vector<Level>& levels() {
   static const std::vector<Level> all = [] {
-    std::vector<Level> found{{"portable", 4, portable::KERNELS}};
+    std::vector<Level> found{{"portable", 4, portable::KERNELS, nullptr}};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2) found.push_back({"avx2", 8, avx2::KERNELS});
+    if (avx2) found.push_back({"avx2", 8, avx2::KERNELS, nullptr});
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      found.push_back({"avx512", 16, avx512::KERNELS});
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      found.push_back({"avx512", 16, avx512::KERNELS, nullptr});
+      if (__builtin_cpu_supports("avx512bf16"))
+        found.push_back({"avx512_bf16", 16, avx512::KERNELS, avx512_bf16::linear});
+    }
 #endif
     return found;
   }();
@@ -179,10 +194,17 @@ Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bia
               " and weight ", weight.sizes(), " don't fit");
   TORCH_CHECK(int8 == scale.has_value(), "linear: int8 weights have a scale, others don't");
   const Tensor w = weight.stride(1) == 1 || weight.size(1) <= 1 ? weight : weight.contiguous();
-  const Tensor rows = floats(x);
   Tensor b, s;
   Linear a{};
-  a.in = w.size(1), a.out = w.size(0), a.rows = x.numel() / std::max<int64_t>(1, a.in);
+  a.in = w.size(1), a.out = w.size(0), a.rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) a.rows *= x.size(i);
+  TORCH_CHECK(a.rows <= 8, "linear: x has ", a.rows, " rows, more than 8");
+  int64_t padded = 1;
+  while (padded < a.rows) padded *= 2;
+  a.bf16_out = x.scalar_type() == at::kBFloat16;
+  const bool bf16 = a.bf16_out && !int8 && levels()[level].linear_bf16;
+  const Tensor rows = at::zeros({padded, a.in}, x.options().dtype(bf16 ? at::kBFloat16 : at::kFloat));
+  rows.narrow(0, 0, a.rows).copy_(x.reshape({a.rows, a.in}));
   if (bias) {
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == a.out, "linear: bias must be (", a.out, "), found ",
                 bias->sizes());
@@ -196,11 +218,11 @@ Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bia
   auto shape = x.sizes().vec();
   shape.back() = a.out;
   Tensor y = at::empty(shape, x.options());
-  if (a.in == 0) a.rows = y.numel() / std::max<int64_t>(1, a.out);
-  a.x = rows.data_ptr<float>(), a.weight = w.data_ptr(), a.weight_stride = w.stride(0), a.y = y.data_ptr();
-  a.bf16_out = x.scalar_type() == at::kBFloat16;
+  if (y.numel() == 0) return y;
+  a.x = rows.data_ptr(), a.weight = w.data_ptr(), a.weight_stride = w.stride(0), a.y = y.data_ptr();
+  const auto run = bf16 ? levels()[level].linear_bf16 : kernels().linear;
   at::parallel_for(0, a.out, grain(a.in * w.element_size()),
-                   [&](int64_t begin, int64_t end) { kernels().linear(a, int8, begin, end); });
+                   [&](int64_t begin, int64_t end) { run(a, int8, begin, end); });
   return y;
 }
 
@@ -331,6 +353,7 @@ namespace QWEN_LEVEL {
 #define INLINE inline __attribute__((always_inline))
 
 constexpr int W = QWEN_WIDTH;
+constexpr int LINE = 64, AHEAD = 4096;  // bytes: a cache line, how far ahead keys and values are asked for
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 
@@ -414,68 +437,125 @@ INLINE vf exp(vf x) {
   return select(tiny, vf{}, y * (vf)((__builtin_convertvector(n, vi) + 127) << 23));
 }
 
-// The R products of rows a, `stride` apart, with b.
-template <int R, class A, class B>
-INLINE void dots(const A* a, int64_t stride, const B* b, int64_t n, float* out) {
-  constexpr int U = R == 1 ? 4 : 2;
-  vf acc[R][U] = {};
+// Products of R rows a with C rows b, out[c * R + r]. Vectors of both are read once for C * R products. The rows b
+// come from memory: `ahead` numbers before they are needed they are asked for.
+template <int R, int C, class A, class B>
+INLINE void dots(const A* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t ahead, int64_t n, float* out) {
+  constexpr int U = LINE / (W * sizeof(B));             // vectors to a cache line
+  constexpr int N = std::min(U, std::max(1, 4 / R / C));  // independent sums hide how long an addition takes
+  vf acc[N][C][R] = {};
   int64_t k = 0;
-  for (; k + U * W <= n; k += U * W)
+  for (; k + U * W <= n; k += U * W) {
+    for (int c = 0; c < C; ++c) __builtin_prefetch(b + c * b_stride + k + ahead);
     for (int u = 0; u < U; ++u) {
-      const vf y = load(b + k + u * W);
-      for (int r = 0; r < R; ++r) acc[r][u] = fma(load(a + r * stride + k + u * W), y, acc[r][u]);
+      vf x[R];
+      for (int r = 0; r < R; ++r) x[r] = load(a + r * a_stride + k + u * W);
+      for (int c = 0; c < C; ++c) {
+        const vf y = load(b + c * b_stride + k + u * W);
+        for (int r = 0; r < R; ++r) acc[u % N][c][r] = fma(x[r], y, acc[u % N][c][r]);
+      }
     }
-  for (; k + W <= n; k += W) {
-    const vf y = load(b + k);
-    for (int r = 0; r < R; ++r) acc[r][0] = fma(load(a + r * stride + k), y, acc[r][0]);
   }
-  for (int r = 0; r < R; ++r) {
-    for (int u = 1; u < U; ++u) acc[r][0] += acc[r][u];
-    out[r] = sum(acc[r][0]);
-    for (int64_t i = k; i < n; ++i) out[r] += static_cast<float>(a[r * stride + i]) * static_cast<float>(b[i]);
-  }
+  for (; k + W <= n; k += W)
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r)
+        acc[0][c][r] = fma(load(a + r * a_stride + k), load(b + c * b_stride + k), acc[0][c][r]);
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) {
+      for (int u = 1; u < N; ++u) acc[0][c][r] += acc[u][c][r];
+      float y = sum(acc[0][c][r]);
+      for (int64_t i = k; i < n; ++i)
+        y += static_cast<float>(a[r * a_stride + i]) * static_cast<float>(b[c * b_stride + i]);
+      out[c * R + r] = y;
+    }
 }
+
+#ifdef QWEN_BF16  // the same for bfloat16 of both, two products an element
+template <int R, int C>
+INLINE void dots(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t b_stride, int64_t ahead, int64_t n,
+                 float* out) {
+  constexpr int N = std::max(1, 4 / R / C);
+  __m512 acc[N][C][R] = {};
+  for (int64_t k = 0; k < n; k += 2 * W * N)
+    for (int u = 0; u < N; ++u) {
+      const int64_t i = k + 2 * W * u, left = n - i;
+      if (left <= 0) break;
+      const __mmask32 mask = left >= 2 * W ? 0xffffffff : (1u << left) - 1;
+      __m512bh x[R];
+      for (int r = 0; r < R; ++r) x[r] = (__m512bh)_mm512_maskz_loadu_epi16(mask, a + r * a_stride + i);
+      for (int c = 0; c < C; ++c) {
+        __builtin_prefetch(b + c * b_stride + i + ahead);
+        const __m512bh y = (__m512bh)_mm512_maskz_loadu_epi16(mask, b + c * b_stride + i);
+        for (int r = 0; r < R; ++r) acc[u][c][r] = _mm512_dpbf16_ps(acc[u][c][r], x[r], y);
+      }
+    }
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) {
+      for (int u = 1; u < N; ++u) acc[0][c][r] += acc[u][c][r];
+      out[c * R + r] = sum((vf)acc[0][c][r]);
+    }
+}
+#endif
 
 // --- linear -------------------------------------------------------------------------------------------------------
 
-template <int R, class T>
-INLINE void linear_rows(const Linear& a, const T* w, int64_t row, int64_t channel) {
-  float y[R] = {};
+template <int R, int C, class X, class T>
+INLINE void linear_block(const Linear& a, int64_t channel) {
+  const X* x = static_cast<const X*>(a.x);
+  const T* w = static_cast<const T*>(a.weight) + channel * a.weight_stride;
+  const int64_t ahead = C * a.weight_stride;
+  float y[C * R] = {};
   if (a.scale) {
     const int64_t n = a.in / a.groups;
     for (int64_t g = 0; g < a.groups; ++g) {
-      float part[R];
-      dots<R>(a.x + row * a.in + g * n, a.in, w + g * n, n, part);
-      for (int r = 0; r < R; ++r) y[r] += a.scale[channel * a.groups + g] * part[r];
+      float part[C * R];
+      dots<R, C>(x + g * n, a.in, w + g * n, a.weight_stride, ahead, n, part);
+      for (int c = 0; c < C; ++c)
+        for (int r = 0; r < R; ++r) y[c * R + r] += a.scale[(channel + c) * a.groups + g] * part[c * R + r];
     }
   } else {
-    dots<R>(a.x + row * a.in, a.in, w, a.in, y);
+    dots<R, C>(x, a.in, w, a.weight_stride, ahead, a.in, y);
   }
-  for (int r = 0; r < R; ++r) {
-    if (a.bias) y[r] += a.bias[channel];
-    const int64_t i = (row + r) * a.out + channel;
-    if (a.bf16_out)
-      static_cast<BFloat16*>(a.y)[i] = y[r];
-    else
-      static_cast<float*>(a.y)[i] = y[r];
-  }
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < std::min<int64_t>(R, a.rows); ++r) {
+      const float result = y[c * R + r] + (a.bias ? a.bias[channel + c] : 0.f);
+      const int64_t i = r * a.out + channel + c;
+      if (a.bf16_out)
+        static_cast<BFloat16*>(a.y)[i] = result;
+      else
+        static_cast<float*>(a.y)[i] = result;
+    }
 }
 
-// Every channel of the weight is read once from memory; further rows of x find it in the cache.
-template <class T>
+template <int R, class X, class T>
 void linear_channels(const Linear& a, int64_t begin, int64_t end) {
-  for (int64_t channel = begin; channel < end; ++channel) {
-    const T* w = static_cast<const T*>(a.weight) + channel * a.weight_stride;
-    int64_t row = 0;
-    for (; row + 4 <= a.rows; row += 4) linear_rows<4>(a, w, row, channel);
-    for (; row + 2 <= a.rows; row += 2) linear_rows<2>(a, w, row, channel);
-    if (row < a.rows) linear_rows<1>(a, w, row, channel);
-  }
+  constexpr int C = R == 1 ? 1 : 2;
+  int64_t channel = begin;
+  for (; channel + C <= end; channel += C) linear_block<R, C, X, T>(a, channel);
+  for (; channel < end; ++channel) linear_block<R, 1, X, T>(a, channel);
 }
 
-void linear(const Linear& a, bool int8, int64_t begin, int64_t end) {
-  int8 ? linear_channels<int8_t>(a, begin, end) : linear_channels<BFloat16>(a, begin, end);
+template <class X, class T>
+void linear_rows(const Linear& a, int64_t begin, int64_t end) {
+  if (a.rows == 1)
+    linear_channels<1, X, T>(a, begin, end);
+  else if (a.rows == 2)
+    linear_channels<2, X, T>(a, begin, end);
+  else if (a.rows <= 4)
+    linear_channels<4, X, T>(a, begin, end);
+  else
+    linear_channels<8, X, T>(a, begin, end);
 }
+
+#ifdef QWEN_BF16
+void linear(const Linear& a, bool, int64_t begin, int64_t end) { linear_rows<BFloat16, BFloat16>(a, begin, end); }
+#else
+void linear(const Linear& a, bool int8, int64_t begin, int64_t end) {
+  int8 ? linear_rows<float, int8_t>(a, begin, end) : linear_rows<float, BFloat16>(a, begin, end);
+}
+#endif
+
+#ifndef QWEN_BF16  // the rest is that of avx512
 
 // --- stores of keys and values ------------------------------------------------------------------------------------
 //
@@ -495,8 +575,8 @@ struct Plain {
 
   void scores(const float* q, int64_t key, int64_t n, float* out) const {
     int64_t i = 0;
-    for (; i + 4 <= n; i += 4) dots<4>(rows + (key + i) * stride, stride, q, hd, out + i);
-    for (; i < n; ++i) dots<1>(rows + (key + i) * stride, stride, q, hd, out + i);
+    for (; i + 4 <= n; i += 4) dots<1, 4>(q, 0, rows + (key + i) * stride, stride, AHEAD / sizeof(T), hd, out + i);
+    for (; i < n; ++i) dots<1, 1>(q, 0, rows + (key + i) * stride, stride, AHEAD / sizeof(T), hd, out + i);
   }
 
   template <int R>
@@ -504,6 +584,8 @@ struct Plain {
     const T* row = rows + key * stride;
     int64_t c = 0;
     for (; c + W <= hd; c += W) {
+      if (c * sizeof(T) % LINE == 0)
+        for (int r = 0; r < R; ++r) __builtin_prefetch(row + r * stride + c + AHEAD / sizeof(T));
       vf y = load(acc + c);
       for (int r = 0; r < R; ++r) y = fma(all(p[r]), load(row + r * stride + c), y);
       save(acc + c, y);
@@ -626,6 +708,7 @@ struct Codes4 {
       for (int j = 0; j < GROUP; ++j) part[j] = load(q + j * G + g);
       for (int64_t i = 0; i < n; ++i) {
         vf step, lowest, low{}, high{};
+        __builtin_prefetch(rows + (key + i) * stride + AHEAD);
         groups(key + i, g, &step, &lowest);
         for (int j = 0; j < GROUP / 2; ++j) {
           const vi codes = widen(rows + (key + i) * stride + j * G + g);
@@ -652,6 +735,7 @@ struct Codes4 {
       for (int j = 0; j < GROUP; ++j) y[j] = load(acc + j * G + g);
       for (int64_t i = 0; i < n; ++i) {
         vf step, lowest;
+        __builtin_prefetch(rows + (key + i) * stride + AHEAD);
         groups(key + i, g, &step, &lowest);
         step *= p[i];
         offset = fma(lowest, all(p[i]), offset);
@@ -871,6 +955,7 @@ void append(const Append& a, bool bf16, bool int4, int64_t begin, int64_t end) {
 
 constexpr Kernels KERNELS{linear, attend, merge, append};
 
+#endif
 #undef INLINE
 
 }  // namespace QWEN_LEVEL
