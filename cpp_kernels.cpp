@@ -763,10 +763,38 @@ struct Codes4 {
   }
 };
 
+// Sums of lanes H apart in the lower of the two, differences in the upper.
+template <int H>
+INLINE vf butterfly(vf v) {
+  static const int32_t LANES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const vi lane = read<vi>(LANES);
+#if defined(__clang__)
+  vf other;
+  for (int i = 0; i < W; ++i) other[i] = v[i ^ H];
+#else
+  const vf other = __builtin_shuffle(v, lane ^ H);
+#endif
+  return other + select((lane & H) != 0, -v, v);
+}
+
 // The orthonormal Walsh-Hadamard transform of blocks of the largest power of two that divides hd; its own inverse.
 void rotate(float* x, int64_t hd) {
   const int64_t block = hd & -hd;
-  for (int64_t h = 1; h < block; h *= 2)
+  int64_t h = 1;
+  if (block >= W) {
+    for (int64_t i = 0; i < hd; i += W) {
+      vf v = butterfly<2>(butterfly<1>(load(x + i)));
+#if QWEN_WIDTH >= 8
+      v = butterfly<4>(v);
+#endif
+#if QWEN_WIDTH >= 16
+      v = butterfly<8>(v);
+#endif
+      save(x + i, v);
+    }
+    h = W;
+  }
+  for (; h < block; h *= 2)
     for (int64_t i = 0; i < hd; i += 2 * h)
       for (int64_t j = i; j < i + h; ++j) {
         const float a = x[j], b = x[j + h];
@@ -881,76 +909,97 @@ void merge(const Attention& a, bool rotated, int64_t begin, int64_t end) {
 
 // --- quantising ---------------------------------------------------------------------------------------------------
 
+void extremes(const float* x, int64_t n, float* low, float* high) {
+  int64_t i = 0;
+  vf lows = all(x[0]), highs = lows;
+  for (; i + W <= n; i += W) {
+    lows = minimum(load(x + i), lows);
+    highs = maximum(load(x + i), highs);
+  }
+  *low = -largest(-lows), *high = largest(highs);
+  for (; i < n; ++i) *low = std::min(*low, x[i]), *high = std::max(*high, x[i]);
+}
+
 void encode8(const float* x, int64_t hd, uint8_t* codes, uint8_t* params) {
-  const auto range = std::minmax_element(x, x + hd);
-  const BFloat16 lowest = *range.first;
-  const BFloat16 step = (*range.second - static_cast<float>(lowest)) / 255.f;
-  const float divisor = step != 0 ? static_cast<float>(step) : 1.f;
+  float low, high;
+  extremes(x, hd, &low, &high);
+  const BFloat16 lowest = low, step = (high - static_cast<float>(lowest)) / 255.f;
+  const float offset = lowest, divisor = step != 0 ? static_cast<float>(step) : 1.f;
   std::memcpy(params, &step, 2);
   std::memcpy(params + 2, &lowest, 2);
-  for (int64_t c = 0; c < hd; ++c) {
-    const float code = (x[c] - static_cast<float>(lowest)) / divisor;
-    codes[c] = static_cast<uint8_t>(std::nearbyint(std::min(std::max(0.f, code), 255.f)));
+  for (int64_t c = 0; c < hd; c += W) {
+    const int64_t lanes = std::min<int64_t>(W, hd - c);
+    vf part{};
+    std::memcpy(&part, x + c, lanes * sizeof(float));
+    const vf code = minimum(maximum(round((part - offset) / divisor), vf{}), all(255.f));
+    for (int64_t i = 0; i < lanes; ++i) codes[c + i] = static_cast<uint8_t>(code[i]);
   }
 }
+
+INLINE vf code4(vf scaled, vf zero) { return minimum(maximum(round(scaled - zero), vf{}), all(15.f)); }
 
 // Of all steps and zeros those with the smallest squared error, for W groups at a time.
 void encode4(const float* x, int64_t hd, uint8_t* codes, uint8_t* params) {
   const int64_t G = hd / GROUP;
-  float largest = 0;
-  for (int64_t c = 0; c < hd; ++c) largest = std::max(largest, std::fabs(x[c]));
-  const BFloat16 base = largest;
+  float low, high;
+  extremes(x, hd, &low, &high);
+  const BFloat16 base = std::max(-low, high);
   const float divisor = base > 0 ? static_cast<float>(base) : 1.f;
   std::memset(params, 0, 2 + G / 2 + (G + 7) / 8);
   std::memcpy(params, &base, 2);
   for (int64_t g = 0; g < G; g += W) {
     const int64_t lanes = std::min<int64_t>(W, G - g);
-    float part[GROUP][W] = {};
-    for (int j = 0; j < GROUP; ++j)
-      for (int64_t i = 0; i < lanes; ++i) part[j][i] = x[j * G + g + i] / divisor;
-    vf best = all(std::numeric_limits<float>::infinity()), chosen[GROUP] = {};
-    vi step{}, zero{};
+    vf part[GROUP] = {}, best = all(std::numeric_limits<float>::infinity()), best_zero{}, best_inverse{};
+    for (int j = 0; j < GROUP; ++j) {
+      std::memcpy(part + j, x + j * G + g, lanes * sizeof(float));
+      part[j] = part[j] / divisor;
+    }
+    vi choice{};
     for (int s = 0; s < 4; ++s) {
       vf scaled[GROUP];
-      for (int j = 0; j < GROUP; ++j) scaled[j] = load(part[j]) * INVERSES[s];
+      for (int j = 0; j < GROUP; ++j) scaled[j] = part[j] * INVERSES[s];
       for (int z = 0; z < 8; ++z) {
-        vf code[GROUP], error[GROUP];
+        const vf zero = all(ZEROS[z]);
+        vf error[GROUP];
         for (int j = 0; j < GROUP; ++j) {
-          code[j] = minimum(maximum(round(scaled[j] - ZEROS[z]), vf{}), all(15.f));
-          const vf miss = ((code[j] + ZEROS[z]) - scaled[j]) * STEPS[s];
+          const vf miss = ((code4(scaled[j], zero) + zero) - scaled[j]) * STEPS[s];
           error[j] = miss * miss;
         }
         for (int n = GROUP / 2; n > 0; n /= 2)
           for (int j = 0; j < n; ++j) error[j] += error[j + n];
         const vi better = error[0] < best;
         best = select(better, error[0], best);
-        for (int j = 0; j < GROUP; ++j) chosen[j] = select(better, code[j], chosen[j]);
-        step = (better & s) | (~better & step);
-        zero = (better & z) | (~better & zero);
+        best_zero = select(better, zero, best_zero);
+        best_inverse = select(better, all(INVERSES[s]), best_inverse);
+        choice = (better & (8 * s + z)) | (~better & choice);
       }
     }
+    for (int j = 0; j < GROUP; ++j) part[j] = code4(part[j] * best_inverse, best_zero);
     for (int64_t i = 0; i < lanes; ++i) {
       for (int j = 0; j < GROUP / 2; ++j)
-        codes[j * G + g + i] = static_cast<int>(chosen[j][i]) | static_cast<int>(chosen[j + GROUP / 2][i]) << 4;
-      params[2 + (g + i) / 2] |= (step[i] << 2 | (zero[i] & 3)) << ((g + i) % 2 * 4);
-      params[2 + G / 2 + (g + i) / 8] |= (zero[i] >> 2) << ((g + i) % 8);
+        codes[j * G + g + i] = static_cast<int>(part[j][i]) | static_cast<int>(part[j + GROUP / 2][i]) << 4;
+      params[2 + (g + i) / 2] |= (choice[i] >> 3 << 2 | (choice[i] & 3)) << ((g + i) % 2 * 4);
+      params[2 + G / 2 + (g + i) / 8] |= (choice[i] >> 2 & 1) << ((g + i) % 8);
     }
   }
 }
 
-void append(const Append& a, bool bf16, bool int4, int64_t begin, int64_t end) {
+template <class T>
+void append_rows(const Append& a, bool int4, int64_t begin, int64_t end) {
   std::vector<float> x(a.hd);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t t = i % a.T, h = i / a.T % a.nh, b = i / a.T / a.nh;
-    const int64_t from = b * a.x_batch + h * a.x_head + t * a.x_token;
-    for (int64_t c = 0; c < a.hd; ++c)
-      x[c] = bf16 ? static_cast<float>(static_cast<const BFloat16*>(a.x)[from + c])
-                  : static_cast<const float*>(a.x)[from + c];
+    const T* from = static_cast<const T*>(a.x) + b * a.x_batch + h * a.x_head + t * a.x_token;
+    for (int64_t c = 0; c < a.hd; ++c) x[c] = from[c];
     rotate(x.data(), a.hd);
     uint8_t* codes = a.codes + b * a.codes_batch + h * a.codes_head + t * a.codes_token;
     uint8_t* params = a.params + b * a.params_batch + h * a.params_head + t * a.params_token;
     int4 ? encode4(x.data(), a.hd, codes, params) : encode8(x.data(), a.hd, codes, params);
   }
+}
+
+void append(const Append& a, bool bf16, bool int4, int64_t begin, int64_t end) {
+  bf16 ? append_rows<BFloat16>(a, int4, begin, end) : append_rows<float>(a, int4, begin, end);
 }
 
 constexpr Kernels KERNELS{linear, attend, merge, append};
