@@ -77,6 +77,22 @@ struct Append {
   int64_t nh, T, hd;
 };
 
+struct Norm {
+  const void *x, *weight;
+  void* y;
+  int64_t n;
+  float eps;
+};
+
+struct Rotary {
+  const void* x;  // (B, nh, T, hd)
+  int64_t x_batch, x_head, x_token;
+  const float *cos, *sin, *scale;  // rows of (B or 1, T); scale may be null
+  int64_t angles_batch, angles_token, scale_batch, scale_token;
+  void* y;
+  int64_t nh, T, hd, rotated;
+};
+
 enum Kind { F32, BF16, INT8, INT4 };
 
 struct Kernels {
@@ -84,6 +100,8 @@ struct Kernels {
   void (*attend)(const Attention&, Kind, int64_t begin, int64_t end);            // splits of heads
   void (*merge)(const Attention&, bool rotated, int64_t begin, int64_t end);     // queries
   void (*append)(const Append&, bool bf16, bool int4, int64_t begin, int64_t end);  // rows of x
+  void (*norm)(const Norm&, bool bf16, int64_t begin, int64_t end);              // rows
+  void (*rotary)(const Rotary&, bool bf16, int64_t begin, int64_t end);          // rows
 };
 
 #define QWEN_STRING(x) #x
@@ -203,8 +221,11 @@ Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bia
   while (padded < a.rows) padded *= 2;
   a.bf16_out = x.scalar_type() == at::kBFloat16;
   const bool bf16 = a.bf16_out && !int8 && levels()[level].linear_bf16;
-  const Tensor rows = at::zeros({padded, a.in}, x.options().dtype(bf16 ? at::kBFloat16 : at::kFloat));
-  rows.narrow(0, 0, a.rows).copy_(x.reshape({a.rows, a.in}));
+  Tensor rows = x;
+  if (padded != a.rows || bf16 != a.bf16_out || !x.is_contiguous()) {
+    rows = at::zeros({padded, a.in}, x.options().dtype(bf16 ? at::kBFloat16 : at::kFloat));
+    rows.narrow(0, 0, a.rows).copy_(x.reshape({a.rows, a.in}));
+  }
   if (bias) {
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == a.out, "linear: bias must be (", a.out, "), found ",
                 bias->sizes());
@@ -226,17 +247,14 @@ Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bia
   return y;
 }
 
-Store store(const Tensor& rows, const Tensor* params) {
-  TORCH_CHECK(rows.stride(3) == 1 || rows.size(3) <= 1, "a row of keys or values must be contiguous");
+// A row of keys, values, codes or parameters has to lie in one piece; copies what does not.
+Tensor with_rows(const Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); }
+
+Store store(const Tensor& rows, const Tensor& params) {
   const int64_t n = rows.element_size();
-  Store s{static_cast<const char*>(rows.data_ptr()), nullptr, rows.stride(0) * n, rows.stride(1) * n,
-          rows.stride(2) * n};
-  if (params) {
-    TORCH_CHECK(params->stride(3) == 1, "a row of parameters must be contiguous");
-    s.params = static_cast<const char*>(params->data_ptr());
-    s.params_batch = params->stride(0), s.params_head = params->stride(1), s.params_token = params->stride(2);
-  }
-  return s;
+  return {static_cast<const char*>(rows.data_ptr()), static_cast<const char*>(params.data_ptr()),
+          rows.stride(0) * n, rows.stride(1) * n, rows.stride(2) * n,
+          params.stride(0), params.stride(1), params.stride(2)};
 }
 
 Tensor attention(Attention& a, const Tensor& q, const optional<Tensor>& mask, double scaling, bool causal,
@@ -282,8 +300,9 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
               "decode_attention: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), " don't fit");
   TORCH_CHECK(k.scalar_type() == v.scalar_type() && (k.scalar_type() == at::kFloat || k.scalar_type() == at::kBFloat16),
               "decode_attention: keys and values must be float32 or bfloat16");
+  const Tensor keys = with_rows(k), values = with_rows(v);
   Attention a{};
-  a.k = store(k, nullptr), a.v = store(v, nullptr), a.S = k.size(2);
+  a.k = store(keys, keys), a.v = store(values, values), a.S = k.size(2);  // without parameters
   return attention(a, q, mask, scaling, causal, k.scalar_type() == at::kFloat ? F32 : BF16);
 }
 
@@ -308,8 +327,9 @@ Tensor quantized_decode_attention(const Tensor& q, const Tensor& k_codes, const 
               " don't fit");
   const bool int4 = is_int4(k_codes, k_params, q.size(3));
   is_int4(v_codes, v_params, q.size(3));
+  const Tensor kc = with_rows(k_codes), kp = with_rows(k_params), vc = with_rows(v_codes), vp = with_rows(v_params);
   Attention a{};
-  a.k = store(k_codes, &k_params), a.v = store(v_codes, &v_params), a.S = k_codes.size(2);
+  a.k = store(kc, kp), a.v = store(vc, vp), a.S = kc.size(2);
   return attention(a, q, mask, scaling, causal, int4 ? INT4 : INT8);
 }
 
@@ -322,7 +342,7 @@ void quantize_append(Tensor& codes, Tensor& params, const Tensor& x, int64_t pos
               "quantize_append: x must be float32 or bfloat16, found ", x.scalar_type());
   TORCH_CHECK(codes.stride(3) == 1 && params.stride(3) == 1, "a row of codes or parameters must be contiguous");
   const bool int4 = is_int4(codes, params, x.size(3));
-  const Tensor rows = x.stride(3) == 1 ? x : x.contiguous();
+  const Tensor rows = with_rows(x);
   Append a{rows.data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2), codes.data_ptr<uint8_t>(),
            params.data_ptr<uint8_t>()};
   a.codes_batch = codes.stride(0), a.codes_head = codes.stride(1), a.codes_token = codes.stride(2);
@@ -335,11 +355,54 @@ void quantize_append(Tensor& codes, Tensor& params, const Tensor& x, int64_t pos
   });
 }
 
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  const bool bf16 = x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK((bf16 || x.scalar_type() == at::kFloat) && weight.scalar_type() == x.scalar_type() && weight.dim() == 1 &&
+                  x.dim() > 0 && x.size(-1) == weight.size(0),
+              "rms_norm: x ", x.scalar_type(), x.sizes(), " and weight ", weight.scalar_type(), weight.sizes(),
+              " don't fit");
+  const Tensor rows = x.contiguous(), w = weight.contiguous();
+  Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
+  const Norm a{rows.data_ptr(), w.data_ptr(), y.data_ptr(), w.size(0), static_cast<float>(eps)};
+  at::parallel_for(0, y.numel() / a.n, grain(a.n * 4),
+                   [&](int64_t begin, int64_t end) { kernels().norm(a, bf16, begin, end); });
+  return y;
+}
+
+Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, const optional<Tensor>& scale) {
+  const bool bf16 = x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(bf16 || x.scalar_type() == at::kFloat, "rotary: x must be float32 or bfloat16");
+  TORCH_CHECK(x.dim() == 4 && cos.sizes() == sin.sizes() && cos.dim() == 4 && cos.size(1) == 1 &&
+                  cos.size(2) == x.size(2) && cos.size(3) <= x.size(3) && cos.size(3) % 2 == 0 &&
+                  (cos.size(0) == 1 || cos.size(0) == x.size(0)),
+              "rotary: x ", x.sizes(), " and angles ", cos.sizes(), " don't fit");
+  const Tensor rows = with_rows(x), c = floats(cos), n = floats(sin);
+  Rotary a{rows.data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2), c.data_ptr<float>(), n.data_ptr<float>()};
+  a.nh = x.size(1), a.T = x.size(2), a.hd = x.size(3), a.rotated = c.size(3);
+  a.angles_token = a.rotated, a.angles_batch = c.size(0) == 1 ? 0 : a.T * a.rotated;
+  Tensor s;
+  if (scale) {
+    TORCH_CHECK(scale->dim() == 4 && scale->size(1) == 1 && scale->size(2) == a.T && scale->size(3) == 1 &&
+                    (scale->size(0) == 1 || scale->size(0) == x.size(0)),
+                "rotary: scale must be (B or 1, 1, T, 1), found ", scale->sizes());
+    s = floats(*scale), a.scale = s.data_ptr<float>(), a.scale_token = 1;
+    a.scale_batch = s.size(0) == 1 ? 0 : a.T;
+  }
+  Tensor y = at::empty(x.sizes(), x.options());
+  a.y = y.data_ptr();
+  at::parallel_for(0, x.size(0) * a.nh * a.T, grain(a.hd * 8),
+                   [&](int64_t begin, int64_t end) { kernels().rotary(a, bf16, begin, end); });
+  return y;
+}
+
 TORCH_LIBRARY_IMPL(QWEN_NAMESPACE, CPU, m) {
   m.impl("linear", linear);
   m.impl("decode_attention", decode_attention);
   m.impl("quantize_append", quantize_append);
   m.impl("quantized_decode_attention", quantized_decode_attention);
+  m.impl("rms_norm", rms_norm);
+  m.impl("rotary", rotary);
 }
 
 TORCH_LIBRARY_FRAGMENT(QWEN_NAMESPACE, m) { m.def("cpu_level(str name) -> str", cpu_level); }
@@ -385,6 +448,12 @@ INLINE vf load(const uint8_t* p) { return __builtin_convertvector(widen(p), vf);
 INLINE vf load(const int8_t* p) { return __builtin_convertvector(widen(p), vf); }
 
 INLINE void save(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+INLINE void save(BFloat16* p, vf v) {  // to the nearest, halves to even
+  typedef uint16_t half __attribute__((vector_size(2 * W)));
+  const vi bits = (vi)v, nearest = bits + 0x7fff + ((bits >> 16) & 1), nan = v != v;
+  const half h = __builtin_convertvector(((~nan & nearest) | (nan & 0x7fc00000)) >> 16, half);
+  std::memcpy(p, &h, sizeof h);
+}
 INLINE vf all(float x) { return vf{} + x; }
 
 INLINE vf fma(vf a, vf b, vf c) {
@@ -1002,7 +1071,61 @@ void append(const Append& a, bool bf16, bool int4, int64_t begin, int64_t end) {
   bf16 ? append_rows<BFloat16>(a, int4, begin, end) : append_rows<float>(a, int4, begin, end);
 }
 
-constexpr Kernels KERNELS{linear, attend, merge, append};
+// --- norm and rotary embedding -------------------------------------------------------------------------------------
+
+template <class T>
+void norm_rows(const Norm& a, int64_t begin, int64_t end) {
+  const T* w = static_cast<const T*>(a.weight);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.n;
+    T* y = static_cast<T*>(a.y) + row * a.n;
+    float squares;
+    dots<1, 1>(x, 0, x, 0, 0, a.n, &squares);
+    const float factor = 1 / std::sqrt(squares / a.n + a.eps);
+    int64_t i = 0;
+    for (; i + W <= a.n; i += W) {
+      T normed[W];  // rounded to the dtype of x before the weight, as the model defines it
+      save(normed, load(x + i) * factor);
+      save(y + i, load(normed) * load(w + i));
+    }
+    for (; i < a.n; ++i) y[i] = static_cast<float>(static_cast<T>(x[i] * factor)) * static_cast<float>(w[i]);
+  }
+}
+
+void norm(const Norm& a, bool bf16, int64_t begin, int64_t end) {
+  bf16 ? norm_rows<BFloat16>(a, begin, end) : norm_rows<float>(a, begin, end);
+}
+
+template <class T>
+void rotary_rows(const Rotary& a, int64_t begin, int64_t end) {
+  const int64_t half = a.rotated / 2;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t t = i % a.T, h = i / a.T % a.nh, b = i / a.T / a.nh;
+    const T* x = static_cast<const T*>(a.x) + b * a.x_batch + h * a.x_head + t * a.x_token;
+    T* y = static_cast<T*>(a.y) + i * a.hd;
+    const float* cos = a.cos + b * a.angles_batch + t * a.angles_token;
+    const float* sin = a.sin + b * a.angles_batch + t * a.angles_token;
+    const float scale = a.scale ? a.scale[b * a.scale_batch + t * a.scale_token] : 1.f;
+    int64_t c = 0;
+    for (; c + W <= half; c += W) {
+      const vf one = load(x + c), other = load(x + half + c);
+      save(y + c, (one * load(cos + c) - other * load(sin + c)) * scale);
+      save(y + half + c, (other * load(cos + half + c) + one * load(sin + half + c)) * scale);
+    }
+    for (; c < half; ++c) {
+      const float one = x[c], other = x[half + c];
+      y[c] = (one * cos[c] - other * sin[c]) * scale;
+      y[half + c] = (other * cos[half + c] + one * sin[half + c]) * scale;
+    }
+    for (c = a.rotated; c < a.hd; ++c) y[c] = static_cast<float>(x[c]) * scale;
+  }
+}
+
+void rotary(const Rotary& a, bool bf16, int64_t begin, int64_t end) {
+  bf16 ? rotary_rows<BFloat16>(a, begin, end) : rotary_rows<float>(a, begin, end);
+}
+
+constexpr Kernels KERNELS{linear, attend, merge, append, norm, rotary};
 
 #endif
 #undef INLINE

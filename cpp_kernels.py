@@ -1,8 +1,9 @@
 """
 The operations of a decoding step, in PyTorch and natively for CPUs.
 
-`linear`, `decode_attention`, `quantize_append` and `quantized_decode_attention` are operators of torch.library, so that
-compilation and export trace through them. Each has a PyTorch reference beside it, which runs on every device.
+`linear`, `decode_attention`, `quantize_append`, `quantized_decode_attention`, `rms_norm` and `rotary` are operators of
+torch.library, so that compilation and export trace through them. Each has a PyTorch reference beside it, which runs on
+every device.
 `cpp_kernels.cpp` adds kernels for CPUs: it is compiled at the first call, once for a machine, and what can't be
 compiled costs speed and one warning, never an answer.
 
@@ -37,7 +38,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "10994380903df2cc45815ff768f3d77332127ae282f11be8608e9a2508ed3e86"
+SOURCE_SHA256 = "1ebfd703d4584645031a19e7ddb31fb63cbe098a51a58abeb0a339be87b1464d"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
@@ -336,6 +337,50 @@ def quantized_decode_attention_reference(q, k_codes, k_params, v_codes, v_params
     return rotate(y).to(q.dtype)
 
 
+# --- Norm and rotary embedding -----------------------------------------------------------------------------------
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """
+    `x / sqrt(mean(x ** 2) + eps)` in float32, rounded to x's dtype, then times weight.
+
+    x: (..., dim). weight: (dim,). Returns (..., dim).
+
+    Example:
+        >>> rms_norm(torch.tensor([3.0, -3.0]), torch.tensor([1.0, 2.0]), 1e-6)
+        tensor([ 1.0000, -2.0000])
+    """
+    if x.device.type == "cpu" and x.dtype in _FLOATS and weight.dtype == x.dtype and not _differentiated(x, weight):
+        return _OPERATORS.rms_norm(x, weight, eps)
+    return rms_norm_reference(x, weight, eps)
+
+
+def rms_norm_reference(x, weight, eps):
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rotary(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Rotate the first channels of every head in float32, `x cos + cat(-x2, x1) sin`, and multiply by scale.
+
+    x: (B, nh, T, hd). cos, sin: float32 (B or 1, 1, T, rotated channels). scale: float32 (B or 1, 1, T, 1).
+    Returns (B, nh, T, hd) in x's dtype, contiguous, rounded once.
+    """
+    if x.device.type == "cpu" and x.dtype in _FLOATS and not _differentiated(x, cos, sin, scale):
+        return _OPERATORS.rotary(x, cos, sin, scale)
+    return rotary_reference(x, cos, sin, scale)
+
+
+def rotary_reference(x, cos, sin, scale=None):
+    y, rest = x.float().split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    y1, y2 = y.chunk(2, dim=-1)
+    y = torch.cat((y * cos + torch.cat((-y2, y1), dim=-1) * sin, rest), dim=-1)
+    return (y if scale is None else y * scale).to(x.dtype).contiguous()
+
+
 # --- Operators ---------------------------------------------------------------------------------------------------
 
 # Copies of this module (transformers makes one a checkpoint) share the operators, and so they share this.
@@ -391,6 +436,18 @@ with _state.lock:
             "float scaling, bool causal) -> Tensor",
             quantized_decode_attention_reference,
             _attention_shape,
+        )
+        _define(
+            "rms_norm",
+            "(Tensor x, Tensor weight, float eps) -> Tensor",
+            rms_norm_reference,
+            lambda x, *args: x.new_empty(x.shape),
+        )
+        _define(
+            "rotary",
+            "(Tensor x, Tensor cos, Tensor sin, Tensor? scale) -> Tensor",
+            rotary_reference,
+            lambda x, *args: x.new_empty(x.shape),
         )
         _state.defined = True
 
@@ -480,7 +537,7 @@ def _library() -> Path:
     ][:1]
     try:
         version = subprocess.run([*compiler, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
-    except (OSError, IndexError):  # built where there was a compiler, used where there is none
+    except OSError:  # built where there was a compiler, used where there is none
         built = sorted(folder.glob(f"{key}-*.so"))
         if built:
             return built[-1]
@@ -494,10 +551,10 @@ def _library() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with _only_process(library.with_suffix(".lock")):
             if not library.exists():
-                _build(source, [*compiler, *flags], library)
+                _build(source, compiler, flags, library)
     except OSError as error:
         raise _Unavailable(
-            f"The folder {folder} can't be written ({error.strerror}). Set TORCH_EXTENSIONS_DIR to one that can."
+            f"The folder {folder} can't be written ({error}). Set TORCH_EXTENSIONS_DIR to one that can."
         ) from error
     return library
 
@@ -554,7 +611,7 @@ def _only_process(path: Path):
         yield
 
 
-def _build(source: bytes, compile_command: list, library: Path) -> None:
+def _build(source: bytes, compiler: list, flags: list, library: Path) -> None:
     """Compile in a folder of its own; the library appears in one step, complete."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -566,8 +623,8 @@ def _build(source: bytes, compile_command: list, library: Path) -> None:
         file.write_bytes(source)
         paths = [f"-I{path}" for path in include_paths()]
         libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
-        _run([*compile_command, *paths, "-c", str(file), "-o", str(object_file)])
-        _run([compile_command[0], "-shared", str(object_file), "-o", str(built), *libraries])
+        _run([*compiler, *flags, *paths, "-c", str(file), "-o", str(object_file)])
+        _run([*compiler, "-shared", str(object_file), "-o", str(built), *libraries])
         os.replace(built, library)
 
 
