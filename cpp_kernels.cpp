@@ -35,11 +35,11 @@ using c10::optional;
 
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
-// int4, see cpp_kernels.py: 8 channels share a step and a zero point, chosen from these.
+// int4, see cpp_kernels.py: 8 channels share a step and a centre, chosen from these.
 constexpr int GROUP = 8;
 constexpr float STEPS[4] = {0.92 / 15, 1.2 / 15, 1.48 / 15, 1.8 / 15};
 constexpr float INVERSES[4] = {15 / 0.92, 15 / 1.2, 15 / 1.48, 15 / 1.8};
-constexpr float ZEROS[8] = {-7.15, -6.35, -5.6, -4.95, -7.85, -8.65, -9.4, -10.05};
+constexpr float CENTRES[8] = {0.35, 1.15, 1.9, 2.55, -0.35, -1.15, -1.9, -2.55};
 
 struct Linear {
   const void* x;  // (rows rounded up to a power of two, in), float or BFloat16
@@ -672,8 +672,8 @@ struct Plain {
   void finish(float*) const {}
 };
 
-// x = step * code + lowest, one pair a row.
-struct Codes8 : Plain<uint8_t> {
+// x = step * code + centre, one pair a row.
+struct Codes8 : Plain<int8_t> {
   const char* params;
   int64_t params_stride;
 
@@ -711,9 +711,10 @@ struct Codes8 : Plain<uint8_t> {
   }
 };
 
-// x = step * (code + zero) for the channels g, g + G, ... g + 7 G of a row, G = hd / 8. Byte i of a row holds the
-// codes of channels i and i + hd / 2. Its parameters are a bfloat16, the base; then 4 bits a group: which of STEPS,
-// times the base, is its step, and which of the first four ZEROS its zero; then a bit a group: of the last four.
+// x = step * (code - 7.5) + centre for the channels g, g + G, ... g + 7 G of a row, G = hd / 8. Byte i of a row holds
+// the codes of channels i and i + hd / 2. Its parameters are a bfloat16, the base; then 4 bits a group: which of STEPS,
+// times the base, is its step, and which of the first four CENTRES, times the step, its centre; then a bit a group: of
+// the last four.
 struct Codes4 {
   const uint8_t *rows, *params;
   int64_t stride, params_stride, G;
@@ -732,17 +733,17 @@ struct Codes4 {
     }
   }
 
-  INLINE void group(int64_t key, int64_t g, float* step, float* lowest) const {
+  INLINE void group(int64_t key, int64_t g, float* step, float* centre) const {
     const uint8_t* p = params + key * params_stride;
     BFloat16 base;
     std::memcpy(&base, p, 2);
     const int choice = p[2 + g / 2] >> (g % 2 * 4) & 15, last = p[2 + G / 2 + g / 8] >> (g % 8) & 1;
     *step = static_cast<float>(base) * STEPS[choice >> 2];
-    *lowest = *step * ZEROS[last * 4 + (choice & 3)];
+    *centre = *step * CENTRES[last * 4 + (choice & 3)];
   }
 
   // The same for W groups from g on, a multiple of W.
-  INLINE void groups(int64_t key, int64_t g, vf* step, vf* lowest) const {
+  INLINE void groups(int64_t key, int64_t g, vf* step, vf* centre) const {
 #if QWEN_WIDTH == 16
     const uint8_t* p = params + key * params_stride;
     BFloat16 base;
@@ -751,21 +752,31 @@ struct Codes4 {
     const __m512i choice = _mm512_cvtepu8_epi32(_mm_or_si128(packed, _mm_slli_epi16(packed, 4)));
     uint16_t last;
     std::memcpy(&last, p + 2 + G / 2 + g / 8, 2);
-    const __m512i zero = _mm512_mask_or_epi32(_mm512_and_si512(choice, _mm512_set1_epi32(3)), last,
-                                              _mm512_and_si512(choice, _mm512_set1_epi32(3)), _mm512_set1_epi32(4));
+    const __m512i low = _mm512_and_si512(choice, _mm512_set1_epi32(3));
+    const __m512i which = _mm512_mask_or_epi32(low, last, low, _mm512_set1_epi32(4));
     const __m512 steps = _mm512_broadcast_f32x4(_mm_loadu_ps(STEPS));
-    const __m512 zeros = _mm512_broadcast_f32x8(_mm256_loadu_ps(ZEROS));
+    const __m512 centres = _mm512_broadcast_f32x8(_mm256_loadu_ps(CENTRES));
     *step = (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(choice, 2), steps) * static_cast<float>(base);
-    *lowest = *step * (vf)_mm512_permutexvar_ps(zero, zeros);
+    *centre = *step * (vf)_mm512_permutexvar_ps(which, centres);
 #else
-    float s[W], l[W];
-    for (int i = 0; i < W; ++i) group(key, g + i, s + i, l + i);
-    *step = load(s), *lowest = load(l);
+    float s[W], c[W];
+    for (int i = 0; i < W; ++i) group(key, g + i, s + i, c + i);
+    *step = load(s), *centre = load(c);
+#endif
+  }
+
+  // The low four bits, less 7.5.
+  static INLINE vf centred(vi codes) {
+#if QWEN_WIDTH == 16
+    static const float VALUES[] = {-7.5, -6.5, -5.5, -4.5, -3.5, -2.5, -1.5, -.5, .5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5};
+    return (vf)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(VALUES));
+#else
+    return __builtin_convertvector(codes & 15, vf) - 7.5f;
 #endif
   }
 
   INLINE float code(int64_t key, int j, int64_t g) const {
-    return rows[key * stride + j % 4 * G + g] >> (j / 4 * 4) & 15;
+    return (rows[key * stride + j % 4 * G + g] >> (j / 4 * 4) & 15) - 7.5f;
   }
 
   void scores(const float* q, int64_t key, int64_t n, float* out) const {
@@ -776,23 +787,23 @@ struct Codes4 {
       vf part[GROUP];
       for (int j = 0; j < GROUP; ++j) part[j] = load(q + j * G + g);
       for (int64_t i = 0; i < n; ++i) {
-        vf step, lowest, low{}, high{};
+        vf step, centre, low{}, high{};
         __builtin_prefetch(rows + (key + i) * stride + AHEAD);
-        groups(key + i, g, &step, &lowest);
+        groups(key + i, g, &step, &centre);
         for (int j = 0; j < GROUP / 2; ++j) {
           const vi codes = widen(rows + (key + i) * stride + j * G + g);
-          low = fma(part[j], __builtin_convertvector(codes & 15, vf), low);
-          high = fma(part[j + GROUP / 2], __builtin_convertvector(codes >> 4, vf), high);
+          low = fma(part[j], centred(codes), low);
+          high = fma(part[j + GROUP / 2], centred(codes >> 4), high);
         }
-        out[i] += sum(fma(step, low + high, lowest * load(whole + g)));
+        out[i] += sum(fma(step, low + high, centre * load(whole + g)));
       }
     }
     for (; g < G; ++g)
       for (int64_t i = 0; i < n; ++i) {
-        float step, lowest, dot = 0;
-        group(key + i, g, &step, &lowest);
+        float step, centre, dot = 0;
+        group(key + i, g, &step, &centre);
         for (int j = 0; j < GROUP; ++j) dot += q[j * G + g] * code(key + i, j, g);
-        out[i] += step * dot + lowest * whole[g];
+        out[i] += step * dot + centre * whole[g];
       }
   }
 
@@ -803,15 +814,15 @@ struct Codes4 {
       vf y[GROUP], offset = load(offsets + g);
       for (int j = 0; j < GROUP; ++j) y[j] = load(acc + j * G + g);
       for (int64_t i = 0; i < n; ++i) {
-        vf step, lowest;
+        vf step, centre;
         __builtin_prefetch(rows + (key + i) * stride + AHEAD);
-        groups(key + i, g, &step, &lowest);
+        groups(key + i, g, &step, &centre);
         step *= p[i];
-        offset = fma(lowest, all(p[i]), offset);
+        offset = fma(centre, all(p[i]), offset);
         for (int j = 0; j < GROUP / 2; ++j) {
           const vi codes = widen(rows + (key + i) * stride + j * G + g);
-          y[j] = fma(step, __builtin_convertvector(codes & 15, vf), y[j]);
-          y[j + GROUP / 2] = fma(step, __builtin_convertvector(codes >> 4, vf), y[j + GROUP / 2]);
+          y[j] = fma(step, centred(codes), y[j]);
+          y[j + GROUP / 2] = fma(step, centred(codes >> 4), y[j + GROUP / 2]);
         }
       }
       for (int j = 0; j < GROUP; ++j) save(acc + j * G + g, y[j]);
@@ -819,10 +830,10 @@ struct Codes4 {
     }
     for (; g < G; ++g)
       for (int64_t i = 0; i < n; ++i) {
-        float step, lowest;
-        group(key + i, g, &step, &lowest);
+        float step, centre;
+        group(key + i, g, &step, &centre);
         for (int j = 0; j < GROUP; ++j) acc[j * G + g] += p[i] * step * code(key + i, j, g);
-        offsets[g] += p[i] * lowest;
+        offsets[g] += p[i] * centre;
       }
   }
 
@@ -992,27 +1003,29 @@ void extremes(const float* x, int64_t n, float* low, float* high) {
 void encode8(const float* x, int64_t hd, uint8_t* codes, uint8_t* params) {
   float low, high;
   extremes(x, hd, &low, &high);
-  const BFloat16 lowest = low, step = (high - static_cast<float>(lowest)) / 255.f;
-  const float offset = lowest, divisor = step != 0 ? static_cast<float>(step) : 1.f;
+  const BFloat16 rounded_centre = low * .5f + high * .5f;
+  const float centre = rounded_centre;
+  const BFloat16 step = std::max(high - centre, centre - low) / 127.f;
+  const float divisor = step > 0 ? static_cast<float>(step) : 1.f;
   std::memcpy(params, &step, 2);
-  std::memcpy(params + 2, &lowest, 2);
+  std::memcpy(params + 2, &rounded_centre, 2);
   for (int64_t c = 0; c < hd; c += W) {
     const int64_t lanes = std::min<int64_t>(W, hd - c);
     vf part{};
     std::memcpy(&part, x + c, lanes * sizeof(float));
-    const vf code = minimum(maximum(round((part - offset) / divisor), vf{}), all(255.f));
-    for (int64_t i = 0; i < lanes; ++i) codes[c + i] = static_cast<uint8_t>(code[i]);
+    const vf code = minimum(maximum(round((part - centre) / divisor), all(-128.f)), all(127.f));
+    for (int64_t i = 0; i < lanes; ++i) codes[c + i] = static_cast<uint8_t>(static_cast<int8_t>(code[i]));
   }
 }
 
 INLINE vf code4(vf scaled, vf zero) { return minimum(maximum(round(scaled - zero), vf{}), all(15.f)); }
 
-// Of all steps and zeros those with the smallest squared error, for W groups at a time.
+// Of all steps and centres those with the smallest squared error, for W groups at a time.
 void encode4(const float* x, int64_t hd, uint8_t* codes, uint8_t* params) {
   const int64_t G = hd / GROUP;
   float low, high;
   extremes(x, hd, &low, &high);
-  const BFloat16 base = std::max(-low, high);
+  const BFloat16 base = std::fabs(std::max(-low, high));
   const float divisor = base > 0 ? static_cast<float>(base) : 1.f;
   std::memset(params, 0, 2 + G / 2 + (G + 7) / 8);
   std::memcpy(params, &base, 2);
@@ -1028,7 +1041,7 @@ void encode4(const float* x, int64_t hd, uint8_t* codes, uint8_t* params) {
       vf scaled[GROUP];
       for (int j = 0; j < GROUP; ++j) scaled[j] = part[j] * INVERSES[s];
       for (int z = 0; z < 8; ++z) {
-        const vf zero = all(ZEROS[z]);
+        const vf zero = all(CENTRES[z] - 7.5f);
         vf error[GROUP];
         for (int j = 0; j < GROUP; ++j) {
           const vf miss = ((code4(scaled[j], zero) + zero) - scaled[j]) * STEPS[s];

@@ -38,7 +38,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "1ebfd703d4584645031a19e7ddb31fb63cbe098a51a58abeb0a339be87b1464d"
+SOURCE_SHA256 = "d422e0412b71d5aea7e368008a601c73f3bbe340ead6c3eb95fb07b4b839f3ac"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
@@ -166,19 +166,20 @@ def _attention_shape(q, *args):
 # much of over all of them and leaves products of queries and keys as they are (https://arxiv.org/abs/2404.00456).
 # Then x is stored as codes, uint8 (B, nh, S, hd * bits / 8), and parameters, uint8 (B, nh, S, parameters):
 #
-# int8: x = step * code + lowest. The parameters are step and lowest, bfloat16: 4 bytes. hd 128: 132 bytes.
+# int8: x = step * code + centre; the code is an int8 (`codes.view(torch.int8)`). The parameters are step and centre,
+# bfloat16: 4 bytes. hd 128: 132 bytes.
 #
-# int4: x = step * (code + zero), with a step and a zero for each of the G = hd / 8 groups of channels
+# int4: x = step * (code - 7.5 + centre), with a step and a centre for each of the G = hd / 8 groups of channels
 # g, g + G, ..., g + 7 G (side by side these are vectors of groups). Byte i of the codes holds channel i in its low and
 # channel i + hd / 2 in its high half. The parameters are the base, bfloat16, then 4 bits a group, even groups in the
-# low half of a byte, whose upper two choose step = base * STEPS[.] and whose lower two choose a zero, then a bit a
-# group, group 0 in the lowest bit of a byte: zero = ZEROS[4 * bit + two bits]. hd 128: 64 + 2 + 8 + 2 = 76 bytes.
-# The base is the largest magnitude; of the 32 pairs the one with the smallest squared error is taken. STEPS and ZEROS
-# were fitted to normally distributed numbers, which after the rotation everything resembles.
+# low half of a byte, whose upper two choose step = base * STEPS[.] and whose lower two choose a centre, then a bit a
+# group, group 0 in the lowest bit of a byte: centre = CENTRES[4 * bit + two bits]. hd 128: 64 + 2 + 8 + 2 = 76 bytes.
+# The base is the largest magnitude; of the 32 pairs the one with the smallest squared error is taken. STEPS and
+# CENTRES were fitted to normally distributed numbers, which after the rotation everything resembles.
 
 GROUP = 8
 STEPS = tuple(x / 15 for x in (0.92, 1.2, 1.48, 1.8))
-ZEROS = (-7.15, -6.35, -5.6, -4.95, -7.85, -8.65, -9.4, -10.05)
+CENTRES = (0.35, 1.15, 1.9, 2.55, -0.35, -1.15, -1.9, -2.55)
 
 
 def quantized_sizes(head_dim: int, bits: int) -> tuple[int, int]:
@@ -248,23 +249,25 @@ def quantize_append_reference(codes, params, x, position):
 
 def _quantize8(x):
     """x: float32 (..., hd). Returns codes uint8 (..., hd), parameters uint8 (..., 4)."""
-    lowest = x.amin(-1, keepdim=True).bfloat16()
-    step = ((x.amax(-1, keepdim=True) - lowest.float()) / 255).bfloat16()
-    divisor = torch.where(step == 0, 1, step.float())
-    codes = ((x - lowest.float()) / divisor).round().clamp(0, 255).to(torch.uint8)
-    return codes, torch.cat((step, lowest), -1).view(torch.uint8)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    centre = (low * 0.5 + high * 0.5).bfloat16()
+    step = (torch.maximum(high - centre.float(), centre.float() - low) / 127).bfloat16()
+    divisor = torch.where(step > 0, step.float(), 1)
+    codes = ((x - centre.float()) / divisor).round().clamp(-128, 127).to(torch.int8)
+    return codes.view(torch.uint8), torch.cat((step, centre), -1).view(torch.uint8)
 
 
 def _quantize4(x):
     """x: float32 (..., hd). Returns codes uint8 (..., hd / 2), parameters uint8 (...)."""
     base = x.abs().amax(-1, keepdim=True).bfloat16()  # (..., 1)
-    x = x / torch.where(base == 0, 1, base.float())
+    x = x / torch.where(base > 0, base.float(), 1)
     x = x.unflatten(-1, (GROUP, -1))  # (..., 8, G)
     best = torch.full_like(x[..., 0, :], math.inf)  # (..., G)
     codes, choice, last = torch.zeros_like(x), best.new_zeros(best.shape), best.new_zeros(best.shape)
     for i, step in enumerate(STEPS):
         scaled = x * (1 / step)
-        for j, zero in enumerate(ZEROS):
+        for j, centre in enumerate(CENTRES):
+            zero = centre - 7.5
             code = (scaled - zero).round().clamp(0, 15)
             error = (((code + zero) - scaled) * step).square()
             while error.shape[-2] > 1:  # in this order in the native kernel too
@@ -286,17 +289,17 @@ def _quantize4(x):
 def dequantize(codes: torch.Tensor, params: torch.Tensor, head_dim: int) -> torch.Tensor:
     """What `quantize_append` wrote, still rotated: float32 (..., hd). `rotate` of it is close to what was written."""
     if codes.shape[-1] == head_dim:
-        step, lowest = params.contiguous().view(torch.bfloat16).float().split(1, -1)
-        return codes * step + lowest
+        step, centre = params.contiguous().view(torch.bfloat16).float().split(1, -1)
+        return codes.view(torch.int8) * step + centre
     G = head_dim // GROUP
     base, choice, bits = params.split((2, G // 2, params.shape[-1] - 2 - G // 2), -1)
     base = base.contiguous().view(torch.bfloat16).float()
     choice = torch.stack((choice & 15, choice >> 4), -1).flatten(-2).long()  # (..., G)
     last = (bits[..., None] >> torch.arange(8, device=bits.device)).flatten(-2)[..., :G].long() & 1
     step = base * torch.tensor(STEPS, device=base.device)[choice >> 2]
-    lowest = step * torch.tensor(ZEROS, device=base.device)[4 * last + (choice & 3)]
+    centre = torch.tensor(CENTRES, device=base.device)[4 * last + (choice & 3)]
     codes = torch.cat((codes & 15, codes >> 4), -1).unflatten(-1, (GROUP, G))  # (..., 8, G)
-    return (codes * step[..., None, :] + lowest[..., None, :]).flatten(-2)
+    return (step[..., None, :] * (codes - 7.5 + centre[..., None, :])).flatten(-2)
 
 
 def quantized_decode_attention(
@@ -360,9 +363,7 @@ def rms_norm_reference(x, weight, eps):
     return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def rotary(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: torch.Tensor | None = None
-) -> torch.Tensor:
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
     """
     Rotate the first channels of every head in float32, `x cos + cat(-x2, x1) sin`, and multiply by scale.
 
@@ -532,9 +533,10 @@ def _library() -> Path:
     folder = Path(cache) / NAMESPACE
     flags = _flags()
     key = _digest(torch.__version__, platform.machine(), *flags)
-    compiler = shlex.split(os.environ.get("CXX", "")) or [
-        found for found in map(shutil.which, ("c++", "g++", "clang++")) if found
-    ][:1]
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [found for found in map(shutil.which, ("c++", "g++", "clang++")) if found][:1]
+    )
     try:
         version = subprocess.run([*compiler, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
     except OSError:  # built where there was a compiler, used where there is none
