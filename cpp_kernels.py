@@ -95,10 +95,6 @@ def linear_reference(x, weight, bias=None, scale=None):
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _linear_shape(x, weight, bias=None, scale=None):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
 # --- Attention over a cache --------------------------------------------------------------------------------------
 
 
@@ -154,10 +150,6 @@ def decode_attention_reference(q, k, v, mask, scaling, causal):
     if S == 0:
         y = torch.zeros_like(q)
     return y.transpose(1, 2).to(q.dtype).contiguous()
-
-
-def _attention_shape(q, *args):
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
 
 
 # --- Quantised keys and values -----------------------------------------------------------------------------------
@@ -398,58 +390,57 @@ if not hasattr(_state, "lock"):
 _OPERATORS = getattr(torch.ops, NAMESPACE)
 
 
-def _define(name, schema, reference, shape):
-    operator_name = f"{name}{schema}"
-    _state.library.define(operator_name)
+# name: schema, reference, what it returns for tensors without data
+OPERATIONS = {
+    "linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor",
+        linear_reference,
+        lambda x, weight, *args: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    ),
+    "decode_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scaling, bool causal) -> Tensor",
+        decode_attention_reference,
+        lambda q, *args: q.new_empty(q.transpose(1, 2).shape),
+    ),
+    "quantize_append": (
+        "(Tensor(a!) codes, Tensor(b!) params, Tensor x, SymInt position) -> ()",
+        quantize_append_reference,
+        lambda *args: None,
+    ),
+    "quantized_decode_attention": (
+        "(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, Tensor? mask, float scaling, "
+        "bool causal) -> Tensor",
+        quantized_decode_attention_reference,
+        lambda q, *args: q.new_empty(q.transpose(1, 2).shape),
+    ),
+    "rms_norm": (
+        "(Tensor x, Tensor weight, float eps) -> Tensor",
+        rms_norm_reference,
+        lambda x, *args: x.new_empty(x.shape),
+    ),
+    "rotary": (
+        "(Tensor x, Tensor cos, Tensor sin, Tensor? scale) -> Tensor",
+        rotary_reference,
+        lambda x, *args: x.new_empty(x.shape),
+    ),
+}
 
+
+def _define(name, schema, reference, empty):
     def kernel(x, *args):
         if x.device.type == "cpu" and not _state.loaded and load():
             return getattr(_OPERATORS, name)(x, *args)  # native from now on
         return reference(x, *args)
 
+    _state.library.define(name + schema)
     _state.library.impl(name, kernel, "CompositeExplicitAutograd")
-    _state.library.impl(name, shape, "Meta")
+    _state.library.impl(name, empty, "Meta")
 
 
 with _state.lock:
     if not _state.defined:
-        _define(
-            "linear",
-            "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor",
-            linear_reference,
-            _linear_shape,
-        )
-        _define(
-            "decode_attention",
-            "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scaling, bool causal) -> Tensor",
-            decode_attention_reference,
-            _attention_shape,
-        )
-        _define(
-            "quantize_append",
-            "(Tensor(a!) codes, Tensor(b!) params, Tensor x, SymInt position) -> ()",
-            quantize_append_reference,
-            lambda codes, params, x, position: None,
-        )
-        _define(
-            "quantized_decode_attention",
-            "(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, Tensor? mask, "
-            "float scaling, bool causal) -> Tensor",
-            quantized_decode_attention_reference,
-            _attention_shape,
-        )
-        _define(
-            "rms_norm",
-            "(Tensor x, Tensor weight, float eps) -> Tensor",
-            rms_norm_reference,
-            lambda x, *args: x.new_empty(x.shape),
-        )
-        _define(
-            "rotary",
-            "(Tensor x, Tensor cos, Tensor sin, Tensor? scale) -> Tensor",
-            rotary_reference,
-            lambda x, *args: x.new_empty(x.shape),
-        )
+        for _name, _parts in OPERATIONS.items():
+            _define(_name, *_parts)
         _state.defined = True
 
 
