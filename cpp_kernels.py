@@ -8,7 +8,7 @@ every device.
 compiled costs speed and one warning, never an answer.
 
     QWEN_NATIVE_KERNELS=0    don't build or load native kernels
-    CXX                      the compiler (default: c++, g++ or clang++)
+    CXX                      the compiler (default: g++, c++ or clang++)
     TORCH_EXTENSIONS_DIR     where the compiled library is kept (default: torch_extensions in the user's cache)
 
 In the shapes below B is the batch, T the new tokens, S the tokens attended to, nh the heads and hd the width of one.
@@ -477,8 +477,8 @@ def load() -> bool:
 
 def kernels_in_use() -> dict:
     """
-    What runs on a CPU: "native" (bool), "instructions" ("avx512", "avx2", "portable" or None), "library" (path or
-    None) and "reason" (why not native, or None). Builds if nothing was built yet.
+    What runs on a CPU: "native" (bool), "instructions" ("avx512_bf16", "avx512", "avx2", "portable" or None),
+    "library" (path or None) and "reason" (why not native, or None). Builds if nothing was built yet.
     """
     native = load()
     return {
@@ -518,15 +518,12 @@ def _library() -> Path:
     """The compiled library, built now if it is not in the cache."""
     if os.name != "posix":
         raise _Unavailable(f"They are built on Linux and macOS only, this is {platform.system()}.")
-    cache = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if cache is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
-    folder = Path(cache) / NAMESPACE
+    folder = _cache_folder() / NAMESPACE
     flags = _flags()
     key = _digest(torch.__version__, platform.machine(), *flags)
     compiler = (
         shlex.split(os.environ.get("CXX", ""))
-        or [found for found in map(shutil.which, ("c++", "g++", "clang++")) if found][:1]
+        or [found for found in map(shutil.which, ("g++", "c++", "clang++")) if found][:1]
     )
     try:
         version = subprocess.run([*compiler, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
@@ -534,22 +531,34 @@ def _library() -> Path:
         built = sorted(folder.glob(f"{key}-*.so"))
         if built:
             return built[-1]
-        named = f"CXX names {compiler[0]}" if compiler else "none of c++, g++ and clang++ is on the PATH"
+        named = f"CXX names {compiler[0]}" if compiler else "none of g++, c++ and clang++ is on the PATH"
         raise _Unavailable(f"There is no C++ compiler: {named}. Install g++, or set CXX to a compiler.") from None
     library = folder / f"{key}-{_digest(*compiler, version)}.so"
     if library.exists():
         return library
     source = _source()
+    # What g++ compiles calls the OpenMP library that PyTorch has loaded, with its threads; clang's needs another one.
+    own_openmp = ["-fopenmp"] if "-fopenmp" in flags and b"clang" in version else []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _only_process(library.with_suffix(".lock")):
             if not library.exists():
-                _build(source, compiler, flags, library)
+                _build(source, compiler, flags, own_openmp, library)
     except OSError as error:
         raise _Unavailable(
             f"The folder {folder} can't be written ({error}). Set TORCH_EXTENSIONS_DIR to one that can."
         ) from error
     return library
+
+
+def _cache_folder() -> Path:
+    """Where torch.utils.cpp_extension keeps what it builds on Linux."""
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    except RuntimeError as error:
+        raise _Unavailable("This user has no home folder. Set TORCH_EXTENSIONS_DIR to a folder.") from error
 
 
 def _digest(*parts) -> str:
@@ -568,7 +577,6 @@ def _flags() -> list:
         f"-std={'c++20' if 'C++ Version: 202' in settings else 'c++17'}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         f"-DQWEN_NAMESPACE={NAMESPACE}",
-        # Not when linking: the functions behind it are those of PyTorch's own OpenMP library, with its threads.
         *(["-fopenmp"] if "parallel backend: OpenMP" in torch.__config__.parallel_info() else []),
     ]
 
@@ -604,9 +612,12 @@ def _only_process(path: Path):
         yield
 
 
-def _build(source: bytes, compiler: list, flags: list, library: Path) -> None:
+def _build(source: bytes, compiler: list, flags: list, own_openmp: list, library: Path) -> None:
     """Compile in a folder of its own; the library appears in one step, complete."""
-    from torch.utils.cpp_extension import include_paths, library_paths
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError as error:
+        raise _Unavailable(f"torch.utils.cpp_extension can't be imported ({error}): pip install setuptools.") from error
 
     logger.info("Building the native CPU kernels, once for this machine; this takes about 20 seconds.")
     for left in library.parent.glob(f"{library.stem}.*.building"):  # of a process that was killed
@@ -616,16 +627,16 @@ def _build(source: bytes, compiler: list, flags: list, library: Path) -> None:
         file.write_bytes(source)
         paths = [f"-I{path}" for path in include_paths()]
         libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
-        _run([*compiler, *flags, *paths, "-c", str(file), "-o", str(object_file)])
-        _run([*compiler, "-shared", str(object_file), "-o", str(built), *libraries])
+        log = library.with_suffix(".log")
+        _run([*compiler, *flags, *paths, "-c", str(file), "-o", str(object_file)], log)
+        _run([*compiler, "-shared", str(object_file), "-o", str(built), *libraries, *own_openmp], log)
         os.replace(built, library)
 
 
-def _run(command: list) -> None:
+def _run(command: list, log: Path) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
+        log.write_bytes(shlex.join(command).encode() + b"\n" + done.stdout)
         lines = done.stdout.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
         first = next((line for line in lines if "error" in line), lines[-1])
-        raise _Unavailable(
-            f"{command[0]} can't compile them: {first.strip()}. To see everything it says: {shlex.join(command)}"
-        )
+        raise _Unavailable(f"{command[0]} can't compile them: {first.strip()}. Everything it says is in {log}.")

@@ -225,19 +225,18 @@ def test_decode_attention_agrees_with_its_reference(native):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_keys_are_split_over_threads(level, threads):
-    """Fewer heads than threads: parts of the keys are merged; one part is padding altogether."""
+    """Fewer heads than threads: parts of the keys are merged, also where one is padding altogether."""
     torch.manual_seed(0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        q, k, v = torch.randn(1, 2, 2, 64), torch.randn(1, 2, 2000, 64), torch.randn(1, 2, 2000, 64)
-        mask = torch.arange(2000)[None] >= 1500
-        assert_close(kernels.decode_attention(q, k, v, mask), attention(q, k, v, mask), torch.float32)
-        for bits in (8, 4):
-            stored = store(k, bits) + store(v, bits)
-            whole = kernels.quantized_decode_attention_reference(q, *stored, mask[:, None, None], 0.125, True)
-            y = kernels.quantized_decode_attention(q, *stored, mask)
-            torch.testing.assert_close(y, whole, rtol=1e-4, atol=1e-5)
+        q, k, v = torch.randn(1, 2, 2, 64) * 3, torch.randn(1, 2, 2000, 64), torch.randn(1, 2, 2000, 64)
+        for mask in (None, torch.arange(2000)[None] >= 1500, torch.zeros(1, 2000, dtype=torch.bool)):
+            assert_close(kernels.decode_attention(q, k, v, mask), attention(q, k, v, mask), torch.float32)
+            for bits in (8, 4):
+                stored = store(k, bits) + store(v, bits)
+                expected = attention(q, restored(stored[:2], 64), restored(stored[2:], 64), mask)
+                assert_close(kernels.quantized_decode_attention(q, *stored, mask), expected, torch.float32)
     finally:
         torch.set_num_threads(before)
 
@@ -607,6 +606,39 @@ def test_without_a_compiler(make_version, monkeypatch):
     assert "no C++ compiler" in version.module.kernels_in_use()["reason"]
 
 
+@needs_compiler
+def test_without_setuptools(make_version, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", None)
+    version = make_version()
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert "pip install setuptools" in warning
+
+
+def test_without_a_home(make_version, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    version = make_version()
+    monkeypatch.setattr(version.module.Path, "home", home)
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert "Set TORCH_EXTENSIONS_DIR" in warning
+
+
+@needs_compiler
+def test_a_library_that_cannot_be_loaded(make_version):
+    version = make_version()
+    library = version.module._library()
+    library.write_bytes(b"not a library")
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert f"{library} can't be loaded" in warning
+    assert "Delete it" in warning
+
+
 def test_with_a_compiler_that_is_not_there(make_version, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     version = make_version()
@@ -621,6 +653,9 @@ def test_a_compile_error(make_version, tmp_path):
     assert version.answers_right()
     (warning,) = version.warnings()
     assert "these are not the kernels" in warning
+    (log,) = tmp_path.glob("cache/*/*.log")
+    assert str(log) in warning
+    assert log.read_text().count("these are not the kernels") >= 1
     assert not list(tmp_path.glob("cache/*/*.building"))
 
 
