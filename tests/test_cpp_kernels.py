@@ -388,7 +388,7 @@ def test_what_does_not_fit_a_store_is_refused():
 def test_rms_norm(level, dtype):
     torch.manual_seed(0)
     for shape in ((1, 1, 64), (3, 5, 77), (40, 128), (0, 16), (5,)):
-        x, weight = torch.randn(shape, dtype=dtype) * 3, torch.randn(shape[-1], dtype=dtype)
+        x, weight = torch.randn(shape, dtype=dtype) * 2e-3, torch.randn(shape[-1], dtype=dtype)  # so that eps counts
         normed = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
         y = kernels.rms_norm(x, weight, 1e-6)
         unit = 2**-7 if dtype == torch.bfloat16 else 1e-6
@@ -687,6 +687,9 @@ def test_the_source_is_found_in_the_checkpoint(make_version, tmp_path):
     assert version.answers_right()
     (warning,) = version.warnings()
     assert "cpp_kernels.cpp is not in" in warning
+    version.module.set_source_folder(tmp_path)  # not there either
+    assert version.answers_right()
+    assert version.warnings() == [warning]
     version.module.set_source_folder(str(checkpoint))
     assert version.module.kernels_in_use()["instructions"] == "found"
 
