@@ -489,6 +489,15 @@ def kernels_in_use() -> dict:
     }
 
 
+def set_instructions(name: str) -> str:
+    """
+    Use the native kernels of this instruction set from now on, for tests and benchmarks; returns its name.
+
+    Raises RuntimeError, which says what there is, if this CPU does not have it.
+    """
+    return _OPERATORS.cpu_level(name)
+
+
 def _load() -> bool:
     if os.environ.get("QWEN_NATIVE_KERNELS", "1") == "0":
         _state.reason = "QWEN_NATIVE_KERNELS=0 switches them off."

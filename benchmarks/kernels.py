@@ -204,6 +204,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the native CPU kernels.")
     parser.add_argument("--rounds", type=int, default=11, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
+    parser.add_argument("--instructions", help="avx512_bf16, avx512, avx2 or portable; default: the best that is there")
+    parser.add_argument("--only", choices=["linear", "attention", "small"], help="default: all three")
     parser.add_argument("--errors", action="store_true", help="errors of quantisation instead of speed")
     arguments = parser.parse_args()
     if arguments.threads is not None:
@@ -211,11 +213,16 @@ def main() -> None:
     found = kernels.kernels_in_use()
     if not found["native"]:
         sys.exit(f"There are no native kernels here: {found['reason']}")
+    if arguments.instructions is not None:
+        found["instructions"] = kernels.set_instructions(arguments.instructions)
     print(f"{processor()}, {torch.get_num_threads()} threads, {found['instructions']}, torch {torch.__version__}")
+    speeds = {"linear": linear_layers, "attention": attention, "small": small_operations}
     with torch.no_grad():
-        groups = [errors] if arguments.errors else [linear_layers, attention, small_operations]
-        for group in tqdm(groups, leave=False, disable=None):
-            group() if arguments.errors else group(arguments.rounds)
+        if arguments.errors:
+            return errors()
+        for name, group in tqdm(speeds.items(), leave=False, disable=None):
+            if arguments.only in (None, name):
+                group(arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,11 @@ def native():
 def level(native, request):
     """Each instruction set that this CPU has."""
     try:
-        operators.cpu_level(request.param)
+        kernels.set_instructions(request.param)
     except RuntimeError:
         pytest.skip(f"this CPU has no {request.param}")
     yield request.param
-    operators.cpu_level(native)
+    kernels.set_instructions(native)
 
 
 def assert_close(y, expected, dtype, what=""):
