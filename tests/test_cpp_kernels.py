@@ -775,3 +775,47 @@ def test_a_builder_that_was_killed_does_not_block_the_next(make_version, tmp_pat
     assert version.module.kernels_in_use()["instructions"] == "second"
     assert not version.warnings()
     assert not list(tmp_path.glob("cache/*/*.building"))
+
+
+# --- The command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """tools/build_kernels.py, which imports a second copy of the module, as transformers does for every checkpoint."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    spec = importlib.util.spec_from_file_location("build_kernels", ROOT / "tools" / "build_kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.modules.pop("cpp_kernels", None)
+
+
+def test_the_command_reports_what_runs(native, command, capsys):
+    assert command.report() == 0
+    printed = capsys.readouterr().out
+    for name in operator_inputs():
+        assert f"{name:28} native, {native}" in printed
+    assert str(kernels.kernels_in_use()["library"]) in printed
+    copy = sys.modules["cpp_kernels"]
+    assert copy is not kernels
+    assert copy._state is kernels._state
+
+
+def test_the_command_reports_why_not(command, capsys, monkeypatch):
+    import cpp_kernels
+
+    without = {"native": False, "reason": "There is no C++ compiler."}
+    monkeypatch.setattr(cpp_kernels, "kernels_in_use", lambda: without)
+    assert command.report() == 1
+    printed = capsys.readouterr().out
+    assert printed.count("PyTorch\n") == len(operator_inputs())
+    assert "why not native: There is no C++ compiler." in printed
+
+
+def test_the_command_pins_a_changed_source(command, tmp_path, capsys):
+    folder = write_version(tmp_path, SMALL)
+    (folder / "cpp_kernels.cpp").write_text(SMALL + "// changed\n")
+    found = command.pin(folder)
+    assert found == hashlib.sha256((SMALL + "// changed\n").encode()).hexdigest()
+    assert (folder / "cpp_kernels.py").read_text().count(f'SOURCE_SHA256 = "{found}"') == 1
