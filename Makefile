@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# Releases of transformers to test beside the one in requirements.txt.
-RELEASES ?= 4.57.6
+# Releases of transformers for `make matrix`; none: all, which writes docs/compatibility.md.
+RELEASES ?=
 
 .PHONY: demo test lint matrix evaluate retrain clean
 

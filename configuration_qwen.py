@@ -5,6 +5,11 @@ from __future__ import annotations
 from .transformers_compat import PretrainedConfig
 
 PRECISION_FLAGS = ("bf16", "fp16", "fp32")
+AUTO_MAP = {
+    "AutoConfig": "configuration_qwen.QWenConfig",
+    "AutoModel": "modeling_qwen.QWenModel",
+    "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+}
 
 
 class QWenConfig(PretrainedConfig):
@@ -47,6 +52,7 @@ class QWenConfig(PretrainedConfig):
     """
 
     model_type = "qwen"
+    _auto_class = "AutoConfig"  # saving copies this module and what it imports
     keys_to_ignore_at_inference = ["past_key_values"]
     base_model_pp_plan = {
         "wte": (["input_ids"], ["inputs_embeds"]),

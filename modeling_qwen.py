@@ -10,7 +10,9 @@ nh the heads and hd the width of one.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import math
 
 import torch
@@ -20,10 +22,12 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .configuration_qwen import PRECISION_FLAGS, QWenConfig
+from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig
 from .qwen_generation_utils import (
+    StopAtText,
     StopWordsLogitsProcessor,
     TextStream,
+    check_stop,
     check_stop_words_ids,
     get_stop_words_ids,
     make_context,
@@ -38,8 +42,11 @@ from .transformers_compat import (
     as_cache,
     cache_kwargs,
     can_return_tuple,
+    cpu_supports_bf16,
     create_causal_mask,
+    crop_cache,
     forget_device_map,
+    is_compiling,
     is_flash_attn_2_available,
     load_config,
     loading_defaults,
@@ -328,6 +335,11 @@ class QWenPreTrainedModel(PreTrainedModel):
         model._forget_precision_flags()
         return model
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As inherited. The code is saved beside the weights, and the configuration names it for every auto class."""
+        self.config.auto_map = dict(AUTO_MAP)  # loaded from a hub, it names the code's repository there
+        super().save_pretrained(save_directory, **kwargs)
+
     def _forget_precision_flags(self) -> None:
         """What they asked for is done, and `dtype` says it; a saved flag would overrule a later change of precision."""
         for flag in PRECISION_FLAGS:
@@ -351,7 +363,7 @@ class QWenPreTrainedModel(PreTrainedModel):
             supported = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else True
             fallback = torch.float16
         else:
-            supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            supported = cpu_supports_bf16()
             fallback = torch.float32
         if own is not None and (own != torch.bfloat16 or supported):
             return own
@@ -404,6 +416,8 @@ def _goes_to_accelerator(device_map) -> bool:
 
 class QWenModel(QWenPreTrainedModel):
     """The network without its head: token ids or embeddings to hidden states."""
+
+    _auto_class = "AutoModel"
 
     def __init__(self, config: QWenConfig):
         config.check()
@@ -571,7 +585,7 @@ class QWenModel(QWenPreTrainedModel):
             # A static cache may have been reset. Its length is a tensor: decide without a branch, so that this
             # compiles and no device waits for the host. A compiled step is never the first, and has nothing to store.
             alpha = torch.where(past_length == 0, alpha, stored.to(alpha.device))
-            if not torch.compiler.is_compiling():
+            if not is_compiling():
                 cache.ntk_alpha = alpha
             return alpha
         if stored is None or past_length == 0:
@@ -590,6 +604,8 @@ def _outside_vocabulary(input_ids: torch.Tensor, vocab_size: int) -> str:
 
 class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
     """The language model: the network, the output layer, generation and chat."""
+
+    _auto_class = "AutoModelForCausalLM"
 
     def __init__(self, config: QWenConfig):
         config.check()
@@ -682,13 +698,17 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             vocab_size = self.get_input_embeddings().num_embeddings
             if ids.min() < 0 or ids.max() >= vocab_size:
                 raise IndexError(_outside_vocabulary(ids, vocab_size))
+        prompt_length = 0 if ids is None else ids.shape[1]
+        if logits_processor is not None:
+            logits_processor = [
+                processor.behind(prompt_length) if hasattr(processor, "behind") else processor
+                for processor in logits_processor
+            ]
         if stop_words_ids is not None:
             eos = kwargs.get("eos_token_id", settings.eos_token_id)
             eos = eos.tolist() if torch.is_tensor(eos) else eos
             stop = StopWordsLogitsProcessor(
-                stop_words_ids,
-                eos[0] if isinstance(eos, (list, tuple)) else eos,
-                prompt_length=0 if ids is None else ids.shape[1],
+                stop_words_ids, eos[0] if isinstance(eos, (list, tuple)) else eos, prompt_length=prompt_length
             )
             logits_processor = [*(logits_processor or []), stop]
         cache = kwargs.get("past_key_values")
@@ -720,35 +740,49 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         system: str = "You are a helpful assistant.",
         stop_words_ids: list | None = None,
         generation_config=None,
+        *,
+        stop: str | list[str] | None = None,
+        past_key_values=None,
+        return_past_key_values: bool = False,
         **kwargs,
-    ) -> tuple[str, list]:
+    ):
         """
         Answer `query` after `history`, a list of (query, response) pairs, which is not changed.
 
-        stop_words_ids: lists of token ids that end the answer; they stay part of it.
-        generation_config, kwargs: as for `generate`; `max_window_size` is the largest prompt in tokens.
+        Args:
+            stop_words_ids: lists of token ids that end the answer; they stay part of it.
+            stop: a text or texts that end the answer and are not part of it.
+            past_key_values: the cache of this conversation's earlier turns. What it shares with the new prompt is not
+                computed again; it is extended in place. Begin with None or an empty `DynamicCache`.
+            return_past_key_values: return the cache too.
+            generation_config, kwargs: as for `generate`; `max_window_size` is the largest prompt in tokens.
 
         Returns:
-            The response, and a new history that ends with this turn.
+            The response, and a new history that ends with this turn; with `return_past_key_values` the cache besides.
 
         Raises:
             ValueError: the generation configuration is not that of a chat model, the question alone is longer
-                than `max_window_size`, or the stop words are not lists of ids.
+                than `max_window_size`, the stop words are not lists of ids or texts, or the cache can't be shortened.
 
         Example:
             >>> response, history = model.chat(tokenizer, "你好", history=None)
             >>> response, history = model.chat(tokenizer, "What is the capital of Iceland?", history=history)
         """
-        ids, stop_ids, settings = self._prepare_chat(
-            tokenizer, query, history, system, stop_words_ids, generation_config, kwargs
+        turn = self._prepare_chat(
+            tokenizer, query, history, system, stop_words_ids, generation_config, stop, past_key_values, kwargs
         )
-        output = self.generate(ids, **settings)
-        stream = TextStream(tokenizer, stop_ids)
-        for token in output[0, ids.shape[1] :].tolist():
+        if return_past_key_values and turn.cache is None:
+            turn.cache = DynamicCache()
+        with turn.remembered() as new_tokens:
+            output = self.generate(turn.input_ids, **turn.arguments())
+            new_tokens += output[0, turn.input_ids.shape[1] :].tolist()
+        stream = turn.text_stream()
+        for token in new_tokens:
             if not stream.put(token):
                 break
         response = stream.finish()
-        return response, [*(history or []), (query, response)]
+        history = [*(history or []), (query, response)]
+        return (response, history, turn.cache) if return_past_key_values else (response, history)
 
     def chat_stream(
         self,
@@ -758,6 +792,9 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         system: str = "You are a helpful assistant.",
         stop_words_ids: list | None = None,
         generation_config=None,
+        *,
+        stop: str | list[str] | None = None,
+        past_key_values=None,
         **kwargs,
     ):
         """
@@ -770,33 +807,40 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             >>> for response in model.chat_stream(tokenizer, "你好", history=None):
             ...     print(response)
         """
-        ids, stop_ids, settings = self._prepare_chat(
-            tokenizer, query, history, system, stop_words_ids, generation_config, kwargs
+        turn = self._prepare_chat(
+            tokenizer, query, history, system, stop_words_ids, generation_config, stop, past_key_values, kwargs
         )
-
-        settings_of = self.generation_config if generation_config is None else generation_config
-        if max(kwargs.get("num_beams", 1), getattr(settings_of, "num_beams", 1) or 1) > 1:
+        if turn.beams > 1:
             raise ValueError("chat_stream can't stream beams, which are only chosen at the end; use chat.")
         if "streamer" in kwargs:
             raise ValueError("chat_stream is a stream itself; to use a streamer call model.generate.")
 
         def responses():
-            stream = TextStream(tokenizer, stop_ids)
+            text = turn.text_stream()
             shown = None
-            for token in stream_generate(self, ids, **settings):
-                if not stream.put(token):
-                    break
-                if stream.text != shown:
-                    shown = stream.text
-                    yield shown
-            if stream.finish() != shown:
-                yield stream.finish()
+            tokens = stream_generate(self, turn.input_ids, **turn.arguments())
+            with turn.remembered() as new_tokens, contextlib.closing(tokens):
+                for token in tokens:
+                    new_tokens.append(token)
+                    text.put(token)
+                    if text.text != shown:
+                        shown = text.text
+                        yield shown
+            if text.finish() != shown:
+                yield text.text
 
         return responses()
 
-    def _prepare_chat(self, tokenizer, query, history, system, stop_words_ids, generation_config, kwargs):
-        """Check the arguments of a chat: prompt ids (1, T), ids that end the response, arguments of `generate`."""
+    def _prepare_chat(
+        self, tokenizer, query, history, system, stop_words_ids, generation_config, stop, cache, kwargs
+    ) -> _Turn:
+        """Check the arguments of a chat, and bring them together as those of `generate`."""
         settings = self.generation_config if generation_config is None else generation_config
+
+        def setting(name, default=None):
+            value = kwargs.get(name, getattr(settings, name, None))
+            return default if value is None else value
+
         chat_format = getattr(settings, "chat_format", None)
         if chat_format != "chatml":
             found = "names no chat_format" if chat_format is None else f"has chat_format={chat_format!r}"
@@ -806,10 +850,11 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
                 f"model.generation_config.chat_format = 'chatml', or load the checkpoint's generation_config.json "
                 f"with GenerationConfig.from_pretrained."
             )
-        if max(kwargs.get("num_return_sequences", 1), getattr(settings, "num_return_sequences", 1) or 1) > 1:
+        if setting("num_return_sequences", 1) > 1:
             raise ValueError("chat gives one response; for several call model.generate with num_return_sequences.")
-        max_window_size = kwargs.pop("max_window_size", getattr(settings, "max_window_size", None))
-        max_window_size = 6144 if max_window_size is None else max_window_size
+        if stop_words_ids is not None:
+            check_stop_words_ids(stop_words_ids)
+        max_window_size = setting("max_window_size", 6144)
         _, shortest = make_context(tokenizer, query, None, system, max_window_size, chat_format)
         if len(shortest) > max_window_size:
             raise ValueError(
@@ -820,20 +865,98 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         _, tokens = make_context(tokenizer, query, history, system, max_window_size, chat_format)
 
         # The tokens that end a turn are ends of the sequence for `generate`; longer stop words need a processor.
-        eos = kwargs.pop("eos_token_id", settings.eos_token_id)
-        eos = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
+        eos = setting("eos_token_id", [])
         ends = [words[0] for words in get_stop_words_ids(chat_format, tokenizer)]
-        eos = list(dict.fromkeys([tokenizer.eod_id, *eos, *ends]))
-        kwargs.setdefault("pad_token_id", tokenizer.eod_id if settings.pad_token_id is None else settings.pad_token_id)
-        if stop_words_ids is not None:
-            check_stop_words_ids(stop_words_ids)
+        eos = list(dict.fromkeys([tokenizer.eod_id, *(eos if isinstance(eos, (list, tuple)) else [eos]), *ends]))
         ids = torch.tensor([tokens], device=self.get_input_embeddings().weight.device)  # (1, T)
-        kwargs.setdefault("attention_mask", torch.ones_like(ids))
-        arguments = {
-            "generation_config": generation_config,
-            "stop_words_ids": stop_words_ids,
-            "eos_token_id": eos,
-            **kwargs,
-            "return_dict_in_generate": False,
-        }
-        return ids, set(eos), arguments
+        if cache is not None:
+            alpha = None
+            if self.config.use_dynamic_ntk:
+                alpha = ntk_alpha(torch.tensor([len(tokens)]), self.config.seq_length)
+            keep_common_prefix(cache, tokens, alpha)
+        kwargs = {key: value for key, value in kwargs.items() if key != "max_window_size"}
+        return _Turn(
+            tokenizer=tokenizer,
+            input_ids=ids,
+            ends=eos,
+            stop=[] if stop is None else check_stop(stop),
+            beams=setting("num_beams", 1),
+            cache=cache,
+            settings={
+                "attention_mask": torch.ones_like(ids),
+                "pad_token_id": setting("pad_token_id", tokenizer.eod_id),
+                **kwargs,
+                "generation_config": generation_config,
+                "stop_words_ids": stop_words_ids,
+                "eos_token_id": eos,
+                "return_dict_in_generate": False,
+            },
+        )
+
+
+@dataclasses.dataclass
+class _Turn:
+    """One turn of a chat: its prompt, what ends its answer, the conversation's cache, the settings of `generate`."""
+
+    tokenizer: object
+    input_ids: torch.Tensor  # (1, T)
+    ends: list
+    stop: list
+    beams: int
+    cache: object
+    settings: dict
+
+    def arguments(self) -> dict:
+        """Of `generate`."""
+        arguments = dict(self.settings)
+        if self.cache is not None:
+            arguments["past_key_values"] = self.cache
+        if self.stop and self.beams == 1:  # beams go on, and the text is cut in the end
+            stop = StopAtText(self.tokenizer, self.stop, self.input_ids.shape[1])
+            arguments["stopping_criteria"] = [*(arguments.get("stopping_criteria") or []), stop]
+        return arguments
+
+    def text_stream(self) -> TextStream:
+        return TextStream(self.tokenizer, self.ends, self.stop)
+
+    @contextlib.contextmanager
+    def remembered(self):
+        """
+        Gives a list for the generated tokens; afterwards the cache remembers which tokens its keys are of.
+
+        If the turn breaks off the cache is as it was before: some layers may have had a token more than others.
+        """
+        if self.cache is None:
+            yield []
+            return
+        length, tokens, new_tokens = int(self.cache.get_seq_length()), self.input_ids[0].tolist(), []
+        try:
+            yield new_tokens
+        except BaseException:
+            crop_cache(self.cache, length)
+            self.cache.token_ids = tokens[:length]
+            raise
+        self.cache.token_ids = (tokens + new_tokens)[: int(self.cache.get_seq_length())]
+
+
+def keep_common_prefix(cache, tokens: list[int], alpha: torch.Tensor | None) -> None:
+    """
+    Shorten the cache of a conversation to what it shares with the prompt `tokens`, all of it but the last token.
+
+    Nothing is shared if the prompt's NTK scale is another: its keys are rotated otherwise.
+
+    Raises ValueError for a cache that holds keys of unknown tokens, or can't be shortened.
+    """
+    length = int(cache.get_seq_length())
+    known = getattr(cache, "token_ids", [])
+    if len(known) != length:
+        raise ValueError(
+            f"past_key_values holds {length} tokens that chat has not seen. Pass the cache that an earlier turn of "
+            f"this conversation has filled, or an empty one."
+        )
+    shared = 0
+    if alpha is None or getattr(cache, "ntk_alpha", None) is None or bool((cache.ntk_alpha.cpu() == alpha).all()):
+        limit = min(length, len(tokens) - 1)
+        shared = next((i for i in range(limit) if known[i] != tokens[i]), limit)
+    crop_cache(cache, shared)
+    cache.token_ids = tokens[:shared]

@@ -7,6 +7,7 @@ Knows tokens and text, not the network.
 from __future__ import annotations
 
 import codecs
+import copy
 import queue
 import threading
 from typing import Iterator, List, Sequence, Tuple
@@ -159,7 +160,8 @@ class StopWordsLogitsProcessor(LogitsProcessor):
     Args:
         stop_words_ids: lists of token ids.
         eos_token_id: the token to force.
-        prompt_length: tokens of the prompt; a stop word counts only where all of it lies behind them.
+        prompt_length: tokens of the prompt; a stop word counts only where all of it lies behind them. None: the
+            `generate` of a Qwen model fills it in, elsewhere the whole sequence counts.
 
     Raises ValueError if `stop_words_ids` is not a non-empty list of non-empty lists of ids, or `eos_token_id` is None.
 
@@ -168,7 +170,7 @@ class StopWordsLogitsProcessor(LogitsProcessor):
         >>> model.generate(ids, logits_processor=[stop])
     """
 
-    def __init__(self, stop_words_ids: list[list[int]], eos_token_id: int, *, prompt_length: int = 0):
+    def __init__(self, stop_words_ids: list[list[int]], eos_token_id: int, *, prompt_length: int | None = None):
         check_stop_words_ids(stop_words_ids)
         if not isinstance(eos_token_id, int) or eos_token_id < 0:
             raise ValueError(
@@ -178,18 +180,38 @@ class StopWordsLogitsProcessor(LogitsProcessor):
         self.stop_words_ids = [list(words) for words in stop_words_ids]
         self.eos_token_id = eos_token_id
         self.prompt_length = prompt_length
+        self._on_device: list[torch.Tensor] = []
+
+    def behind(self, prompt_length: int) -> StopWordsLogitsProcessor:
+        """A copy for generation behind a prompt of this length, unless it was made for another."""
+        other = copy.copy(self)
+        other.prompt_length = prompt_length if self.prompt_length is None else self.prompt_length
+        return other
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """input_ids: (B, T) so far; scores: (B, vocab) of the next token. Returns the scores to use."""
-        generated = input_ids[:, self.prompt_length :]
+        if not self._on_device or self._on_device[0].device != input_ids.device:
+            # Once: a copy a step would have the host wait for the device.
+            self._on_device = [torch.tensor(words, device=input_ids.device) for words in self.stop_words_ids]
+        generated = input_ids[:, self.prompt_length or 0 :]
         ended = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        for words in self.stop_words_ids:
+        for words in self._on_device:
             if generated.shape[1] >= len(words):
-                tail = generated[:, -len(words) :]
-                ended |= (tail == torch.tensor(words, device=tail.device)).all(-1)
+                ended |= (generated[:, -len(words) :] == words).all(-1)
         only_eos = torch.full_like(scores, -float("inf"))
         only_eos[:, self.eos_token_id] = 0
         return torch.where(ended[:, None], only_eos, scores)
+
+
+def check_stop(stop) -> list[str]:
+    """`stop` as a list; ValueError unless it is a non-empty text or a list of them."""
+    texts = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, (list, tuple)) else [None]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(
+            f"stop must be a text or a list of texts, none of them empty, found {stop!r}. Token ids are for "
+            f"stop_words_ids."
+        )
+    return texts
 
 
 class TextStream:
@@ -199,6 +221,7 @@ class TextStream:
     Args:
         tokenizer: a QWenTokenizer.
         stop_ids: token ids that end the text and are not part of it.
+        stop: texts that end it and are not part of it; what may be the beginning of one is not shown yet.
 
     Example:
         >>> stream = TextStream(tokenizer, stop_ids={tokenizer.im_end_id})
@@ -208,49 +231,105 @@ class TextStream:
         '你好'
     """
 
-    def __init__(self, tokenizer, stop_ids=()):
+    def __init__(self, tokenizer, stop_ids=(), stop=()):
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
+        self._stop = tuple(stop)
+        self._longest = max(map(len, self._stop), default=0)
         self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.errors)
-        self._pieces = ""
+        self._text = ""
+        self.ended = False
 
     def put(self, token: int) -> bool:
-        """Take the next token id; False if it ends the text."""
-        if token in self._stop_ids:
-            return False
-        piece = self._tokenizer.convert_ids_to_tokens(token)
-        if isinstance(piece, bytes):
-            self._pieces += self._decoder.decode(piece)
-        else:  # a control token breaks off a character that was not complete
-            self._pieces += self._decoder.decode(b"", final=True) + piece
-            self._decoder.reset()
-        return True
+        """Take the next token id; False from the one on that ends the text."""
+        if not self.ended:
+            self.ended = token in self._stop_ids
+        if not self.ended:
+            piece = self._tokenizer.convert_ids_to_tokens(token)
+            if isinstance(piece, bytes):
+                self._add(self._decoder.decode(piece))
+            else:  # a control token breaks off a character that was not complete
+                self._add(self._decoder.decode(b"", final=True) + piece)
+                self._decoder.reset()
+        return not self.ended
+
+    def _add(self, piece: str) -> None:
+        begin = max(0, len(self._text) + 1 - self._longest)
+        self._text += piece
+        found = [at for at in (self._text.find(stop, begin) for stop in self._stop) if at >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+            self.ended = True
 
     @property
     def text(self) -> str:
-        """The text so far without surrounding white space; bytes of an incomplete character are held back."""
-        return self._pieces.strip()
+        """The text so far without surrounding white space; what may yet change is held back."""
+        held = 0
+        if not self.ended:
+            for length in range(1, min(self._longest, len(self._text) + 1)):
+                if any(stop.startswith(self._text[-length:]) for stop in self._stop):
+                    held = length
+        return self._text[: len(self._text) - held].strip()
 
     def finish(self) -> str:
         """The whole text; an incomplete last character is shown as the tokenizer's `errors` says."""
-        self._pieces += self._decoder.decode(b"", final=True)
+        self._add(self._decoder.decode(b"", final=True))
         self._decoder.reset()
+        self.ended = True
         return self.text
+
+
+class StopAtText(StoppingCriteria):
+    """
+    Ends every sequence whose generated text has just come to contain one of the texts `stop`.
+
+    It looks at the last tokens only, as many as the longest of the texts may have; so it costs the same at every step.
+
+    Args:
+        tokenizer: a QWenTokenizer.
+        stop: texts.
+        prompt_length: tokens of the prompt, which are not looked at.
+    """
+
+    _DRAFTS = 32  # so many may be accepted at once in assisted decoding
+
+    def __init__(self, tokenizer, stop: Sequence[str], prompt_length: int):
+        self._tokenizer = tokenizer
+        self._stop = check_stop(list(stop))
+        self._prompt_length = prompt_length
+        self._window = max(len(text.encode("utf-8")) for text in self._stop) + self._DRAFTS
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.Tensor:
+        """input_ids: (B, T). Returns bool (B,), whether a row has ended."""
+        tails = input_ids[:, self._prompt_length :][:, -self._window :].tolist()
+        texts = [self._tokenizer.decode(tail, errors="replace") for tail in tails]
+        ended = [any(stop in text for stop in self._stop) for text in texts]
+        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
 
 
 class _TokenQueue(BaseStreamer, StoppingCriteria):
     """Hands generated tokens to another thread, and stops the generation when that thread asks for it."""
 
+    _AHEAD = 16  # tokens computed before they are asked for: who stops asking soon stops the computation
+
     def __init__(self):
         self.items: queue.Queue = queue.Queue()
         self.stop = threading.Event()
+        self._places = threading.Semaphore(self._AHEAD)
         self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt_seen:
             for token in value.reshape(-1).tolist():
+                while not self.stop.is_set() and not self._places.acquire(timeout=0.1):
+                    pass
                 self.items.put(token)
         self._prompt_seen = True  # `generate` puts the prompt first
+
+    def get(self):
+        item = self.items.get()
+        self._places.release()
+        return item
 
     def end(self) -> None:
         pass  # the thread that generates says when it is through, also after an error
@@ -287,7 +366,7 @@ def stream_generate(model, input_ids: torch.LongTensor, **kwargs) -> Iterator[in
         worker.start()
         try:
             while True:
-                item = tokens.items.get()
+                item = tokens.get()
                 if item is done:
                     return
                 if isinstance(item, BaseException):

@@ -117,6 +117,7 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     vocab_files_names = VOCAB_FILES_NAMES
     model_input_names = ["input_ids", "attention_mask"]
+    _auto_class = "AutoTokenizer"  # saving copies this module and what it imports
 
     def __init__(self, vocab_file, errors="replace", extra_vocab_file=None, **kwargs):
         self.errors = errors

@@ -1,14 +1,19 @@
 """
-What differs between releases of transformers, and nothing else.
+What differs between releases of transformers, and of PyTorch, and nothing else.
 
 The other modules are written for today's transformers and import from here what an older release lacks or calls
-differently. Every entry is chosen by feature, never by version number, and names the releases that need it: raising
-the floor is deleting lines.
+differently. Every entry is chosen by feature, never by version number, and names the releases that need it ("up to
+4.52" is of transformers): raising the floor is deleting lines.
+
+Optional packages are imported by `importlib`: transformers refuses remote code with import statements, even inside
+functions, of packages that are not installed.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import importlib
 import importlib.util
 import inspect
 
@@ -22,6 +27,22 @@ try:
 except ImportError:  # up to 4.52
     masking_utils = None
 
+# --- PyTorch -----------------------------------------------------------------------------------------------------
+
+# torch up to 1.13 has no fused attention, 2.0 one without a scale
+HAS_SDPA = "scale" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
+
+
+def cpu_supports_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16; torch up to 1.13 can't tell, and has no fast code for it."""
+    return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
+
+
+def is_compiling() -> bool:
+    """`torch.compiler.is_compiling`, which torch up to 2.0 lacks."""
+    return hasattr(torch, "compiler") and torch.compiler.is_compiling()
+
+
 # --- Configuration -----------------------------------------------------------------------------------------------
 
 if hasattr(transformers.PretrainedConfig(), "_attn_implementation"):
@@ -29,7 +50,7 @@ if hasattr(transformers.PretrainedConfig(), "_attn_implementation"):
 else:  # up to 4.35: attention kernels are no concern of the configuration
 
     class PretrainedConfig(transformers.PretrainedConfig):
-        _attn_implementation = "sdpa"
+        _attn_implementation = "sdpa" if HAS_SDPA else "eager"
 
         def to_dict(self):
             config = super().to_dict()
@@ -77,6 +98,9 @@ except ImportError:  # up to 4.35
                 self.layers[layer_idx] = torch.cat((old_key, key), -2), torch.cat((old_value, value), -2)
             return self.layers[layer_idx]
 
+        def crop(self, length):
+            self.layers = [tuple(tensor[..., :length, :] for tensor in layer) for layer in self.layers]
+
         def reorder_cache(self, beam_idx):
             self.layers = [tuple(t.index_select(0, beam_idx.to(t.device)) for t in layer) for layer in self.layers]
 
@@ -90,7 +114,27 @@ def as_cache(past_key_values):
             f"past_key_values must be a transformers Cache, found {type(past_key_values).__name__}. "
             f"Begin with past_key_values=None or DynamicCache(), and pass on what the model returns."
         )
+    if torch.is_tensor(getattr(past_key_values, "key_cache", None)):  # 4.38 to 4.40
+        raise ValueError(
+            "This release's StaticCache holds a single layer; take a DynamicCache, or transformers 4.41 or newer."
+        )
     return past_key_values
+
+
+def crop_cache(cache, length: int) -> None:
+    """Shorten a cache to its first `length` tokens, in place; ValueError for one that can't be shortened."""
+    if cache.get_seq_length() <= length:
+        return
+    if hasattr(cache, "crop"):  # DynamicCache from 4.42, and ours
+        cache.crop(length)
+    elif isinstance(getattr(cache, "key_cache", None), list):  # 4.36 to 4.41
+        for tensors in (cache.key_cache, cache.value_cache):
+            tensors[:] = [tensor[..., :length, :] for tensor in tensors]
+        for name in ("seen_tokens", "_seen_tokens"):
+            if name in vars(cache):
+                setattr(cache, name, length)
+    else:
+        raise ValueError(f"A {type(cache).__name__} can't be shortened to a common beginning; pass a DynamicCache.")
 
 
 def cache_kwargs(cache_position: torch.Tensor) -> dict:
@@ -160,16 +204,15 @@ except ImportError:  # up to 4.47
 
     def _flash_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
         """attention_mask: None, or (B, S) with 0 for padding."""
-        from flash_attn import flash_attn_func, flash_attn_varlen_func
-
+        flash_attn = importlib.import_module("flash_attn")
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, T or S, nh, hd)
         arguments = {"dropout_p": dropout, "softmax_scale": scaling, "causal": True}
         if attention_mask is None:
-            return flash_attn_func(q, k, v, **arguments), None
+            return flash_attn.flash_attn_func(q, k, v, **arguments), None
         real = attention_mask.bool()
         real_q = real[:, -q.shape[1] :]
         starts, longest = zip(*(_sequence_starts(mask) for mask in (real_q, real)))
-        packed = flash_attn_varlen_func(q[real_q], k[real], v[real], *starts, *longest, **arguments)
+        packed = flash_attn.flash_attn_varlen_func(q[real_q], k[real], v[real], *starts, *longest, **arguments)
         return torch.zeros_like(q).masked_scatter(real_q[:, :, None, None], packed), None
 
     def _sequence_starts(mask):
@@ -229,6 +272,12 @@ class PreTrainedModel(transformers.PreTrainedModel):
     _supports_static_cache = True  # 4.38 to 4.55
     _supports_quantized_cache = True  # 4.42 to 4.55
 
+    if "safe_serialization: bool = False" in str(inspect.signature(transformers.PreTrainedModel.save_pretrained)):
+        # up to 4.34 pickles are the default
+
+        def save_pretrained(self, save_directory, safe_serialization=True, **kwargs):
+            return super().save_pretrained(save_directory, safe_serialization=safe_serialization, **kwargs)
+
     if not hasattr(transformers.PreTrainedModel, "loss_function"):  # up to 4.45
 
         def loss_function(self, logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
@@ -245,6 +294,35 @@ class PreTrainedModel(transformers.PreTrainedModel):
         def _set_gradient_checkpointing(self, module, value=False):
             if isinstance(module, GradientCheckpointingLayer):
                 module.gradient_checkpointing = value
+
+    if issubclass(transformers.PreTrainedModel, transformers.GenerationMixin):  # up to 4.49
+
+        def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
+            """
+            As inherited; after `init_stream_support()` of transformers_stream_generator, which replaces `generate` of
+            all models, only calls that ask for a stream go there. It reads `do_stream` from the generation
+            configuration, which that of a checkpoint has not, and can't count several end tokens.
+            """
+            own = transformers.GenerationMixin.generate
+            settings = copy.copy(self.generation_config if generation_config is None else generation_config)
+            if transformers.PreTrainedModel.generate is not own:
+                settings.do_stream = kwargs.pop("do_stream", getattr(settings, "do_stream", False))
+            if not getattr(settings, "do_stream", False):
+                return own(self, inputs, generation_config, logits_processor, *args, **kwargs)
+            ends = kwargs.pop("eos_token_id", settings.eos_token_id)
+            settings.eos_token_id, *others = ends if isinstance(ends, list) else [ends]
+            if others:
+                prompt_length = (kwargs["input_ids"] if inputs is None else inputs).shape[1]
+
+                def end(input_ids, scores):
+                    last = input_ids[:, -1:] if input_ids.shape[1] > prompt_length else input_ids[:, :0]
+                    ended = (last[:, :, None] == torch.tensor(others, device=last.device)).any(-1).any(-1)  # (B,)
+                    scores[ended] = -float("inf")
+                    scores[ended, settings.eos_token_id] = 0
+                    return scores
+
+                logits_processor = [*(logits_processor or []), end]
+            return super().generate(inputs, settings, logits_processor, *args, **kwargs)
 
     if (
         "input_ids" not in inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
@@ -297,10 +375,11 @@ def loading_defaults(kwargs: dict) -> None:
     """Up to 4.52 (needed to 4.46): weights are not loaded beside a model that has random ones already."""
     if masking_utils is not None:
         return
-    from transformers.deepspeed import is_deepspeed_zero3_enabled
-    from transformers.utils import is_accelerate_available
-
-    if not is_accelerate_available() or is_deepspeed_zero3_enabled():
+    try:
+        from transformers.integrations import is_deepspeed_zero3_enabled
+    except ImportError:  # up to 4.32
+        from transformers.deepspeed import is_deepspeed_zero3_enabled
+    if not transformers.utils.is_accelerate_available() or is_deepspeed_zero3_enabled():
         return
     kwargs.setdefault("low_cpu_mem_usage", True)
     quantised = any(kwargs.get(key) for key in ("quantization_config", "load_in_8bit", "load_in_4bit"))
@@ -372,7 +451,7 @@ def set_attention(config, kwargs: dict, choice: str | None) -> None:
             kwargs["attn_implementation"] = choice
         return
     # up to 4.35, where `from_pretrained` knows nothing of it
-    choice = kwargs.pop("attn_implementation", None) or choice or "sdpa"
+    choice = kwargs.pop("attn_implementation", None) or choice or PretrainedConfig._attn_implementation
     if choice == "flash_attention_2" and not is_flash_attn_2_available():
         raise ImportError("Flash attention 2 needs an NVIDIA GPU and the package flash-attn: pip install flash-attn.")
     if choice not in ("eager", *ALL_ATTENTION_FUNCTIONS):
@@ -384,9 +463,9 @@ def set_attention(config, kwargs: dict, choice: str | None) -> None:
 
 _template = getattr(transformers.PreTrainedTokenizer, "apply_chat_template", None)
 
-if _template is not None and "return_dict" in inspect.signature(_template).parameters:
+if _template is not None and "BatchEncoding" in str(inspect.signature(_template).return_annotation):
     PreTrainedTokenizer = transformers.PreTrainedTokenizer
-else:  # up to 4.39: no chat templates, or none that returns a mask
+else:  # up to 4.39: no chat templates, or none for a batch
 
     class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
         def __init__(self, chat_template=None, **kwargs):
@@ -408,9 +487,8 @@ else:  # up to 4.39: no chat templates, or none that returns a mask
             tokenizer_kwargs=None,
             **kwargs,
         ):
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-            template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+            sandbox = importlib.import_module("jinja2.sandbox")
+            template = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
                 chat_template or self.chat_template
             )
             one = isinstance(conversation[0], dict)

@@ -6,13 +6,15 @@ list of phrasings is divided into "train" and "held_out": the model is judged on
 words that it was not trained on. Nothing here knows about tokens.
 """
 
+from __future__ import annotations
+
 import csv
 import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -159,14 +161,14 @@ class Dialogue:
     turns: tuple[Turn, ...]
 
 
-@cache
+@lru_cache(maxsize=None)
 def load_countries() -> tuple[Country, ...]:
     """All countries of facts.tsv, in its order."""
     with open(FOLDER / "facts.tsv", encoding="utf-8", newline="") as file:
         return tuple(Country(**row) for row in csv.DictReader(file, delimiter="\t"))
 
 
-@cache
+@lru_cache(maxsize=None)
 def load_phrases() -> dict[str, Any]:
     """All of phrasings.json."""
     return json.loads((FOLDER / "phrasings.json").read_text(encoding="utf-8"))
@@ -182,7 +184,7 @@ def fillers(kind: str, language: Language, split: Split) -> list[str]:
     return load_phrases()["fillers"][kind][language][split]
 
 
-@cache
+@lru_cache(maxsize=None)
 def _known_names() -> frozenset[str]:
     names = ((c.country_zh, c.country_en, c.capital_zh, c.capital_en) for c in load_countries())
     return frozenset(name for four in names for name in four)
@@ -240,7 +242,7 @@ def capital_turn(rng: Random, language: Language, split: Split, country: Country
     ending = "。" if language == "zh" else "."
     # "Washington, D.C." already ends the sentence.
     response = country.prompt(language) + " " * (language == "en") + country.capital(language)
-    return Turn("capital", language, query, response.removesuffix(".") + ending, country)
+    return Turn("capital", language, query, response.rstrip(".") + ending, country)
 
 
 def has_unique_capital(country: Country, language: Language) -> bool:
@@ -416,7 +418,7 @@ def chat_cases(seed: int, in_conversation: bool) -> list[Dialogue]:
     return cases
 
 
-@cache
+@lru_cache(maxsize=None)
 def _name_pattern(language: Language) -> re.Pattern[str]:
     names = {n for c in load_countries() for n in (getattr(c, f"country_{language}"), c.capital(language))}
     # The longest first, so that "Guinea-Bissau" is not taken for a mention of "Guinea".

@@ -6,6 +6,8 @@ Prints how many answers are right in each category, with greedy decoding; the ex
 too few are.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections import defaultdict

@@ -5,6 +5,8 @@
 The checkpoint in this folder is replaced only when training is over; `--output` puts it elsewhere.
 """
 
+from __future__ import annotations
+
 import argparse
 import base64
 import json
@@ -141,7 +143,7 @@ def train_vocabulary(texts: Iterable[str], size: int) -> list[bytes]:
     # otherwise the next one from U+0100 on.
     printable = {b for b in range(256) if chr(b) in alphabet}
     others = [b for b in range(256) if b not in printable]
-    to_byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    to_byte = {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
     ranks = tokenizer.get_vocab()
     return [bytes(to_byte[c] for c in token) for token in sorted(ranks, key=ranks.__getitem__)]
 

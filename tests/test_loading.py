@@ -12,17 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, modeling_qwen, random_ids, save, tiny_config, tiny_model
+from accelerate import init_empty_weights
+from conftest import CODE, ROOT, modeling_qwen, random_ids, run, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-CODE = [
-    "configuration_qwen.py",
-    "modeling_qwen.py",
-    "tokenization_qwen.py",
-    "qwen_generation_utils.py",
-    "transformers_compat.py",
-]
 QWenLMHeadModel = modeling_qwen.QWenLMHeadModel
 
 
@@ -30,7 +24,7 @@ QWenLMHeadModel = modeling_qwen.QWenLMHeadModel
 def checkpoint(tmp_path):
     """A folder as a user has it: our files beside a small random model's weights, and a vocabulary."""
     folder = tmp_path / "checkpoint"
-    save(tiny_model(vocab_size=4096), folder)
+    tiny_model(vocab_size=4096).save_pretrained(folder)
     for name in CODE:
         shutil.copy(ROOT / name, folder)
     for name in ("tokenizer_config.json", "qwen.tiktoken"):
@@ -50,24 +44,10 @@ def load(folder, **kwargs):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **kwargs)
 
 
-def run(code: str, cwd: Path, **environment) -> str:
-    """Run Python code in a fresh process; its standard output."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 def test_auto_classes(checkpoint):
     ids = random_ids(1, 10)
     model = load(checkpoint, fp32=True)
-    assert isinstance(AutoConfig.from_pretrained(checkpoint, trust_remote_code=True), type(model.config))
+    assert type(AutoConfig.from_pretrained(checkpoint, trust_remote_code=True)).__name__ == "QWenConfig"
     base = AutoModel.from_pretrained(checkpoint, trust_remote_code=True, fp32=True)
     assert type(base).__name__ == "QWenModel"
     assert not model.training
@@ -81,7 +61,7 @@ def test_saved_folder_loads_in_a_fresh_process_elsewhere(checkpoint, tmp_path):
     model = load(checkpoint, fp32=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
     saved = tmp_path / "saved"
-    save(model, saved)
+    model.save_pretrained(saved)
     tokenizer.save_pretrained(saved)
     for name in CODE:
         assert (saved / name).read_text() == (ROOT / name).read_text()
@@ -145,7 +125,8 @@ def test_automatic_precision(checkpoint, monkeypatch):
     assert load(checkpoint).dtype == torch.float32  # config.json says so
     edit(checkpoint, dtype=None, torch_dtype=None)
     for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda supported=supported: supported)
+        check = "_is_mkldnn_bf16_supported"
+        monkeypatch.setattr(torch.ops.mkldnn, check, lambda supported=supported: supported, raising=False)
         assert load(checkpoint).dtype == expected
         assert load(checkpoint, device_map="cpu").dtype == expected
 
@@ -170,7 +151,7 @@ def test_a_saved_precision_does_not_stand_in_the_way(checkpoint, tmp_path):
         assert load(checkpoint, **arguments).dtype == expected
         assert QWenLMHeadModel.from_pretrained(checkpoint, **arguments).dtype == expected
     model = load(checkpoint).float()
-    save(model, tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved")
     assert load(tmp_path / "saved").dtype == torch.float32
     assert load(tmp_path / "saved", bf16=True).dtype == torch.bfloat16
 
@@ -264,7 +245,7 @@ def watch():
     global peak
     while not done.wait(0.002):
         peak = max(peak, held())
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, **eval(sys.argv[2]))
 for p in model.parameters():
@@ -287,7 +268,7 @@ def test_a_bf16_checkpoint_never_passes_through_float32(tmp_path, arguments):
     edit(tmp_path, auto_map=json.loads((ROOT / "config.json").read_text())["auto_map"])
     for name in CODE:
         shutil.copy(ROOT / name, tmp_path)
-    with torch.device("meta"):
+    with init_empty_weights():
         shapes = {name: p.shape for name, p in QWenLMHeadModel(config).named_parameters()}
     size = sparse_safetensors(tmp_path / "model.safetensors", shapes)
     script = tmp_path / "measure.py"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
+import traceback
 
 import pytest
 import torch
-from conftest import ROOT, save, tiny_model
+from conftest import ROOT, tiny_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, dynamic_module_utils
 
 spec = importlib.util.spec_from_file_location("upgrade_checkpoint", ROOT / "tools" / "upgrade_checkpoint.py")
 upgrade = importlib.util.module_from_spec(spec)
@@ -61,7 +64,8 @@ CONFIG_STYLE = {"indent": 4, "separators": (", ", ": ")}
 @pytest.fixture
 def checkpoint(tmp_path):
     folder = tmp_path / "checkpoint"
-    save(tiny_model(vocab_size=4096), folder)
+    tiny_model(vocab_size=4096).save_pretrained(folder)
+    (folder / "transformers_compat.py").unlink()
     for name, text in EARLIER.items():
         (folder / name).write_text(text)
     config = json.loads((folder / "config.json").read_text())
@@ -123,61 +127,105 @@ def test_write_then_restore_is_exact(checkpoint, capsys):
     assert "nothing to restore" in capsys.readouterr().err
 
 
-def loads(folder) -> str:
-    """Load the model's class in a fresh process; says which version it is."""
-    code = f"""
-from transformers import AutoConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-config = AutoConfig.from_pretrained({str(folder)!r}, trust_remote_code=True)
-model = get_class_from_dynamic_module(config.auto_map["AutoModelForCausalLM"], {str(folder)!r})
-get_class_from_dynamic_module("tokenization_qwen.QWenTokenizer", {str(folder)!r})
-print("earlier" if hasattr(model, "is_earlier") else "new")
-"""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(folder.parent / "modules")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("action", ["--write", "--restore"])
-def test_a_kill_at_any_moment_leaves_a_folder_that_loads(checkpoint, monkeypatch, action):
-    before = contents(checkpoint)
-    replace, versions = os.replace, []
-    for moment in range(1, 20):
-        if action == "--restore":
-            assert upgrade.main([str(checkpoint), "--write"]) == 0
-        steps = iter(range(1, 100))
-
-        def killed(source, target, moment=moment, steps=steps):
-            if next(steps) == moment:
-                raise Killed
-            replace(source, target)
-
-        monkeypatch.setattr(os, "replace", killed)
+def in_child(work) -> int:
+    """Run a function in a forked process; its exit status, or minus the signal that killed it."""
+    pid = os.fork()
+    if pid == 0:
         try:
-            assert upgrade.main([str(checkpoint), action]) == 0
-            finished = True
-        except Killed:
-            finished = False
-        monkeypatch.setattr(os, "replace", replace)
-        if moment in (2, 6) or finished:  # a process each takes time
-            versions.append(loads(checkpoint))
+            work()
+        except BaseException:  # noqa: BLE001 (the parent fails)
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def loads(folder, modules) -> None:
+    """Load the configuration, the tokenizer's and the model's class as a fresh process would, with an empty cache."""
+
+    def work():
+        for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+            del sys.modules[name]
+        dynamic_module_utils.HF_MODULES_CACHE = str(modules)
+        modules.mkdir()
+        sys.path.insert(0, str(modules))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        get_class = dynamic_module_utils.get_class_from_dynamic_module
+        model = get_class(config.auto_map["AutoModelForCausalLM"], str(folder))
+        get_class("tokenization_qwen.QWenTokenizer", str(folder))
+        assert model.__module__.startswith("transformers_modules")
+        assert getattr(model, "is_earlier", False) == ("is_earlier" in (folder / "modeling_qwen.py").read_text())
+
+    assert in_child(work) == 0
+
+
+def run_and_kill(folder, action: str, moment: int) -> bool:
+    """
+    The tool in a process that is killed (SIGKILL) just before its `moment`th change of the folder; whether it was.
+
+    Everything that a program does to files, Python announces as an audit event.
+    """
+    changes = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "open")
+    steps = iter(range(1, 1000))
+
+    def hook(event, arguments):
+        concerns = event in changes and str(folder) in str(arguments[0])
+        if concerns and (event != "open" or "w" in str(arguments[1])) and next(steps) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def work():
+        plan = upgrade.planned(folder)
+        sys.addaudithook(hook)
+        upgrade.write(folder, plan) if action == "--write" else upgrade.restore(folder)
+
+    status = in_child(work)
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
+@pytest.mark.parametrize("action", ["--write", "--restore"])
+def test_a_kill_at_any_moment_leaves_a_folder_that_loads(checkpoint, tmp_path, action):
+    before, plan = contents(checkpoint), upgrade.planned(checkpoint)
+    upgrade.write(checkpoint, plan)
+    written = contents(checkpoint)
+    upgrade.restore(checkpoint)
+    states = set()
+    for moment in range(1, 1000):
+        if action == "--restore":
+            upgrade.write(checkpoint, plan)
+        killed = run_and_kill(checkpoint, action, moment)
+        now = {name: (checkpoint / name).read_bytes() for name in plan if (checkpoint / name).exists()}
+        assert all(content in (before.get(name), written[name]) for name, content in now.items())  # whole files
+        state = tuple(now.get(name) == written[name] for name in plan)
+        if state not in states:
+            loads(checkpoint, tmp_path / f"modules{moment}")
+            states.add(state)
         if action == "--write":
-            assert upgrade.main([str(checkpoint), "--write"]) == 0  # goes on where it stopped
-            assert upgrade.main([str(checkpoint), "--restore"]) == 0
-        else:
-            while upgrade.backups(checkpoint):
-                assert upgrade.main([str(checkpoint), "--restore"]) == 0
-        left = {k: v for k, v in contents(checkpoint).items() if not k.startswith(".")}
-        assert left == before
-        if finished:
+            upgrade.write(checkpoint, upgrade.planned(checkpoint))  # goes on where it stopped
+            assert contents(checkpoint).items() >= {name: written[name] for name in plan}.items()
+        with contextlib.suppress(upgrade.Problem):  # when there is nothing left to restore
+            while True:
+                upgrade.restore(checkpoint)
+        assert contents(checkpoint) == before
+        if not killed:
             break
-    assert finished
-    assert set(versions) == {"earlier", "new"}
+    assert moment > 20
+    assert len(states) == len(plan) + 1
+
+
+def test_restore_keeps_what_the_user_changed(checkpoint, capsys):
+    assert upgrade.main([str(checkpoint), "--write"]) == 0
+    change_config(checkpoint, mine=1)
+    changed = contents(checkpoint)
+    assert upgrade.main([str(checkpoint), "--restore"]) == 2
+    assert "config.json was changed after the upgrade" in capsys.readouterr().err
+    assert contents(checkpoint) == changed
+    (checkpoint / "config.json").rename(checkpoint / "mine.json")
+    assert upgrade.main([str(checkpoint), "--restore"]) == 0
+    assert json.loads((checkpoint / "mine.json").read_text())["mine"] == 1
+    assert "mine" not in json.loads((checkpoint / "config.json").read_text())
 
 
 def test_links_into_a_shared_cache_are_refused_and_copied_instead(checkpoint, tmp_path, capsys):
@@ -194,7 +242,7 @@ def test_links_into_a_shared_cache_are_refused_and_copied_instead(checkpoint, tm
     assert upgrade.main([str(snapshot), "--copy-to", str(tmp_path / "copy")]) == 0
     assert contents(blobs) == before
     assert not any(path.is_symlink() for path in (tmp_path / "copy").iterdir())
-    assert loads(tmp_path / "copy") == "new"
+    loads(tmp_path / "copy", tmp_path / "modules")
     assert upgrade.main([str(snapshot), "--copy-to", str(tmp_path / "copy")]) == 2
 
 
@@ -242,6 +290,11 @@ def test_sharded_and_pickled_weights(checkpoint, capsys):
     (checkpoint / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "p.bin")}))
     assert upgrade.main([str(checkpoint)]) == 1  # names only: a pickle is not opened
     assert "weights: all 27 are there\n" in capsys.readouterr().out
+
+    (checkpoint / "pytorch_model.bin.index.json").unlink()
+    (checkpoint / "p.bin").rename(checkpoint / "pytorch_model.bin")
+    assert upgrade.main([str(checkpoint)]) == 1
+    assert "pytorch_model.bin, which is not opened" in capsys.readouterr().out
 
 
 def test_chat_checkpoints_get_advice(checkpoint, capsys):

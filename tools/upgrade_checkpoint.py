@@ -22,7 +22,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -52,6 +52,10 @@ class Problem(Exception):
 # --- Reading -----------------------------------------------------------------------------------------------------
 
 
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +66,10 @@ def read_json(path: Path) -> dict:
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...] | None]:
-    """Names of the weights with their shapes; None where only an index of .bin files tells the name."""
+    """
+    Names of the weights with their shapes; None where only an index of .bin files tells the name, and nothing for a
+    single .bin file: it would have to be unpickled, which can execute anything.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         by_file: dict[str, set[str]] = {}
@@ -76,8 +83,10 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...] | None]:
         if lacking:
             raise Problem(f"{len(lacking)} weight files are missing: {', '.join(lacking[:4])}. Copy them again.")
         return dict.fromkeys(weight_map)
+    elif (folder / "pytorch_model.bin").exists():
+        return {}
     else:
-        raise Problem("There are no weights: neither model.safetensors nor an index of several files.")
+        raise Problem("There are no weights: neither model.safetensors nor pytorch_model.bin nor an index of files.")
 
     shapes: dict[str, tuple[int, ...] | None] = {}
     for file, names in tqdm(sorted(by_file.items()), desc="weight headers", unit="file", disable=len(by_file) < 2):
@@ -104,9 +113,11 @@ def check_weights(folder: Path) -> str:
         raise Problem(f"config.json: {error}") from None
     if getattr(config, "quantization_config", None):
         return "weights: quantised, not compared"
-    with torch.device("meta"):
+    with init_empty_weights():
         expected = {name: tuple(p.shape) for name, p in model_class(config).named_parameters()}
     found = weight_shapes(folder)
+    if not found:
+        return "weights: in pytorch_model.bin, which is not opened"
     ours = {name for name in found if name.startswith(("transformer.", "lm_head."))}
     computed = re.compile("|".join(model_class._keys_to_ignore_on_load_unexpected))
     for names, what in (
@@ -137,7 +148,7 @@ def check_vocabulary(folder: Path) -> str:
     size, rows = len(ranks) + 208, read_json(folder / "config.json").get("vocab_size", 0)
     if size > rows:
         raise Problem(f"{VOCABULARY} has {size} tokens with the special ones, more than the model's {rows} embeddings.")
-    official = hashlib.sha256(path.read_bytes()).hexdigest() == OFFICIAL_VOCABULARY
+    official = file_digest(path) == OFFICIAL_VOCABULARY
     return f"vocabulary: {size} tokens, {'the official one' if official else 'not the official one'}"
 
 
@@ -210,7 +221,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 def refuse_links(folder: Path, names) -> None:
     linked = [name for name in names if (folder / name).is_symlink()]
-    if linked or "snapshots" in folder.resolve().parts:
+    inside = folder.resolve().parent
+    if linked or (inside.name == "snapshots" and inside.parent.name.startswith("models--")):
         what = f"{linked[0]} is a symbolic link" if linked else "the folder is a snapshot of a hub cache"
         raise Problem(
             f"{what}: writing here would change files that other programs share. "
@@ -223,9 +235,18 @@ def backups(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(BACKUP_PREFIX + "*") if (path / MANIFEST).exists())
 
 
+def remove_leftovers(folder: Path) -> None:
+    """What a killed run left half-written, under the names that only this program uses."""
+    for name in (*MODULES, *AUTO_MAPS):
+        (folder / f".{name}.new").unlink(missing_ok=True)
+    for path in (*folder.glob(f".{BACKUP_PREFIX}*"), *folder.glob(f"{BACKUP_PREFIX}*/.{MANIFEST}.new")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def write(folder: Path, plan: dict[str, bytes]) -> None:
     """Carry out the plan. A run that was interrupted is continued: its backup has the originals."""
     refuse_links(folder, plan)
+    remove_leftovers(folder)
     unfinished = [path for path in backups(folder) if not read_json(path / MANIFEST)["finished"]]
     if unfinished:
         backup = unfinished[-1]
@@ -234,7 +255,11 @@ def write(folder: Path, plan: dict[str, bytes]) -> None:
             raise Problem(f"{backup.name} is of an interrupted run with other files; --restore first, then --write.")
     else:
         replaced = [name for name in plan if (folder / name).exists()]
-        manifest = {"replaced": replaced, "added": [name for name in plan if name not in replaced], "finished": False}
+        manifest = {
+            "replaced": replaced,
+            "added": [name for name in plan if name not in replaced],
+            "finished": False,
+        }
         backup = folder / f"{BACKUP_PREFIX}{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
         temporary = folder / f".{backup.name}"
         temporary.mkdir()
@@ -242,6 +267,9 @@ def write(folder: Path, plan: dict[str, bytes]) -> None:
             shutil.copy2(folder / name, temporary / name)
         write_file(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
         os.rename(temporary, backup)
+    written = {name: hashlib.sha256(content).hexdigest() for name, content in plan.items()}
+    manifest["written"] = {**manifest.get("written", {}), **written}
+    write_file(backup / MANIFEST, json.dumps(manifest, indent=2).encode())
     for name, content in plan.items():
         write_file(folder / name, content)
         print(f"wrote {name}")
@@ -252,9 +280,18 @@ def write(folder: Path, plan: dict[str, bytes]) -> None:
 def restore(folder: Path) -> None:
     """Undo the last --write: the old model first, so that the folder loads whenever this stops."""
     if not backups(folder):
+        remove_leftovers(folder)
         raise Problem("There is nothing to restore: no folder " + BACKUP_PREFIX + "... with a manifest.")
     backup = backups(folder)[-1]
     manifest = read_json(backup / MANIFEST)
+    written = manifest.get("written", {})
+    refuse_links(folder, written)
+    for name, digest in written.items():
+        path, original = folder / name, backup / name
+        known = {digest} | ({file_digest(original)} if original.exists() else set())
+        if path.exists() and file_digest(path) not in known:
+            raise Problem(f"{name} was changed after the upgrade. Rename it to keep it, then --restore again.")
+    remove_leftovers(folder)
     for name in reversed(manifest["replaced"]):
         temporary = folder / f".{name}.new"
         shutil.copy2(backup / name, temporary)
@@ -263,7 +300,8 @@ def restore(folder: Path) -> None:
     for name in reversed(manifest["added"]):
         (folder / name).unlink(missing_ok=True)
         print(f"removed {name}")
-    shutil.rmtree(backup)
+    os.rename(backup, folder / f".{backup.name}")  # in one step: half a backup could not be restored again
+    remove_leftovers(folder)
 
 
 def copy_to(folder: Path, target: Path) -> None:
@@ -285,10 +323,13 @@ def copy_to(folder: Path, target: Path) -> None:
 
 def try_loading(folder: Path) -> None:
     """Load configuration, tokenizer and, without its weights, the model, as a user would."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    except Exception as error:
+        raise Problem(f"The folder does not load ({type(error).__name__}: {error}). --restore undoes it.") from error
     count = sum(p.numel() for p in model.parameters())
     print(f"loads: {type(model).__name__} with {count / 1e9:.2f} billion parameters, {len(tokenizer)} tokens")
 
@@ -323,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("everything is up to date")
         try_loading(folder)
         return 0
-    except Problem as problem:
+    except (Problem, OSError) as problem:  # OSError names the file that can't be read or written
         print(f"problem: {problem}", file=sys.stderr)
         return 2
 

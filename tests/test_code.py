@@ -1,0 +1,87 @@
+"""What the code that travels with a checkpoint may not do, read from its source."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+
+import pytest
+from conftest import CODE, ROOT
+from matrix import interpreter
+
+SOURCES = {name: (ROOT / name).read_text(encoding="utf-8") for name in CODE}
+TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
+
+
+def imported(node):
+    """Modules in import statements that no `try` guards."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and not node.level:
+        yield node.module
+    elif not isinstance(node, ast.Try):
+        for child in ast.iter_child_nodes(node):
+            yield from imported(child)
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_import_statements_name_only_what_is_always_installed(name):
+    """
+    transformers refuses remote code with import statements, even inside functions, of packages that are not installed,
+    unless `try` guards them. Loading from a local folder does not show it: only the first module is looked at there.
+    """
+    standard = {
+        *("base64", "codecs", "copy", "functools", "importlib", "inspect", "math", "os", "queue", "re", "threading"),
+        *("__future__", "typing", "unicodedata"),
+    }
+    packages = {module.split(".")[0] for module in imported(TREES[name])}
+    assert packages <= standard | {"torch", "transformers", "tiktoken"}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_nothing_is_executed_written_fetched_or_printed(name):
+    names = {node.id for node in ast.walk(TREES[name]) if isinstance(node, ast.Name)}
+    assert not names & {"eval", "exec", "compile", "__import__", "print", "input"}
+    modules = {module.split(".")[0] for module in imported(TREES[name])}
+    assert not modules & {"subprocess", "socket", "urllib", "requests", "httpx", "pickle", "shutil", "ctypes"}
+    assert not re.search(r"torch\.(load|hub)\b", SOURCES[name])
+    writes = re.findall(r"open\([^)]*[\"'][wax]b?[\"'].*", SOURCES[name])
+    if name == "tokenization_qwen.py":  # saving the vocabulary, when asked to
+        assert len(writes) == 1
+        assert "paths[-1]" in writes[0]
+    else:
+        assert not writes
+
+
+@pytest.mark.parametrize("path", sorted((*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("examples/*.py"))))
+def test_only_one_module_asks_for_a_release(path):
+    if path.name == "transformers_compat.py":
+        return
+    source = path.read_text(encoding="utf-8")
+    for pattern in ("__version__", r"version\.parse", r"packaging", r"inspect\.signature", r"hasattr\(transformers"):
+        assert not re.search(pattern, source), pattern
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler) and node.type is not None:
+            assert "ImportError" not in ast.dump(node.type)
+            assert "ModuleNotFoundError" not in ast.dump(node.type)
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_syntax_of_python_38(name):
+    ast.parse(SOURCES[name], feature_version=(3, 8))
+
+
+@pytest.mark.parametrize("version", ["3.8", "3.9", "3.10", "3.11", "3.12", "3.13"])
+def test_compiles_on_every_python_at_hand(version, tmp_path):
+    """Running the modules there needs torch; `tests/matrix.py --others` does it."""
+    try:
+        python = interpreter(version)
+    except LookupError as error:
+        pytest.skip(str(error))
+    for name in CODE:
+        subprocess.run([python, "-W", "error", "-c", compiling(ROOT / name)], check=True, cwd=tmp_path)
+
+
+def compiling(path) -> str:
+    return f"compile(open({str(path)!r}, encoding='utf-8').read(), {path.name!r}, 'exec')"
