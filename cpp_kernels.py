@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import math
 import os
 import platform
@@ -45,6 +46,8 @@ NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 MAX_ROWS = 8  # of `linear`; from there on PyTorch's matrix product is faster
 
 _FLOATS = (torch.float32, torch.bfloat16)
+# torch up to 2.0 has no fused attention with a scale of its own
+_HAS_SDPA = "scale=None" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
 
 
 def _differentiated(*tensors: torch.Tensor | None) -> bool:
@@ -143,13 +146,19 @@ def decode_attention_reference(q, k, v, mask, scaling, causal):
     if causal and T > 1:
         seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         mask = seen if mask is None else mask & seen
-    dtype = torch.promote_types(q.dtype, k.dtype)
-    y = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), mask, scale=scaling)  # (B, nh, T, hd)
+    dtype, out = torch.promote_types(q.dtype, k.dtype), q.dtype
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if _HAS_SDPA:
+        y = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling)  # (B, nh, T, hd)
+    else:
+        scores = (q @ k.transpose(2, 3)).float() * scaling
+        scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+        y = scores.softmax(-1).to(dtype) @ v  # (B, nh, T, hd)
     if mask is not None:  # the softmax of nothing is not a number
         y = y.masked_fill(~mask.any(-1, keepdim=True), 0)
     if S == 0:
         y = torch.zeros_like(q)
-    return y.transpose(1, 2).to(q.dtype).contiguous()
+    return y.transpose(1, 2).to(out).contiguous()
 
 
 # --- Quantised keys and values -----------------------------------------------------------------------------------
@@ -384,10 +393,12 @@ if not hasattr(_state, "lock"):
     _state.loaded = None  # whether the native kernels are; None: not tried yet
     _state.reason = None  # why they are not
     _state.path = None
-    _state.library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    _state.load_cuda = None  # registers kernels for GPUs
+    _state.cuda = None  # what they are, or why there are none; None: not tried yet
     _state.defined = False
-
-_OPERATORS = getattr(torch.ops, NAMESPACE)
+    _state.library = None
+    if "FRAGMENT" in (torch.library.Library.__doc__ or ""):  # torch up to 2.0 has none: the references run
+        _state.library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 # name: schema, reference, what it returns for tensors without data
@@ -428,7 +439,7 @@ OPERATIONS = {
 
 def _define(name, schema, reference, empty):
     def kernel(x, *args):
-        if x.device.type == "cpu" and not _state.loaded and load():
+        if _load_for(x.device.type):
             return getattr(_OPERATORS, name)(x, *args)  # native from now on
         return reference(x, *args)
 
@@ -437,8 +448,13 @@ def _define(name, schema, reference, empty):
     _state.library.impl(name, empty, "Meta")
 
 
+if _state.library is None:
+    _OPERATORS = types.SimpleNamespace(**{_name: _parts[1] for _name, _parts in OPERATIONS.items()})
+else:
+    _OPERATORS = getattr(torch.ops, NAMESPACE)
+
 with _state.lock:
-    if not _state.defined:
+    if _state.library is not None and not _state.defined:
         for _name, _parts in OPERATIONS.items():
             _define(_name, *_parts)
         _state.defined = True
@@ -464,6 +480,45 @@ def set_source_folder(folder) -> None:
             _state.folders.append(folder)
             if _state.loaded is False:
                 _state.loaded = None  # try once more
+
+
+def set_cuda_kernels(load) -> None:
+    """
+    Have `load(library)` called when the first tensor on a GPU comes. It registers implementations of `OPERATIONS` for
+    the dispatch key CUDA with the torch.library.Library that it gets, and returns their name; RuntimeError says why not.
+    """
+    _state.load_cuda = load
+
+
+def _load_for(device: str) -> bool:
+    """Whether kernels for this type of device were loaded just now."""
+    if device == "cpu":
+        return not _state.loaded and load()
+    if device != "cuda" or _state.cuda is not None or _state.load_cuda is None:
+        return False
+    with _state.lock:
+        if _state.cuda is not None:
+            return False
+        try:
+            _state.cuda = _state.load_cuda(_state.library)
+        except RuntimeError as error:
+            _state.cuda = f"PyTorch ({error})"
+            logger.warning(f"Kernels for GPUs are not in use; PyTorch computes the same, more slowly. {error}")
+            return False
+    logger.info(f"Kernels for GPUs are in use: {_state.cuda}")
+    return True
+
+
+def implementation(device) -> str:
+    """What computes the operations on this device, in words; nothing is built for the answer."""
+    kind = torch.device(device).type
+    if kind == "cpu" and _state.loaded:
+        return f"native, {_OPERATORS.cpu_level('')}"
+    if kind == "cpu" and _state.loaded is None:
+        return "native kernels, not built yet"
+    if kind == "cuda" and (_state.cuda or _state.load_cuda is not None):
+        return _state.cuda or "Triton, not compiled yet"
+    return "PyTorch" if kind != "cpu" else f"PyTorch ({_state.reason})"
 
 
 def load() -> bool:
@@ -501,6 +556,10 @@ def set_instructions(name: str) -> str:
 def _load() -> bool:
     if os.environ.get("QWEN_NATIVE_KERNELS", "1") == "0":
         _state.reason = "QWEN_NATIVE_KERNELS=0 switches them off."
+        logger.info(f"Native CPU kernels are not in use: {_state.reason}")
+        return False
+    if _state.library is None:
+        _state.reason = f"They need PyTorch 2.1 or newer, this is {torch.__version__}."
         logger.info(f"Native CPU kernels are not in use: {_state.reason}")
         return False
     try:
@@ -613,8 +672,8 @@ def _source() -> bytes:
 @contextlib.contextmanager
 def _only_process(path: Path):
     """One process at a time; the system lets go of the lock of a process that dies."""
-    import fcntl
-
+    # Not an import statement: transformers refuses code that imports what Windows lacks.
+    fcntl = importlib.import_module("fcntl")
     with open(path, "w") as file:
         with contextlib.suppress(OSError):  # a file system without locks: two may build, which does no harm
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -30,7 +30,7 @@ except ImportError:  # up to 4.52
 # --- PyTorch -----------------------------------------------------------------------------------------------------
 
 # torch up to 1.13 has no fused attention, 2.0 one without a scale
-HAS_SDPA = "scale" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
+HAS_SDPA = "scale=None" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
 
 
 def cpu_supports_bf16() -> bool:

@@ -25,13 +25,17 @@ kernels = importlib.import_module("qwen.cpp_kernels")
 operators = kernels._OPERATORS
 
 COMPILER = next((found for found in map(shutil.which, ("c++", "g++", "clang++")) if found), None)
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+WHAT_IS_NEEDED = "needs a C++ compiler, and torch 2.1"
+if kernels._state.library is None:
+    COMPILER = None
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason=WHAT_IS_NEEDED)
+needs_operators = pytest.mark.skipif(kernels._state.library is None, reason="needs the operators of torch 2.1")
 
 
 @pytest.fixture(scope="session")
 def native():
     if COMPILER is None:
-        pytest.skip("needs a C++ compiler")
+        pytest.skip(WHAT_IS_NEEDED)
     found = kernels.kernels_in_use()
     assert found["native"], found["reason"]
     return found["instructions"]
@@ -594,6 +598,7 @@ def test_what_was_built_is_used_where_there_is_no_compiler(make_version, monkeyp
     assert version.module._library() == built
 
 
+@needs_operators
 def test_without_a_compiler(make_version, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
@@ -615,6 +620,7 @@ def test_without_setuptools(make_version, monkeypatch):
     assert "pip install setuptools" in warning
 
 
+@needs_operators
 def test_without_a_home(make_version, monkeypatch):
     def home():
         raise RuntimeError("Could not determine home directory.")
@@ -639,6 +645,7 @@ def test_a_library_that_cannot_be_loaded(make_version):
     assert "Delete it" in warning
 
 
+@needs_operators
 def test_with_a_compiler_that_is_not_there(make_version, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     version = make_version()
@@ -706,6 +713,16 @@ def test_a_source_that_was_tampered_with_is_not_compiled(make_version, tmp_path,
     assert not (tmp_path / "compiled").exists()
 
 
+def test_an_old_torch_runs_the_references(make_version, monkeypatch):
+    monkeypatch.setattr(torch.library.Library, "__doc__", "A class with two kinds.")
+    version = make_version()
+    assert version.module._state.library is None
+    assert version.answers_right()
+    assert not version.warnings()
+    assert "need PyTorch 2.1 or newer" in version.module.kernels_in_use()["reason"]
+
+
+@needs_operators
 def test_switched_off(make_version, monkeypatch):
     monkeypatch.setenv("QWEN_NATIVE_KERNELS", "0")
     version = make_version()
