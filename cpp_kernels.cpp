@@ -37,9 +37,9 @@ constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
 // int4, see cpp_kernels.py: 8 channels share a step and a centre, chosen from these.
 constexpr int GROUP = 8;
-constexpr float STEPS[4] = {0.92 / 15, 1.2 / 15, 1.48 / 15, 1.8 / 15};
-constexpr float INVERSES[4] = {15 / 0.92, 15 / 1.2, 15 / 1.48, 15 / 1.8};
-constexpr float CENTRES[8] = {0.35, 1.15, 1.9, 2.55, -0.35, -1.15, -1.9, -2.55};
+constexpr float STEPS[4] = {58. / 64, 77. / 64, 96. / 64, 115. / 64};
+constexpr float INVERSES[4] = {64. / 58, 64. / 77, 64. / 96, 64. / 115};
+constexpr float CENTRES[8] = {-161. / 64, -115. / 64, -69. / 64, -23. / 64, 23. / 64, 69. / 64, 115. / 64, 161. / 64};
 
 struct Linear {
   const void* x;  // (rows rounded up to a power of two, in), float or BFloat16
@@ -1025,7 +1025,7 @@ void encode4(const float* x, int64_t hd, uint8_t* codes, uint8_t* params) {
   const int64_t G = hd / GROUP;
   float low, high;
   extremes(x, hd, &low, &high);
-  const BFloat16 base = std::fabs(std::max(-low, high));
+  const BFloat16 base = std::fabs(std::max(-low, high)) * (1.f / 15);
   const float divisor = base > 0 ? static_cast<float>(base) : 1.f;
   std::memset(params, 0, 2 + G / 2 + (G + 7) / 8);
   std::memcpy(params, &base, 2);

@@ -39,7 +39,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "d422e0412b71d5aea7e368008a601c73f3bbe340ead6c3eb95fb07b4b839f3ac"
+SOURCE_SHA256 = "4e5d53cb821acaff1e410e07d676175c161855bf11eafcf926c094c464582781"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
@@ -48,6 +48,11 @@ MAX_ROWS = 8  # of `linear`; from there on PyTorch's matrix product is faster
 _FLOATS = (torch.float32, torch.bfloat16)
 # torch up to 2.0 has no fused attention with a scale of its own
 _HAS_SDPA = "scale=None" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
+
+
+def _floats(x: torch.Tensor) -> tuple:
+    """What kernels on this device read."""
+    return (*_FLOATS, torch.float16) if x.device.type == "cuda" else _FLOATS
 
 
 def _differentiated(*tensors: torch.Tensor | None) -> bool:
@@ -125,7 +130,8 @@ def decode_attention(
     """
     mask, causal = _check_mask(mask)
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-    if q.dtype in _FLOATS and k.dtype in _FLOATS and k.dtype == v.dtype and not _differentiated(q, k, v):
+    floats = _floats(q)
+    if q.dtype in floats and k.dtype in floats and k.dtype == v.dtype and not _differentiated(q, k, v):
         return _OPERATORS.decode_attention(q, k, v, mask, scaling, causal)
     return decode_attention_reference(q, k, v, mask, scaling, causal)
 
@@ -175,12 +181,13 @@ def decode_attention_reference(q, k, v, mask, scaling, causal):
 # channel i + hd / 2 in its high half. The parameters are the base, bfloat16, then 4 bits a group, even groups in the
 # low half of a byte, whose upper two choose step = base * STEPS[.] and whose lower two choose a centre, then a bit a
 # group, group 0 in the lowest bit of a byte: centre = CENTRES[4 * bit + two bits]. hd 128: 64 + 2 + 8 + 2 = 76 bytes.
-# The base is the largest magnitude; of the 32 pairs the one with the smallest squared error is taken. STEPS and
-# CENTRES were fitted to normally distributed numbers, which after the rotation everything resembles.
+# The base is a 15th of the largest magnitude; of the 32 pairs the one with the smallest squared error is taken. STEPS
+# and CENTRES were fitted to normally distributed numbers, which after the rotation everything resembles; being
+# equally spaced they are computed on a GPU, not looked up.
 
 GROUP = 8
-STEPS = tuple(x / 15 for x in (0.92, 1.2, 1.48, 1.8))
-CENTRES = (0.35, 1.15, 1.9, 2.55, -0.35, -1.15, -1.9, -2.55)
+STEPS = tuple((58 + 19 * i) / 64 for i in range(4))
+CENTRES = tuple((i - 3.5) * 46 / 64 for i in range(8))
 
 
 def quantized_sizes(head_dim: int, bits: int) -> tuple[int, int]:
@@ -230,7 +237,7 @@ def quantize_append(codes: torch.Tensor, params: torch.Tensor, x: torch.Tensor, 
     _check_store(codes, params, x.shape[-1])
     if position < 0 or position + x.shape[2] > codes.shape[2]:
         raise ValueError(f"{x.shape[2]} tokens at position {position} don't fit a store of {codes.shape[2]} tokens.")
-    if x.dtype not in _FLOATS:
+    if x.dtype not in _floats(x):
         x = x.float()
     _OPERATORS.quantize_append(codes, params, x.detach(), position)
 
@@ -260,7 +267,7 @@ def _quantize8(x):
 
 def _quantize4(x):
     """x: float32 (..., hd). Returns codes uint8 (..., hd / 2), parameters uint8 (...)."""
-    base = x.abs().amax(-1, keepdim=True).bfloat16()  # (..., 1)
+    base = (x.abs().amax(-1, keepdim=True) * (1 / 15)).bfloat16()  # (..., 1)
     x = x / torch.where(base > 0, base.float(), 1)
     x = x.unflatten(-1, (GROUP, -1))  # (..., 8, G)
     best = torch.full_like(x[..., 0, :], math.inf)  # (..., G)
@@ -328,7 +335,7 @@ def quantized_decode_attention(
     _check_store(v_codes, v_params, q.shape[-1])
     mask, causal = _check_mask(mask)
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-    inputs = q if q.dtype in _FLOATS else q.float()
+    inputs = q if q.dtype in _floats(q) else q.float()
     return _OPERATORS.quantized_decode_attention(
         inputs.detach(), k_codes, k_params, v_codes, v_params, mask, scaling, causal
     ).to(q.dtype)
@@ -482,10 +489,23 @@ def set_source_folder(folder) -> None:
                 _state.loaded = None  # try once more
 
 
+def copy_source(folder) -> None:
+    """Put `cpp_kernels.cpp` into a folder that a model is saved to, so that the saved code is whole."""
+    try:
+        source = _source()
+    except _Unavailable as error:
+        logger.info(f"cpp_kernels.cpp is not saved with the code: {error}")
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "cpp_kernels.cpp").write_bytes(source)
+
+
 def set_cuda_kernels(load) -> None:
     """
-    Have `load(library)` called when the first tensor on a GPU comes. It registers implementations of `OPERATIONS` for
-    the dispatch key CUDA with the torch.library.Library that it gets, and returns their name; RuntimeError says why not.
+    Have `load(library)` called when the first tensor on a GPU comes.
+
+    It registers implementations of `OPERATIONS` for the dispatch key CUDA with the torch.library.Library that it gets,
+    and returns their name; RuntimeError says why not.
     """
     _state.load_cuda = load
 

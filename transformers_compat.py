@@ -105,6 +105,78 @@ except ImportError:  # up to 4.35
             self.layers = [tuple(t.index_select(0, beam_idx.to(t.device)) for t in layer) for layer in self.layers]
 
 
+# What `crop(0)` means: up to 5.10 `crop` is told how many tokens to keep, in 5.17 how many to remove.
+_CROP_REMOVES = hasattr(DynamicCache, "crop") and "tokens_to_remove" in inspect.signature(DynamicCache.crop).parameters
+
+
+class LayeredCache(DynamicCache):
+    """
+    What any release calls on a cache, for caches whose `layers` are objects with `length` tokens of their own.
+
+    A layer has `crop(length)`, `select(rows)`, `reset()` and a `batch_size` too. It is a DynamicCache because releases
+    up to 4.53 shorten no other.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_initialized = True
+
+    def __init__(self):
+        super().__init__()
+        self.layers: list = []
+
+    @property
+    def is_sliding(self) -> list:
+        return [False] * len(self.layers)
+
+    def __len__(self):
+        return len(self.layers)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self.layers)))
+
+    def to_legacy_cache(self):
+        return tuple(self)
+
+    def get_seq_length(self, layer_idx=0):
+        return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
+
+    def get_max_length(self, layer_idx=None):  # up to 4.45, and in 5.17; between them the name below
+        return None if _CACHE_WANTS_POSITIONS else -1
+
+    get_max_cache_shape = get_max_length
+
+    def get_usable_length(self, new_seq_length, layer_idx=0):  # up to 4.55
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length, layer_idx):
+        if torch.is_tensor(query_length):  # their positions, up to 5.1
+            query_length = query_length.shape[0]
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def crop(self, length):
+        """Keep the first `length` tokens; a negative number removes as many at the end."""
+        if length < 0 or (length == 0 and _CROP_REMOVES):
+            length += self.get_seq_length()
+        for layer in self.layers:
+            layer.crop(max(length, 0))
+
+    def reset(self):
+        for layer in self.layers:
+            layer.reset()
+
+    def reorder_cache(self, beam_idx):
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices):
+        for layer in self.layers:
+            layer.select(indices)
+
+    def batch_repeat_interleave(self, repeats):
+        for layer in self.layers:
+            layer.select(torch.arange(layer.batch_size).repeat_interleave(repeats))
+
+
 def as_cache(past_key_values):
     """Up to 4.46 some ways of generating hand over a tuple of (key, value) pairs, one a layer; as a cache."""
     if isinstance(past_key_values, (tuple, list)) and hasattr(DynamicCache, "from_legacy_cache"):

@@ -90,6 +90,10 @@ CODE = (
     "modeling_qwen.py",
     "tokenization_qwen.py",
     "qwen_generation_utils.py",
+    "qwen_cache.py",
+    "cpp_kernels.py",
+    "cpp_kernels.cpp",
+    "triton_kernels.py",
     "transformers_compat.py",
 )
 
