@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .transformers_compat import PretrainedConfig
 
-PRECISION_FLAGS = ("bf16", "fp16", "fp32")
+PRECISION_FLAGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # as torch calls them
 AUTO_MAP = {
     "AutoConfig": "configuration_qwen.QWenConfig",
     "AutoModel": "modeling_qwen.QWenModel",
@@ -141,9 +141,16 @@ class QWenConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As inherited; a precision that the caller names replaces the one in the file."""
-        named = any(kwargs.get(key) for key in (*PRECISION_FLAGS, "dtype", "torch_dtype"))
-        if named:
+        """
+        As inherited; a precision that the caller names replaces the one in the file.
+
+        Raises ValueError for two that contradict each other.
+        """
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        flags = [flag for flag in PRECISION_FLAGS if kwargs.get(flag)]
+        for flag in flags:
+            check_precision(flag, dtype)
+        if flags or dtype:
             config_dict = {**config_dict, **dict.fromkeys(PRECISION_FLAGS, False)}
         return super().from_dict(config_dict, **kwargs)
 
@@ -191,3 +198,9 @@ class QWenConfig(PretrainedConfig):
                 f"At most one of bf16, fp16 and fp32 may be true, found {' and '.join(flags)}. "
                 f"Pass the one you want and set the others to False."
             )
+
+
+def check_precision(flag: str, dtype) -> None:
+    """Raise ValueError if `dtype` (a torch.dtype, its name, "auto" or None) contradicts a flag that is true."""
+    if dtype not in (None, "auto") and str(dtype).replace("torch.", "") != PRECISION_FLAGS[flag]:
+        raise ValueError(f"{flag}=True contradicts dtype={dtype}; pass one of them.")

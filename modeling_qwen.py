@@ -25,7 +25,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import cached_file, logging
 
-from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig
+from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
 from .cpp_kernels import copy_source, set_source_folder
 from .qwen_cache import QWenCache, QWenQuantizedCache
 from .qwen_generation_utils import (
@@ -117,16 +117,12 @@ class RotaryEmbedding(nn.Module):
         self, position_ids: torch.Tensor, alpha: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        position_ids: int64 (B or 1, T); alpha: float32 (B or 1,), the NTK scale of the base.
+        position_ids: int64 (B or 1, T); alpha: float32 (B or 1, T or 1), the NTK scale of the base.
         Returns cosines and sines, each float32 (B or 1, 1, T, dim).
         """
         exponents = torch.arange(0, self.dim, 2, device=position_ids.device, dtype=torch.float32) / self.dim
-        if alpha is None:
-            inv_freq = (1.0 / self.base**exponents)[None]  # (1, dim / 2)
-        else:
-            base = self.base * alpha ** (self.dim / (self.dim - 2))  # (B,)
-            inv_freq = 1.0 / base[:, None] ** exponents  # (B, dim / 2)
-        angles = position_ids[:, :, None].float() * inv_freq[:, None, :]  # (B, T, dim / 2)
+        base = self.base if alpha is None else self.base * alpha[..., None] ** (self.dim / (self.dim - 2))  # (B, T, 1)
+        angles = position_ids[:, :, None].float() * (1.0 / base**exponents)  # (B, T, dim / 2)
         angles = torch.cat((angles, angles), dim=-1)[:, None]  # (B, 1, T, dim)
         return angles.cos(), angles.sin()
 
@@ -391,12 +387,10 @@ class QWenPreTrainedModel(PreTrainedModel):
     def _choose_dtype(config: QWenConfig, dtype, on_accelerator: bool):
         """The precision to load in; `dtype` is what the caller passed: a torch.dtype, "auto" or None."""
         config.check()
-        named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
         flag = next((flag for flag in PRECISION_FLAGS if getattr(config, flag)), None)
         if flag is not None:
-            if dtype not in (None, "auto", named[flag]):
-                raise ValueError(f"{flag}=True contradicts dtype={dtype}; pass one of them.")
-            return named[flag]
+            check_precision(flag, dtype)
+            return getattr(torch, PRECISION_FLAGS[flag])
         if dtype is not None:
             return dtype
         own = getattr(config, DTYPE, None)
@@ -553,7 +547,7 @@ class QWenModel(QWenPreTrainedModel):
 
         alpha, query_scale = None, None
         if self.config.use_dynamic_ntk and not self.training:
-            alpha = self._ntk_alpha(position_ids, past_key_values, past_length)
+            alpha = self._ntk_alpha(position_ids, past_key_values, past_length, kwargs.get("cu_seq_lens_q"))
         if self.config.use_logn_attn and not self.training:
             query_scale = logn_scale(position_ids, self.config.seq_length)[:, None, :, None]  # (B, 1, T, 1)
         cos, sin = self.rotary_emb(position_ids, alpha)  # (B, 1, T, rotated) each
@@ -614,21 +608,29 @@ class QWenModel(QWenPreTrainedModel):
         counted = attention_mask.long().cumsum(-1) - 1  # (B, S)
         return counted.clamp(min=0)[:, cache_position]  # (B, T)
 
-    def _ntk_alpha(self, position_ids: torch.Tensor, cache, past_length) -> torch.Tensor:
+    def _ntk_alpha(self, position_ids: torch.Tensor, cache, past_length, sequence_starts=None) -> torch.Tensor:
         """
-        The NTK scale of each sequence, float32 (B or 1,): that of its prompt, which its cache remembers.
+        The NTK scale of each sequence, float32 (B or 1, T or 1): that of its prompt, which its cache remembers.
 
         While `generate` runs, the length of the prompt is noted on the cache (`prompt_lengths`), for a prompt that
         arrives in chunks or with draft tokens behind it; otherwise the first tokens that a cache sees are the prompt.
+
+        sequence_starts: int32 (sequences + 1,), for several sequences in one row (packed, or continuous batching, whose
+        cache is not seen here): each has the scale of its present length then.
         """
+        if sequence_starts is not None:
+            tokens = torch.arange(position_ids.shape[1], device=position_ids.device)
+            ends = sequence_starts[1:].to(position_ids.device)
+            last = ends[torch.searchsorted(ends, tokens, right=True).clamp(max=ends.shape[0] - 1)] - 1
+            return ntk_alpha(position_ids[:, last.long().clamp(min=0)] + 1, self.config.seq_length)  # (1, T)
         lengths = getattr(cache, "prompt_lengths", None)
         if lengths is None:
             lengths = position_ids.amax(-1) + 1
         elif lengths.shape[0] < position_ids.shape[0]:  # rows became beams after the note
             lengths = lengths.repeat_interleave(position_ids.shape[0] // lengths.shape[0])
-        alpha = ntk_alpha(lengths.to(position_ids.device), self.config.seq_length)
+        alpha = ntk_alpha(lengths.to(position_ids.device), self.config.seq_length)  # (B,)
         if cache is None:
-            return alpha
+            return alpha[:, None]
         stored = getattr(cache, "ntk_alpha", None)
         if isinstance(past_length, torch.Tensor) and stored is not None:
             # A static cache may have been reset. Its length is a tensor: decide without a branch, so that this
@@ -636,10 +638,10 @@ class QWenModel(QWenPreTrainedModel):
             alpha = torch.where(past_length == 0, alpha, stored.to(alpha.device))
             if not is_compiling():
                 cache.ntk_alpha = alpha
-            return alpha
+            return alpha[:, None]
         if stored is None or past_length == 0:
             cache.ntk_alpha = alpha
-        return cache.ntk_alpha
+        return cache.ntk_alpha[:, None]
 
 
 def _announced(cache: QWenCache) -> QWenCache:

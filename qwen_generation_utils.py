@@ -6,11 +6,13 @@ Knows tokens and text, not the network.
 
 from __future__ import annotations
 
-import codecs
+import ast
 import copy
+import json
 import queue
+import re
 import threading
-from typing import Iterator, List, Sequence, Tuple
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
@@ -128,6 +130,154 @@ def decode_tokens(
     return (response, end_reason) if return_end_reason else response
 
 
+# Of this wording only the names in front of the colons matter: `make_tool_context` and `parse_react` look for them.
+# For a checkpoint that was tuned on another wording pass that.
+TOOL_PROMPT = """You can call these tools to answer the question:
+
+{tools}
+
+Write your answer in this form:
+
+Question: the question to answer
+Thought: what to do next, and why
+Action: the tool to call, one of [{names}]
+Action Input: a JSON object with its arguments
+Observation: what the tool returned
+... (Thought, Action, Action Input and Observation as often as needed)
+Thought: the question can be answered now
+Final Answer: the answer to the question
+
+Question: {query}"""
+OBSERVATION = "Observation:"
+
+
+def _describe_tool(tool: dict) -> tuple[str, str]:
+    """Name and description of a tool, in the published form, or as a function or a tool of OpenAI's interface."""
+    tool = tool.get("function", tool) if isinstance(tool, dict) else {}
+    name = tool.get("name_for_model", tool.get("name"))
+    if not isinstance(name, str) or not name or "\n" in name:
+        raise ValueError(
+            f"A tool must be a dictionary with a name (or name_for_model), description and parameters, found {tool!r}."
+        )
+    description = tool.get("description_for_model", tool.get("description", ""))
+    parameters = json.dumps(tool.get("parameters", {}), ensure_ascii=False)
+    return name, f"{name}: {description} Parameters: {parameters}"
+
+
+def make_tool_context(
+    tokenizer,
+    messages: Sequence[dict],
+    tools: Sequence[dict],
+    system: str = "You are a helpful assistant.",
+    max_window_size: int = 6144,
+    prompt: str = TOOL_PROMPT,
+) -> tuple[str, list[int]]:
+    """
+    The prompt for the next step of an answer that may call tools (ReAct, https://arxiv.org/abs/2210.03629).
+
+    Args:
+        messages: `{"role": "user", "content": ...}`, `{"role": "assistant", "content": ..., "function_call": {"name":
+            ..., "arguments": JSON}}` for a call, `{"role": "function", "name": ..., "content": ...}` for its result,
+            and `{"role": "assistant", "content": ...}` for an answer; calls and results follow their question.
+        tools: a name, a description and parameters (any JSON) each; the tools of OpenAI's interface and those of the
+            published examples (`name_for_model`, `description_for_model`) are read too.
+        prompt: puts `{tools}`, their `{names}` and the `{query}` together.
+
+    Returns the prompt as text and as token ids, like `make_context`: nothing that a person or a tool wrote becomes a
+    control token. The model's next words follow; stop it at `Observation:`, and read them with `parse_react`.
+
+    Raises ValueError for tools without a name, or messages in another order.
+
+    Example:
+        >>> text, ids = make_tool_context(tokenizer, [{"role": "user", "content": "What is 17 * 23?"}], tools)
+    """
+    turns: list[list[str]] = []
+    for message in messages:
+        role, content = message.get("role"), message.get("content") or ""
+        call = message.get("function_call")
+        if role == "user" and (not turns or turns[-1][1]):
+            turns.append([content, ""])
+        elif role == "assistant" and turns and call is not None:
+            turns[-1][1] += f"Thought: {content}\nAction: {call['name']}\nAction Input: {call['arguments']}\n"
+        elif role in ("function", "tool") and turns and turns[-1][1]:
+            turns[-1][1] += f"{OBSERVATION} {content}\n"
+        elif role == "assistant" and turns:
+            turns[-1][1] += f"Final Answer: {content}" if turns[-1][1] else content
+        else:
+            raise ValueError(
+                f"After {len(turns)} questions a message of the role {role!r} has no place: the first is a user's, "
+                f"and each question is followed by calls, their results and an answer."
+            )
+    if not turns:
+        raise ValueError("There is no message from a user.")
+    names, descriptions = zip(*map(_describe_tool, tools)) if tools else ((), ())
+    query, answer = turns.pop()
+    values = {"tools": "\n\n".join(descriptions), "names": ", ".join(names), "query": query}
+    query = re.sub(r"\{(tools|names|query)\}", lambda name: values[name.group(1)], prompt)
+    text, ids = make_context(tokenizer, query, [tuple(turn) for turn in turns], system, max_window_size)
+    answer += "Thought:"
+    return text + answer, ids + tokenizer.encode(answer, allowed_special=set())
+
+
+class ReactStep(NamedTuple):
+    """
+    What a model wrote behind a prompt of `make_tool_context`.
+
+    Either `action` is the name of a tool and `arguments` are its arguments, or `answer` is the final answer. `error`
+    says what is wrong with a call, in words to give back to the model as the tool's result.
+    """
+
+    thought: str
+    action: Optional[str] = None
+    arguments: Optional[dict] = None
+    answer: Optional[str] = None
+    error: Optional[str] = None
+
+
+def parse_react(text: str) -> ReactStep:
+    """
+    Read a step: a thought, then a call or the final answer. Text without either is taken for the answer.
+
+    What follows `Observation:` is left out: the model made it up. Arguments may stand in a Markdown fence, have text
+    behind them, or be written as a Python dictionary; whatever else they are is described in `error`.
+
+    Example:
+        >>> parse_react(' I multiply.\\nAction: calculator\\nAction Input: {"expression": "17*23"}\\nObservation:')[:3]
+        ('I multiply.', 'calculator', {'expression': '17*23'})
+    """
+    text = text.split(OBSERVATION)[0]
+    call = re.search(r"^\s*Action\s*:(.*)$", text, re.MULTILINE)
+    final = re.search(r"^\s*Final Answer\s*:", text, re.MULTILINE)
+    first = min((found.start() for found in (call, final) if found), default=None)
+    thought = re.sub(r"^\s*Thought\s*:", "", text[:first] if first is not None else "").strip()
+    if call is None or (final is not None and final.start() < call.start()):
+        answer = text[final.end() :] if final else re.sub(r"^\s*Thought\s*:", "", text)
+        return ReactStep(thought, answer=answer.strip())
+    name = call.group(1).strip().strip("`\"'[]")
+    rest = re.search(r"^\s*Action Input\s*:", text[call.end() :], re.MULTILINE)
+    if rest is None:
+        return ReactStep(thought, name, error="There was no line 'Action Input:' with the arguments.")
+    written = text[call.end() + rest.end() :].strip()
+    if final is not None:
+        written = written.split("Final Answer")[0].strip()
+    arguments = _read_arguments(written)
+    if arguments is None:
+        return ReactStep(thought, name, error=f"The Action Input is not a JSON object: {written[:200]}")
+    return ReactStep(thought, name, arguments)
+
+
+def _read_arguments(written: str) -> dict | None:
+    written = re.sub(r"^```\w*\s*|\s*```$", "", written)
+    for read in (lambda: json.JSONDecoder(strict=False).raw_decode(written)[0], lambda: ast.literal_eval(written)):
+        try:
+            arguments = read()
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(arguments, dict):
+            return arguments
+    return {} if not written else None
+
+
 def get_stop_words_ids(chat_format: str, tokenizer) -> list[list[int]]:
     """
     The token sequences that end a response in this format.
@@ -216,7 +366,7 @@ def check_stop(stop) -> list[str]:
 
 class TextStream:
     """
-    Tokens to text, one at a time, in constant time a token and never ending in half a character.
+    The answer that a model is giving: the text of tokens that come one at a time, never ending in half a character.
 
     Args:
         tokenizer: a QWenTokenizer.
@@ -232,11 +382,10 @@ class TextStream:
     """
 
     def __init__(self, tokenizer, stop_ids=(), stop=()):
-        self._tokenizer = tokenizer
+        self._decoded = tokenizer.decode_stream()
         self._stop_ids = frozenset(stop_ids)
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
-        self._decoder = codecs.getincrementaldecoder("utf-8")(tokenizer.errors)
         self._text = ""
         self.ended = False
 
@@ -245,12 +394,7 @@ class TextStream:
         if not self.ended:
             self.ended = token in self._stop_ids
         if not self.ended:
-            piece = self._tokenizer.convert_ids_to_tokens(token)
-            if isinstance(piece, bytes):
-                self._add(self._decoder.decode(piece))
-            else:  # a control token breaks off a character that was not complete
-                self._add(self._decoder.decode(b"", final=True) + piece)
-                self._decoder.reset()
+            self._add(self._decoded.put(token))
         return not self.ended
 
     def _add(self, piece: str) -> None:
@@ -273,8 +417,7 @@ class TextStream:
 
     def finish(self) -> str:
         """The whole text; an incomplete last character is shown as the tokenizer's `errors` says."""
-        self._add(self._decoder.decode(b"", final=True))
-        self._decoder.reset()
+        self._add(self._decoded.finish())
         self.ended = True
         return self.text
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import os
 import re
 import unicodedata
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import tiktoken
-from transformers import AddedToken
+from transformers import AddedToken, BatchEncoding
 from transformers.utils import logging
 
 from .transformers_compat import PreTrainedTokenizer
@@ -25,10 +28,23 @@ ENDOFTEXT = "<|endoftext|>"
 IMSTART = "<|im_start|>"
 IMEND = "<|im_end|>"
 SPECIAL_TOKENS = (ENDOFTEXT, IMSTART, IMEND, *(f"<|extra_{i}|>" for i in range(205)))
+_ALL_SPECIAL = frozenset(SPECIAL_TOKENS)
 _TOKEN_NAMES = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
     *("additional_special_tokens", "extra_special_tokens"),
 )
+
+# Arguments of transformers' ways to encode that are for its `prepare_for_model`.
+_FURTHER_LISTS = ("return_token_type_ids", "return_special_tokens_mask", "return_length")
+_PREPARING = ("add_special_tokens", "stride", "verbose", *_FURTHER_LISTS)
+
+# In texts shorter than this on average, threads cost more than they bring.
+_TEXT_FOR_THREADS = 1000
+# A run of white space with twice as many characters overflows the stack of tiktoken's regular expression.
+_LONG_SPACE = 500_000
+_SPACE = "\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # the pattern's \s without \r and \n
+# unicodedata sorts a run of combining marks in quadratic time.
+_LONG_MARKS = 500
 
 # ChatML, as `make_context` writes it. Like `chat`, it begins with a system prompt even when none is given.
 CHAT_TEMPLATE = (
@@ -51,7 +67,7 @@ def load_tiktoken_bpe(path: str) -> dict[bytes, int]:
     base64, repeats a token or a rank, or lacks a rank or one of the 256 single bytes.
     """
     ranks: dict[bytes, int] = {}
-    for number, token, rank in _read_lines(path):
+    for number, token, rank in _parse(_read(path), path):
         if token in ranks:
             raise ValueError(f"{path}, line {number}: the token {token!r} is there already, with rank {ranks[token]}.")
         ranks[token] = rank
@@ -71,26 +87,36 @@ def load_tiktoken_bpe(path: str) -> dict[bytes, int]:
     return ranks
 
 
-def _read_lines(path: str):
-    """Line number, token bytes and rank of every line of a vocabulary file."""
-    if not os.path.isfile(path):
+def _read(path: str | None) -> bytes:
+    if path is None or not os.path.isfile(path):  # None: transformers found no such file
         raise FileNotFoundError(
-            f"There is no vocabulary file {path}. It comes with the checkpoint, as {VOCAB_FILES_NAMES['vocab_file']}."
+            f"There is no vocabulary file {path or 'beside the configuration'}. It comes with the checkpoint, as "
+            f"{VOCAB_FILES_NAMES['vocab_file']}."
         )
     with open(path, "rb") as file:
-        for number, line in enumerate(file.read().splitlines(), start=1):
-            if not line:
-                continue
-            fields = line.split()
-            try:
-                encoded, rank = fields
-                token, rank = base64.b64decode(encoded, validate=True), int(rank)
-            except ValueError:
-                raise ValueError(
-                    f"{path}, line {number}: expected 'base64-of-the-token rank', found {line[:80]!r}. "
-                    f"The file is damaged or truncated (or a Git LFS pointer); copy it again."
-                ) from None
-            yield number, token, rank
+        return file.read()
+
+
+def _parse(content: bytes, path: str):
+    """Line number, token bytes and rank of every line of a vocabulary file."""
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line:
+            continue
+        fields = line.split()
+        try:
+            encoded, rank = fields
+            token, rank = base64.b64decode(encoded, validate=True), int(rank)
+        except ValueError:
+            raise ValueError(
+                f"{path}, line {number}: expected 'base64-of-the-token rank', found {line[:80]!r}. "
+                f"The file is damaged or truncated (or a Git LFS pointer); copy it again."
+            ) from None
+        yield number, token, rank
+
+
+def format_tiktoken_bpe(ranks: dict[bytes, int]) -> bytes:
+    """The content of a `.tiktoken` file: one `base64(token bytes) rank` a line."""
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
 
 
 class QWenTokenizer(PreTrainedTokenizer):
@@ -99,12 +125,15 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     Regular tokens are `bytes`, special tokens `str`. Text is normalised to NFC. Unless told otherwise, the surface form
     of a special token in a text becomes that token; `allowed_special` and `disallowed_special` of `tokenize`,
-    `encode` and `__call__` decide which do:
+    `encode` and `__call__` decide which do, and `split_special_tokens=True` means none:
 
         >>> tokenizer.encode("<|endoftext|>")
         [151643]
         >>> tokenizer.encode("<|endoftext|>", allowed_special=set())  # text that came from a person
         [27, 91, 8691, 723, 427, 91, 29]
+
+    A batch of long texts is encoded by several threads, as many as `__call__` is told by `num_threads`, otherwise one
+    for each core.
 
     Args:
         vocab_file: path of `qwen.tiktoken`.
@@ -112,7 +141,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         extra_vocab_file: path of further tokens, one `base64(token bytes) id` a line, ids after the special tokens.
 
     Raises:
-        FileNotFoundError, ValueError: the vocabulary file is missing or damaged; the message names the line.
+        FileNotFoundError, ValueError: a vocabulary file is missing, damaged, or gives an id twice; the message names
+            the line.
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
@@ -126,10 +156,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         self.base_ranks = load_tiktoken_bpe(vocab_file)
         self.special_tokens = {token: len(self.base_ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.extra_ranks = {} if extra_vocab_file is None else self._load_extra(extra_vocab_file)
-        self.mergeable_ranks = {**self.base_ranks, **self.extra_ranks}
-        self.tokenizer = self._make_encoding()
-        self.decoder: dict[int, bytes | str] = {rank: token for token, rank in self.mergeable_ranks.items()}
-        self.decoder.update({rank: token for token, rank in self.special_tokens.items()})
+        self._index_vocabulary()
         self.eod_id = self.special_tokens[ENDOFTEXT]
         self.im_start_id = self.special_tokens[IMSTART]
         self.im_end_id = self.special_tokens[IMEND]
@@ -142,6 +169,16 @@ class QWenTokenizer(PreTrainedTokenizer):
         if kwargs.get("chat_template") is None:
             kwargs["chat_template"] = CHAT_TEMPLATE
         super().__init__(errors=errors, **kwargs)
+        self._show_as_added(self.special_tokens)
+
+    def _index_vocabulary(self) -> None:
+        """What follows from `base_ranks`, `extra_ranks` and `special_tokens`."""
+        self.mergeable_ranks = {**self.base_ranks, **self.extra_ranks}
+        self.decoder: dict[int, bytes | str] = {rank: token for token, rank in self.mergeable_ranks.items()}
+        self.decoder.update({rank: token for token, rank in self.special_tokens.items()})
+        self.tokenizer = tiktoken.Encoding(
+            "Qwen", pat_str=PAT_STR, mergeable_ranks=self.mergeable_ranks, special_tokens=self.special_tokens
+        )
 
     def _check_special(self, token) -> None:
         """Raise ValueError unless it is None, a special token of this vocabulary, or several of them."""
@@ -166,31 +203,38 @@ class QWenTokenizer(PreTrainedTokenizer):
         return super().add_special_tokens(special_tokens_dict, *args, **kwargs)
 
     def _load_extra(self, path: str) -> dict[bytes, int]:
-        """Further tokens with ids behind the special tokens; a token or id that is taken already is skipped."""
+        """Further tokens, with ids behind the special tokens; a token that exists already is skipped."""
         extra: dict[bytes, int] = {}
+        owners: dict[int, bytes] = {}
         first = len(self.base_ranks) + len(SPECIAL_TOKENS)
-        for number, token, rank in _read_lines(path):
+        for number, token, rank in _parse(_read(path), path):
             if token in self.base_ranks or token in extra:
                 logger.info(f"{path}, line {number}: the token {token!r} exists already, skipping it.")
-            elif rank < first or rank in extra.values():
-                logger.info(f"{path}, line {number}: the id {rank} is taken already, skipping {token!r}.")
-            else:
-                extra[token] = rank
+                continue
+            if rank < first or rank in owners:
+                owner = repr(owners[rank]) if rank in owners else "the vocabulary itself"
+                raise ValueError(
+                    f"{path}, line {number}: the id {rank} of {token!r} is taken by {owner}. Give every extra token an "
+                    f"id of its own from {first} on, as tools/extend_vocabulary.py does."
+                )
+            extra[token], owners[rank] = rank, token
         return extra
 
-    def _make_encoding(self) -> tiktoken.Encoding:
-        return tiktoken.Encoding(
-            "Qwen", pat_str=PAT_STR, mergeable_ranks=self.mergeable_ranks, special_tokens=self.special_tokens
-        )
+    # A pickle holds the vocabulary as its files do; what can be made from it is left out.
 
     def __getstate__(self):
         state = self.__dict__.copy()
-        del state["tokenizer"]  # an object of Rust; made again from the ranks
+        for name in ("mergeable_ranks", "decoder", "tokenizer"):
+            del state[name]
+        for name in ("base_ranks", "extra_ranks"):
+            state[name] = format_tiktoken_bpe(state[name])
         return state
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self.tokenizer = self._make_encoding()
+        for name in ("base_ranks", "extra_ranks"):
+            self.__dict__[name] = {token: rank for _, token, rank in _parse(state[name], name)}
+        self._index_vocabulary()
 
     def __len__(self) -> int:
         return self.tokenizer.n_vocab
@@ -207,7 +251,7 @@ class QWenTokenizer(PreTrainedTokenizer):
     def all_special_tokens(self) -> list[str]:
         return list(SPECIAL_TOKENS)
 
-    # Text to tokens
+    # Text to ids
 
     def tokenize(
         self,
@@ -226,29 +270,175 @@ class QWenTokenizer(PreTrainedTokenizer):
             allowed_special: "all", or the set of special tokens whose surface form becomes the token.
             disallowed_special: "all", or the special tokens whose surface form in the text raises ValueError.
 
+        Raises TypeError for what is not a text, ValueError for a special token that does not exist.
+
         Example:
             >>> tokenizer.tokenize("print(1)<|endoftext|>")
             [b'print', b'(', b'1', b')', '<|endoftext|>']
         """
-        if kwargs.get("split_special_tokens", self.split_special_tokens):  # transformers' name for it
-            allowed_special = set()
-        ids = self._text_to_ids(text, allowed_special, disallowed_special, kwargs.get("quotes"))
-        if pair is not None:
-            ids += self._text_to_ids(pair, allowed_special, disallowed_special)
-        return [self.decoder[token] for token in ids]
+        special = self._choose_special(allowed_special, disallowed_special, kwargs.get("split_special_tokens"))
+        texts = [text] if pair is None else [text, pair]
+        return [self.decoder[token] for text in texts for token in self._text_to_ids(text, *special)]
 
-    def _text_to_ids(self, text: str, allowed_special, disallowed_special, quotes=None) -> list[int]:
-        """Token ids of a text; what stands between the two characters `quotes` is ordinary text (see `_quote`)."""
+    def _choose_special(self, allowed_special, disallowed_special, split_special_tokens=None):
+        """The special tokens that are recognised in a text, and those that must not be in it."""
+        if split_special_tokens is None:
+            split_special_tokens = self.split_special_tokens
+        allowed = frozenset() if split_special_tokens else _special_set("allowed_special", allowed_special)
+        disallowed = _special_set("disallowed_special", disallowed_special)
+        return allowed, disallowed - allowed if disallowed_special == "all" else disallowed
+
+    def _encode_pairs(
+        self,
+        pairs,
+        is_batch: bool,
+        is_split_into_words=False,
+        allowed_special="all",
+        disallowed_special=(),
+        split_special_tokens=None,
+        sanitize_control_tokens=False,  # `apply_chat_template` always does
+        marks=None,
+        num_threads=None,
+        return_offsets_mapping=False,
+        **kwargs,
+    ) -> BatchEncoding:
+        """All that `__call__`, `encode` and their relatives do, to pairs of a text and a second text or None."""
+        if return_offsets_mapping:
+            raise NotImplementedError(
+                "This tokenizer gives no offsets. The fast one that tools/export_fast_tokenizer.py writes does, and "
+                "has the same ids."
+            )
+        special = self._choose_special(allowed_special, disallowed_special, split_special_tokens)
+
+        def to_ids(text) -> list[int]:
+            if is_split_into_words:
+                if isinstance(text, str):
+                    raise ValueError(f"is_split_into_words=True takes a list of words, found the text {text[:80]!r}.")
+                return [token for word in text for token in self._text_to_ids(word, *special)]
+            if isinstance(text, (list, tuple)):
+                return list(text) if text and isinstance(text[0], int) else self.convert_tokens_to_ids(text)
+            return self._text_to_ids(text, *special) if marks is None else self._rendered_to_ids(text, *special, *marks)
+
+        texts = [text for first, second in pairs for text in ((first,) if second is None else (first, second))]
+        ids = iter(_map(to_ids, texts, num_threads))
+        pairs = [(next(ids), None if second is None else next(ids)) for _, second in pairs]
+        return self._prepare(pairs, is_batch, **kwargs)
+
+    def _prepare(
+        self,
+        pairs: list,
+        is_batch: bool,
+        padding_strategy,
+        truncation_strategy,
+        max_length=None,
+        pad_to_multiple_of=None,
+        padding_side=None,
+        return_tensors=None,
+        return_attention_mask=None,
+        return_overflowing_tokens=False,
+        **kwargs,
+    ) -> BatchEncoding:
+        """What transformers' `prepare_for_model` makes of pairs of ids and further ids or None, padded together."""
+        preparing = {name: kwargs.pop(name) for name in _PREPARING if name in kwargs}
+        if kwargs:
+            logger.warning_once(f"Arguments that QWenTokenizer does not know are ignored: {', '.join(sorted(kwargs))}.")
+        # If only the ids are asked for, its lists take a tenth of the time that encoding takes, for nothing.
+        ids_only = (
+            truncation_strategy == "do_not_truncate"
+            and "token_type_ids" not in self.model_input_names
+            and not return_overflowing_tokens
+            and not any(preparing.get(name) for name in _FURTHER_LISTS)
+        )
+        rows = []
+        for first, second in pairs:
+            if ids_only:
+                row = {"input_ids": self.build_inputs_with_special_tokens(first, second)}
+                verbose = preparing.get("verbose", True)
+                self._eventual_warn_about_too_long_sequence(row["input_ids"], max_length, verbose)
+            else:
+                row = self.prepare_for_model(
+                    first,
+                    second,
+                    truncation=truncation_strategy,
+                    max_length=max_length,
+                    return_attention_mask=False,
+                    return_overflowing_tokens=return_overflowing_tokens,
+                    **preparing,
+                )
+            if return_overflowing_tokens:
+                row.setdefault("overflowing_tokens", [])
+                row.setdefault("num_truncated_tokens", 0)
+            rows.append(row)
+        columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else ["input_ids"])}
+        if return_tensors is not None:  # rows of these have different lengths
+            columns.pop("overflowing_tokens", None)
+            columns.pop("num_truncated_tokens", None)
+        if return_attention_mask is None:
+            return_attention_mask = "attention_mask" in self.model_input_names
+        if return_attention_mask:
+            columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
+        if padding_strategy != "do_not_pad" and rows:
+            columns = self.pad(
+                columns,
+                padding=padding_strategy,
+                max_length=max_length,
+                pad_to_multiple_of=pad_to_multiple_of,
+                padding_side=padding_side,
+                return_attention_mask=return_attention_mask,
+            ).data
+        if is_batch or return_tensors is not None:
+            return BatchEncoding(columns, tensor_type=return_tensors)
+        return BatchEncoding({name: column[0] for name, column in columns.items()})
+
+    def _text_to_ids(self, text: str, allowed: frozenset, disallowed: frozenset) -> list[int]:
         if not isinstance(text, str):
             raise TypeError(f"Expected a text (str) to encode, found {type(text).__name__}.")
-        if quotes is not None:
-            opening, closing = quotes
-            ids: list[int] = []
-            for i, part in enumerate(re.split(f"{opening}(.*?){closing}", text, flags=re.DOTALL)):
-                ids += self._text_to_ids(part, set() if i % 2 else allowed_special, disallowed_special)
-            return ids
-        text = unicodedata.normalize("NFC", text)
-        return self.tokenizer.encode(text, allowed_special=allowed_special, disallowed_special=disallowed_special)
+        text = _nfc(text)
+        if len(text) >= _LONG_SPACE and re.search(f"[{_SPACE}]", text[::_LONG_SPACE]):
+            return self._encode_long_space(text, allowed, disallowed)
+        return self._encode_nfc(text, allowed, disallowed)
+
+    def _rendered_to_ids(self, text: str, allowed: frozenset, disallowed: frozenset, bar: str, edge: str) -> list[int]:
+        """Ids of what a template made of messages with marks in them (see `_mark`): only its own words are special."""
+        surfaces = [token for token in SPECIAL_TOKENS if token in allowed and token in text]
+        pattern = "|".join(map(re.escape, surfaces)) or "(?!)"
+        ids: list[int] = []
+        for part in text.split(edge):
+            for i, piece in enumerate(re.split(f"({pattern})", part)):
+                if i % 2:
+                    ids.append(self.special_tokens[piece])
+                else:
+                    piece = piece.replace(bar, "|").replace(_json_escape(bar), "|")
+                    ids += self._text_to_ids(piece, frozenset(), disallowed)
+        return ids
+
+    def _encode_nfc(self, text: str, allowed: frozenset, disallowed: frozenset) -> list[int]:
+        if "|" not in text or "<|" not in text:  # every special token has both; the second takes longer to look for
+            return self.tokenizer.encode_ordinary(text)
+        return self.tokenizer.encode(text, allowed_special=set(allowed), disallowed_special=disallowed)
+
+    def _encode_long_space(self, text: str, allowed: frozenset, disallowed: frozenset) -> list[int]:
+        """
+        The same ids for a text that has runs of white space too long for tiktoken's regular expression.
+
+        In the pattern such a run, without line breaks in it or behind it, is one piece; the last character belongs to
+        what follows, if anything does. So each is encoded as one piece, apart from the text around it.
+        """
+        one_piece = tiktoken.Encoding(
+            "Qwen, not split", pat_str="(?s:.+)", mergeable_ranks=self.mergeable_ranks, special_tokens={}
+        )
+        ids: list[int] = []
+        done = 0
+        for run in re.finditer(f"[{_SPACE}]{{{_LONG_SPACE},}}", text):
+            end = run.end()
+            if text.startswith(("\r", "\n"), end):
+                continue
+            if end < len(text) and not text.startswith(tuple(allowed), end):
+                end -= 1
+            ids += self._encode_nfc(text[done : run.start()], allowed, disallowed)
+            ids += one_piece.encode_ordinary(text[run.start() : end])
+            done = end
+        return ids + self._encode_nfc(text[done:], allowed, disallowed)
 
     def _convert_token_to_id(self, token: bytes | str) -> int | None:
         if token in self.special_tokens:
@@ -285,15 +475,40 @@ class QWenTokenizer(PreTrainedTokenizer):
         data = b"".join(t if isinstance(t, bytes) else t.encode("utf-8") for t in tokens)
         return data.decode("utf-8", errors=self.errors)
 
+    def decode(self, token_ids, skip_special_tokens: bool = False, clean_up_tokenization_spaces=None, **kwargs):
+        """
+        The text of token ids (or the texts of a list of lists); special tokens appear as their surface form.
+
+        Args:
+            token_ids: int, list of int, or an array or tensor of integers.
+            skip_special_tokens: leave special tokens out; tokens of the extra vocabulary stay.
+            clean_up_tokenization_spaces: ignored, Qwen's tokens need no cleaning.
+            errors: what to do with bytes that are not UTF-8, "replace", "ignore" or "strict"; default: the tokenizer's.
+
+        Raises ValueError for an id that does not exist.
+        """
+        if isinstance(token_ids, list) and token_ids:  # transformers would look at each id to find out what this is
+            if isinstance(token_ids[0], list):
+                return [self.decode(ids, skip_special_tokens, **kwargs) for ids in token_ids]
+            if isinstance(token_ids[0], int):
+                return self._decode(token_ids, skip_special_tokens, **kwargs)
+        return super().decode(token_ids, skip_special_tokens, **kwargs)
+
     def _decode(self, token_ids, skip_special_tokens: bool = False, errors: str | None = None, **kwargs) -> str:
-        ids = [token_ids] if isinstance(token_ids, int) else [int(index) for index in token_ids]
-        if skip_special_tokens:
-            special = range(self.eod_id, self.eod_id + len(SPECIAL_TOKENS))
-            ids = [index for index in ids if index not in special]
-        for index in ids:
-            if index not in self.decoder:
-                self._convert_id_to_token(index)  # raises
-        return self.tokenizer.decode_bytes(ids).decode("utf-8", errors=errors or self.errors)
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        try:
+            data = self.tokenizer.decode_bytes(ids)
+        except BaseException:  # a panic of Rust in tiktoken before 0.8
+            self.convert_ids_to_tokens(ids)  # says which id does not exist
+            raise
+        if skip_special_tokens and b"|" in data and b"<|" in data:
+            special = set(self.special_tokens.values())
+            data = self.tokenizer.decode_bytes([index for index in ids if index not in special])
+        return data.decode("utf-8", errors=errors or self.errors)
+
+    def decode_stream(self, skip_special_tokens: bool = False) -> DecodeStream:
+        """Decodes ids that come one at a time; see `DecodeStream`."""
+        return DecodeStream(self, skip_special_tokens)
 
     # Special tokens
 
@@ -318,33 +533,52 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None) -> list[int]:
         """The ids themselves, the pair's behind the first's: Qwen has no tokens that every text begins or ends with."""
-        return [*token_ids_0, *(token_ids_1 or [])]
+        return token_ids_0 + token_ids_1 if token_ids_1 else token_ids_0
+
+    def create_token_type_ids_from_sequences(self, token_ids_0, token_ids_1=None) -> list[int]:
+        """0 for the tokens of the first text, 1 for those of the second."""
+        return [0] * len(token_ids_0) + [1] * len(token_ids_1 or [])
 
     # Chat
 
-    def apply_chat_template(self, conversation, *args, tokenize: bool = True, tokenizer_kwargs=None, **kwargs):
+    def apply_chat_template(
+        self,
+        conversation,
+        tools=None,
+        documents=None,
+        chat_template=None,
+        *,
+        tokenize: bool = True,
+        tokenizer_kwargs=None,
+        **kwargs,
+    ):
         """
-        As inherited; what the messages say is encoded as ordinary text and never becomes a control token.
+        As inherited; what the messages say is encoded as ordinary text and never becomes a control token, with
+        transformers' `sanitize_control_tokens` or without.
 
         With the default template the ids are exactly those of `make_context`. The text (`tokenize=False`) can't keep
         that apart: encode it only if you trust the messages.
+
+        Raises ValueError for an empty conversation, or tools that the default template has no place for, and TypeError
+        for messages that are not made of dictionaries, lists, texts and numbers.
         """
-        conversation = getattr(conversation, "messages", conversation)
+        conversation = _as_data(conversation)
         if not conversation:
             raise ValueError("The conversation is empty; it needs at least one message.")
-        is_default = (kwargs.get("chat_template") or self.chat_template) == CHAT_TEMPLATE
+        is_default = (chat_template or self.chat_template) == CHAT_TEMPLATE
         if is_default:
-            if kwargs.get("tools") or any(args[:1]):
+            if tools:
                 raise ValueError("The default chat template has no place for tools; pass a chat_template that has.")
             conversation = _plain(conversation)
+        given = {"tools": tools, "documents": documents}
+        kwargs.update({name: value for name, value in given.items() if value is not None})
         if tokenize:
-            quotes = _unused_characters([conversation, args, kwargs])
-            conversation = _quote(conversation, quotes, everything=is_default)
-            args = [_quote(value, quotes) for value in args]
-            kwargs = {k: v if k == "chat_template" else _quote(v, quotes) for k, v in kwargs.items()}
-            tokenizer_kwargs = {**(tokenizer_kwargs or {}), "quotes": quotes}
+            marks = _unused_characters([conversation, kwargs])
+            conversation = _mark(conversation, *marks, whole_contents=is_default)
+            kwargs = _mark(kwargs, *marks)
+            tokenizer_kwargs = {**(tokenizer_kwargs or {}), "marks": marks}
         return super().apply_chat_template(
-            conversation, *args, tokenize=tokenize, tokenizer_kwargs=tokenizer_kwargs, **kwargs
+            conversation, chat_template=chat_template, tokenize=tokenize, tokenizer_kwargs=tokenizer_kwargs, **kwargs
         )
 
     # Saving
@@ -359,18 +593,142 @@ class QWenTokenizer(PreTrainedTokenizer):
             if ranks:
                 paths.append(os.path.join(save_directory, prefix + VOCAB_FILES_NAMES[key]))
                 with open(paths[-1], "wb") as file:
-                    for token, rank in ranks.items():
-                        file.write(base64.b64encode(token) + b" %d\n" % rank)
+                    file.write(format_tiktoken_bpe(ranks))
         return tuple(paths)
+
+
+class DecodeStream:
+    """
+    Ids to text, one at a time, in constant time an id, and never half a character.
+
+    What `put` and in the end `finish` return is, put together, what the tokenizer's `decode` gives for all ids.
+
+    Args:
+        tokenizer: a QWenTokenizer; its `errors` says how bytes that are not UTF-8 are shown.
+        skip_special_tokens: leave special tokens out.
+
+    Example:
+        >>> stream = tokenizer.decode_stream()
+        >>> [stream.put(token) for token in tokenizer.encode("龘!")], stream.finish()
+        (['', '', '龘', '!'], '')
+    """
+
+    def __init__(self, tokenizer: QWenTokenizer, skip_special_tokens: bool = False):
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._bytes = codecs.getincrementaldecoder("utf-8")(tokenizer.errors)
+
+    def put(self, token: int) -> str:
+        """
+        Take the next id; returns the text that is now certain, and was not before.
+
+        Raises ValueError for an id that does not exist.
+        """
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if isinstance(piece, bytes):
+            return self._bytes.decode(piece)
+        return "" if self._skip_special_tokens else self.finish() + piece  # it breaks off an incomplete character
+
+    def finish(self) -> str:
+        """What is left: an incomplete character, as the tokenizer's `errors` says. A new text may follow."""
+        return self._bytes.decode(b"", final=True)
+
+
+def _special_set(argument: str, tokens) -> frozenset:
+    """The special tokens that `argument` names, "all" or a collection; ValueError for tokens that do not exist."""
+    if tokens == "all":
+        return _ALL_SPECIAL
+    if isinstance(tokens, str):
+        raise ValueError(
+            f'{argument} must be "all" or a set of special tokens, found {tokens!r}; write {{{tokens!r}}}.'
+        )
+    unknown = set(tokens) - _ALL_SPECIAL
+    if unknown:
+        raise ValueError(
+            f"{argument}: {', '.join(sorted(map(repr, unknown)))} is no special token of this vocabulary. They are "
+            f"{ENDOFTEXT}, {IMSTART}, {IMEND} and <|extra_0|> to <|extra_204|>."
+        )
+    return frozenset(tokens)
+
+
+def _map(function, texts: list, num_threads: int | None) -> list:
+    """`[function(text) for text in texts]`, by up to `num_threads` threads where texts are long enough for that."""
+    num_threads = min(num_threads or os.cpu_count() or 1, len(texts))
+    characters = sum(len(text) for text in texts if isinstance(text, str))
+    if num_threads < 2 or characters < len(texts) * _TEXT_FOR_THREADS:
+        return [function(text) for text in texts]
+    results: list = [None] * len(texts)
+    numbered = enumerate(texts)  # each thread takes the next one from here
+
+    def work() -> None:
+        for i, text in numbered:
+            results[i] = function(text)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        for future in [pool.submit(work) for _ in range(num_threads)]:
+            future.result()
+    return results
+
+
+def _nfc(text: str) -> str:
+    """The text in normalisation form C, in n log n steps even if it has long runs of combining marks."""
+    if text.isascii():
+        return text
+    if any(map(_is_mark, text[::_LONG_MARKS])):
+        text = _sort_marks(text)
+    return unicodedata.normalize("NFC", text)
+
+
+def _is_mark(character: str) -> bool:
+    """Whether it, or what it is decomposed into, begins with a combining mark (U+0F73, U+0F75, U+0F81 are for that)."""
+    return unicodedata.combining(character) != 0 or character in "\u0f73\u0f75\u0f81"
+
+
+def _sort_marks(text: str) -> str:
+    """The text with its runs of at least `_LONG_MARKS` combining marks in canonical order, which changes no NFC."""
+    parts = []
+    done = 0
+    for i in range(0, len(text), _LONG_MARKS):
+        if i < done or not _is_mark(text[i]):
+            continue
+        start = end = i
+        while start > done and _is_mark(text[start - 1]):
+            start -= 1
+        while end < len(text) and _is_mark(text[end]):
+            end += 1
+        if end - start >= _LONG_MARKS:
+            marks = "".join(unicodedata.normalize("NFD", mark) for mark in text[start:end])
+            parts += [text[done:start], "".join(sorted(marks, key=unicodedata.combining))]
+            done = end
+    return "".join(parts) + text[done:]
+
+
+def _json_escape(character: str) -> str:
+    return f"\\u{ord(character):04x}"
 
 
 def _unused_characters(conversation) -> tuple[str, str]:
     """Two characters that do not occur in the conversation; Unicode reserves these for such internal use."""
-    text = repr(conversation)  # shows noncharacters as escapes, so look for those
-    free = [code for code in range(0xFDD0, 0xFDF0) if f"\\u{code:04x}" not in text and chr(code) not in text]
+    text = repr(conversation)
+    free = [c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in text and _json_escape(c) not in text]
     if len(free) < 2:
         raise ValueError("The conversation holds nearly all of the noncharacters U+FDD0 to U+FDEF; remove them.")
-    return chr(free[0]), chr(free[1])
+    return free[0], free[1]
+
+
+def _as_data(value):
+    """Messages as dictionaries, lists, texts and numbers; TypeError for what a template could turn into text unseen."""
+    value = getattr(value, "messages", value)  # a conversation of transformers' pipelines
+    if isinstance(value, Mapping):
+        return {_as_data(key): _as_data(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_data(item) for item in value]
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise TypeError(
+        f"Messages must be dictionaries with texts, such as {{'role': 'user', 'content': 'Hi'}}; found "
+        f"{type(value).__name__} in them."
+    )
 
 
 def _plain(message):
@@ -386,18 +744,19 @@ def _plain(message):
     return {**message, "content": "" if content is None else content}
 
 
-def _quote(value, quotes: tuple[str, str], everything: bool = False, key: str | None = None):
+def _mark(value, bar: str, edge: str, whole_contents: bool = False, key: str | None = None):
     """
-    Put what people say between the two characters `quotes`, so that it can be found in the rendered template.
+    Put `bar` for every "|" in what people say, so that none of it can be a special token, however a template cuts,
+    joins and changes it: every special token has a "|".
 
-    Everything under "content" if the template is the one that we know. Another template may want to look into the
-    messages (trim them, compare them), so there only texts with a "|" are marked: every special token has one, so
-    none can come out of texts that a template changes or joins.
+    `whole_contents` also puts `edge` around every "content": it is encoded by itself then, as `make_context` does. That
+    is for the template that we know; another may want to look into the messages (trim them, compare them).
     """
     if isinstance(value, dict):
-        return {_quote(k, quotes): _quote(v, quotes, everything, k) for k, v in value.items()}
+        return {_mark(k, bar, edge): _mark(v, bar, edge, whole_contents, k) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_quote(v, quotes, everything, key) for v in value]
-    if isinstance(value, str) and ("|" in value or (everything and key == "content")):
-        return f"{quotes[0]}{value}{quotes[1]}"
+        return [_mark(v, bar, edge, whole_contents, key) for v in value]
+    if isinstance(value, str):
+        value = value.replace("|", bar)
+        return edge + value + edge if whole_contents and key == "content" else value
     return value

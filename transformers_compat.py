@@ -99,6 +99,7 @@ except ImportError:  # up to 4.35
             return self.layers[layer_idx]
 
         def crop(self, length):
+            """Keep `length` tokens, or drop `-length`."""
             self.layers = [tuple(tensor[..., :length, :] for tensor in layer) for layer in self.layers]
 
         def reorder_cache(self, beam_idx):
@@ -195,18 +196,21 @@ def as_cache(past_key_values):
 
 def crop_cache(cache, length: int) -> None:
     """Shorten a cache to its first `length` tokens, in place; ValueError for one that can't be shortened."""
-    if cache.get_seq_length() <= length:
+    surplus = int(cache.get_seq_length()) - length
+    if surplus <= 0:
         return
-    if hasattr(cache, "crop"):  # DynamicCache from 4.42, and ours
-        cache.crop(length)
-    elif isinstance(getattr(cache, "key_cache", None), list):  # 4.36 to 4.41
+    if isinstance(getattr(cache, "key_cache", None), list) and not hasattr(cache, "crop"):  # 4.36 to 4.41
         for tensors in (cache.key_cache, cache.value_cache):
             tensors[:] = [tensor[..., :length, :] for tensor in tensors]
         for name in ("seen_tokens", "_seen_tokens"):
             if name in vars(cache):
                 setattr(cache, name, length)
-    else:
-        raise ValueError(f"A {type(cache).__name__} can't be shortened to a common beginning; pass a DynamicCache.")
+        return
+    try:
+        cache.crop(-surplus)  # newer releases refuse the length, older ones take both
+    except AttributeError:
+        name = type(cache).__name__
+        raise ValueError(f"A {name} can't be shortened to a common beginning; pass a DynamicCache.") from None
 
 
 def cache_kwargs(cache_position: torch.Tensor) -> dict:
@@ -343,6 +347,11 @@ class PreTrainedModel(transformers.PreTrainedModel):
     _supports_cache_class = True  # 4.36 to 4.55
     _supports_static_cache = True  # 4.38 to 4.55
     _supports_quantized_cache = True  # 4.42 to 4.55
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """From 4.56: whether the attention function can change; by default names in the source file decide."""
+        return True
 
     if "safe_serialization: bool = False" in str(inspect.signature(transformers.PreTrainedModel.save_pretrained)):
         # up to 4.34 pickles are the default
@@ -534,12 +543,90 @@ def set_attention(config, kwargs: dict, choice: str | None) -> None:
 # --- Tokenizers --------------------------------------------------------------------------------------------------
 
 _template = getattr(transformers.PreTrainedTokenizer, "apply_chat_template", None)
+# Up to 4.39 there are no chat templates, or none for a batch.
+_RENDERS_TEMPLATES = _template is not None and "BatchEncoding" in str(inspect.signature(_template).return_annotation)
 
-if _template is not None and "BatchEncoding" in str(inspect.signature(_template).return_annotation):
-    PreTrainedTokenizer = transformers.PreTrainedTokenizer
-else:  # up to 4.39: no chat templates, or none for a batch
 
-    class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
+def _as_pair(entry, is_split_into_words: bool):
+    """The text and the second text, or None, of one entry of a batch."""
+    if not isinstance(entry, (list, tuple)) or not entry or isinstance(entry[0], int):
+        return entry, None
+    if is_split_into_words and not isinstance(entry[0], (list, tuple)):
+        return entry, None
+    if len(entry) > 2:
+        raise ValueError(
+            f"Expected a text or a pair of texts in a batch, found {len(entry)}: {entry!r}. Pass is_split_into_words="
+            f"True if these are the words of one text."
+        )
+    return entry[0], entry[1] if len(entry) == 2 else None
+
+
+class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
+    """
+    transformers' `PreTrainedTokenizer`, of any release, for a tokenizer that turns texts into ids at once.
+
+    All of its ways to encode come down to one method, which the tokenizer brings:
+    `_encode_pairs(pairs, is_batch, **arguments)`, where `pairs` is a list of (text, second text or None).
+    """
+
+    if hasattr(transformers.PreTrainedTokenizer, "_batch_encode_plus"):  # up to 4.57
+
+        def _encode_plus(self, text, text_pair=None, **kwargs):
+            return self._encode_pairs([(text, text_pair)], False, **kwargs)
+
+        def _batch_encode_plus(self, batch_text_or_text_pairs, is_split_into_words=False, **kwargs):
+            pairs = [_as_pair(entry, is_split_into_words) for entry in batch_text_or_text_pairs]
+            return self._encode_pairs(pairs, True, is_split_into_words=is_split_into_words, **kwargs)
+
+    else:  # from 5.0 one method for both
+
+        def _encode_plus(self, text, text_pair=None, is_split_into_words=False, **kwargs):
+            kinds = (list, tuple) if is_split_into_words else (str, list, tuple)
+            is_batch = isinstance(text, (list, tuple)) and (
+                isinstance(text[0], kinds) if text else not is_split_into_words
+            )
+            if not is_batch:
+                pairs = [(text, text_pair)]
+            elif text_pair is None:
+                pairs = [_as_pair(entry, is_split_into_words) for entry in text]
+            elif isinstance(text_pair, (list, tuple)) and len(text_pair) == len(text):
+                pairs = list(zip(text, text_pair))
+            else:
+                raise ValueError(f"text is a batch of {len(text)}; text_pair must be a list of as many.")
+            return self._encode_pairs(pairs, is_batch, is_split_into_words=is_split_into_words, **kwargs)
+
+    if "padding_side" not in inspect.signature(transformers.PreTrainedTokenizer.pad).parameters:  # up to 4.44
+
+        def pad(self, *args, padding_side=None, **kwargs):
+            if padding_side not in (None, self.padding_side):
+                raise ValueError(
+                    f"This release of transformers pads on one side only: set tokenizer.padding_side = "
+                    f"{padding_side!r} instead of passing it."
+                )
+            return super().pad(*args, **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls, *args, **kwargs):
+        try:
+            return super()._from_pretrained(*args, **kwargs)
+        except (ImportError, OSError) as error:
+            # What is wrong with a vocabulary is hidden behind "Unable to load", and from 4.41 to 4.57 behind a request
+            # to install protobuf.
+            if isinstance(error.__context__, (ValueError, FileNotFoundError)):
+                raise error.__context__ from None
+            raise
+
+    def _show_as_added(self, special_tokens: dict) -> None:
+        """Have `added_tokens_decoder` and `get_added_vocab` (from 4.34) give these tokens, {surface: id}."""
+        if hasattr(self, "_added_tokens_decoder"):
+            self._added_tokens_encoder = dict(special_tokens)
+            self._added_tokens_decoder = {
+                index: transformers.AddedToken(token, special=True, normalized=True)
+                for token, index in special_tokens.items()
+            }
+
+    if not _RENDERS_TEMPLATES:
+
         def __init__(self, chat_template=None, **kwargs):
             super().__init__(**kwargs)
             self.chat_template = chat_template

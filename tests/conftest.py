@@ -21,6 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 transformers = importlib.import_module("transformers")
 
+# The models are tiny: threads would only wait for each other. The variable is for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 # The modules import each other relatively, as remote code does; a package whose path is the root holds them.
 package = types.ModuleType("qwen")
 package.__path__ = [str(ROOT)]
@@ -75,9 +79,9 @@ def static_cache(config, length: int, batch_size: int = 1):
     if not HAS_STATIC:
         lacks("has no static cache for all layers")
     parameters = inspect.signature(StaticCache.__init__).parameters
-    if "max_batch_size" not in parameters and "batch_size" not in parameters:
+    if "config" in parameters and "max_batch_size" not in parameters and "batch_size" not in parameters:
         return StaticCache(config=config, max_cache_len=length)
-    size = {"max_batch_size" if "max_batch_size" in parameters else "batch_size": batch_size}
+    size = {"batch_size" if "batch_size" in parameters else "max_batch_size": batch_size}
     return StaticCache(config=config, max_cache_len=length, device="cpu", dtype=torch.float32, **size)
 
 

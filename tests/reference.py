@@ -1,7 +1,6 @@
 """
-The Qwen network written down a second time from its definition: float64, one sequence, no cache, no library layers.
-
-Independent of modeling_qwen: it shares no code with it and computes everything the long way.
+What the network is compared with, independent of modeling_qwen: its definition written down a second time, in float64,
+for one sequence, without cache and library layers; and transformers' Qwen2.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+from conftest import lacks
 
 
 def forward(weights: dict, config, ids: list[int], prompt_length: int | None = None) -> torch.Tensor:
@@ -73,3 +73,42 @@ def greedy(weights: dict, config, prompt: list[int], new_tokens: int) -> tuple[l
         chosen.append(forward(weights, config, ids, prompt_length=len(prompt))[-1])
         ids.append(int(chosen[-1].argmax()))
     return ids, torch.stack(chosen)
+
+
+def qwen2_of(model):
+    """transformers' Qwen2 with the same weights; the same function without NTK and LogN."""
+    try:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+    except ImportError:
+        lacks("has no Qwen2 to compare with")
+    c = model.config
+    qwen2 = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.intermediate_size // 2,
+            num_hidden_layers=c.num_hidden_layers,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.num_attention_heads,
+            rms_norm_eps=c.layer_norm_epsilon,
+            rope_theta=float(c.rotary_emb_base),
+            max_position_embeddings=c.max_position_embeddings,
+            tie_word_embeddings=False,
+            attn_implementation="eager",
+        )
+    )
+    state = {"lm_head.weight": model.lm_head.weight, "model.embed_tokens.weight": model.transformer.wte.weight}
+    state["model.norm.weight"] = model.transformer.ln_f.weight
+    for i, block in enumerate(model.transformer.h):
+        name = f"model.layers.{i}."
+        for part, key in zip(range(3), "qkv"):
+            state[f"{name}self_attn.{key}_proj.weight"] = block.attn.c_attn.weight.chunk(3)[part]
+            state[f"{name}self_attn.{key}_proj.bias"] = block.attn.c_attn.bias.chunk(3)[part]
+        state[name + "self_attn.o_proj.weight"] = block.attn.c_proj.weight
+        state[name + "mlp.up_proj.weight"] = block.mlp.w1.weight
+        state[name + "mlp.gate_proj.weight"] = block.mlp.w2.weight
+        state[name + "mlp.down_proj.weight"] = block.mlp.c_proj.weight
+        state[name + "input_layernorm.weight"] = block.ln_1.weight
+        state[name + "post_attention_layernorm.weight"] = block.ln_2.weight
+    qwen2.load_state_dict(state)
+    return qwen2.eval()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
 
 import pytest
 import torch
-from conftest import PIPELINES_TAKE_MESSAGES, lacks, tiny_model
+from conftest import PIPELINES_TAKE_MESSAGES, lacks, static_cache, tiny_model
 from qwen import qwen_generation_utils as utils
+from qwen.transformers_compat import DynamicCache
 from transformers import GenerationConfig, StoppingCriteria, pipeline
 
 
@@ -185,6 +190,211 @@ def test_streams_refuse_at_the_call_what_cannot_be_streamed(model, demo_tokenize
 def test_chat_with_a_dictionary_asked_for(model, demo_tokenizer):
     expected = by_hand(model, demo_tokenizer, "hi")
     assert model.chat(demo_tokenizer, "hi", None, return_dict_in_generate=True)[0] == expected
+
+
+def test_stop_texts_end_the_answer_and_are_not_part_of_it(model, demo_tokenizer):
+    whole = model.chat(demo_tokenizer, "hi", None)[0]
+    for begin, end in ((3, 5), (4, 12), (0, 2), (len(whole) - 2, len(whole))):  # within and across tokens
+        stop = whole[begin:end]
+        expected = whole[: whole.index(stop)].strip()
+        assert model.chat(demo_tokenizer, "hi", None, stop=stop)[0] == expected
+        parts = list(model.chat_stream(demo_tokenizer, "hi", None, stop=["not there", stop]))
+        assert (parts or [""])[-1] == expected
+        for part in parts:
+            assert expected.startswith(part)
+    assert model.chat(demo_tokenizer, "hi", None, stop="not there")[0] == whole
+    assert model.chat(demo_tokenizer, "hi", None, stop=whole[3:5], num_beams=2)[0].find(whole[3:5]) == -1
+
+
+def test_stop_texts_end_the_computation(model, demo_tokenizer):
+    steps = []
+
+    def count(ids, scores):
+        steps.append(ids.shape[1])
+        return scores
+
+    whole = model.chat(demo_tokenizer, "hi", None, logits_processor=[count])[0]
+    all_steps = len(steps)
+    steps.clear()
+    model.chat(demo_tokenizer, "hi", None, stop=whole[2:4], logits_processor=[count])
+    assert len(steps) < all_steps / 2
+
+
+@pytest.mark.parametrize("bad", ["", [], [""], 5, [5], {"a": 1}], ids=repr)
+def test_bad_stop_texts(model, demo_tokenizer, bad):
+    for method in (model.chat, model.chat_stream):
+        if bad == []:
+            continue  # nothing to stop at
+        with pytest.raises(ValueError, match="stop must be a text or a list of texts"):
+            method(demo_tokenizer, "hi", None, stop=bad)
+
+
+def test_who_stops_asking_stops_the_computation(model, demo_tokenizer):
+    """Without closing the stream, a few tokens are computed ahead and no more."""
+    steps = []
+
+    def count(ids, scores):
+        steps.append(1)
+        scores[:, [demo_tokenizer.eod_id, demo_tokenizer.im_start_id, demo_tokenizer.im_end_id]] = -float("inf")
+        return scores
+
+    stream = model.chat_stream(demo_tokenizer, "hi", None, max_new_tokens=400, logits_processor=[count])
+    next(stream)
+    time.sleep(1)
+    assert len(steps) < 40
+    stream.close()
+    assert not qwen_threads()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX signals")
+def test_an_interrupt_from_the_keyboard(model, demo_tokenizer):
+    def press(*args):
+        raise KeyboardInterrupt
+
+    def slow(ids, scores):
+        time.sleep(0.05)
+        scores[:, [demo_tokenizer.eod_id, demo_tokenizer.im_start_id, demo_tokenizer.im_end_id]] = -float("inf")
+        return scores
+
+    before = signal.signal(signal.SIGALRM, press)
+    try:
+        for run in (
+            lambda: model.chat(demo_tokenizer, "hi", None, max_new_tokens=2000, logits_processor=[slow]),
+            lambda: list(model.chat_stream(demo_tokenizer, "hi", None, max_new_tokens=2000, logits_processor=[slow])),
+        ):
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            began = time.monotonic()
+            with pytest.raises(KeyboardInterrupt):
+                run()
+            assert time.monotonic() - began < 5  # and not the 100 s of all tokens
+            assert not qwen_threads()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert model.chat(demo_tokenizer, "hi", None)[0] == by_hand(model, demo_tokenizer, "hi")
+
+
+def count_positions(model):
+    """Notes how many tokens every forward pass computes."""
+    lengths = []
+    forward = model.transformer.forward
+
+    def counted(input_ids=None, **kwargs):
+        lengths.append(input_ids.shape[1])
+        return forward(input_ids=input_ids, **kwargs)
+
+    model.transformer.forward = counted
+    return lengths
+
+
+@pytest.mark.parametrize("ntk", [False, True])
+def test_a_conversation_keeps_its_cache(demo_tokenizer, ntk):
+    """Every turn says the same as without the cache, and computes only what is new."""
+    model = tiny_model(vocab_size=len(demo_tokenizer), seq_length=64, use_dynamic_ntk=ntk, use_logn_attn=ntk)
+    model.generation_config = GenerationConfig(chat_format="chatml", max_new_tokens=10, do_sample=False)
+    tokenizer, history, cache = demo_tokenizer, None, None
+    lengths = count_positions(model)
+    prompts = []
+    for turn, query in enumerate(("hi", "你好", "What is the capital of Kenya?", "bye", "1+1=?")):
+        expected, _ = model.chat(tokenizer, query, history)
+        lengths.clear()
+        if turn == 3:  # the same through a stream, which extends the cache in place
+            response = list(model.chat_stream(tokenizer, query, history, past_key_values=cache))[-1]
+            history = [*history, (query, response)]
+        else:
+            response, history, cache = model.chat(
+                tokenizer, query, history, past_key_values=cache, return_past_key_values=True
+            )
+        assert response == expected
+        prompts.append(lengths[0])
+        assert len(cache.token_ids) == cache.get_seq_length()
+    whole = len(utils.make_context(tokenizer, query, history[:-1], "You are a helpful assistant.")[1])
+    assert prompts[-1] < whole / 2 or ntk  # a new power of two of the NTK scale needs everything anew
+    assert prompts[1] < 40
+
+
+def test_a_cache_is_shortened_when_the_history_changes(model, demo_tokenizer):
+    first, history, cache = model.chat(demo_tokenizer, "hi", None, return_past_key_values=True)
+    for other in (history, None, [("hi", "something else")], [("ho", first)]):
+        expected, _ = model.chat(demo_tokenizer, "and then?", other)
+        response, _, cache = model.chat(
+            demo_tokenizer, "and then?", other, past_key_values=cache, return_past_key_values=True
+        )
+        assert response == expected
+
+
+def test_a_turn_that_breaks_off_leaves_the_cache_as_it_was(model, demo_tokenizer):
+    _, history, cache = model.chat(demo_tokenizer, "hi", None, return_past_key_values=True)
+    expected, _ = model.chat(demo_tokenizer, "go on", history)
+
+    def fail(ids, scores):
+        if ids.shape[1] > cache.get_seq_length() + 1 or len(calls) > 3:
+            raise OSError("disk on fire")
+        calls.append(1)
+        return scores
+
+    for method in (model.chat, lambda *a, **k: list(model.chat_stream(*a, **k))):
+        calls = []
+        with pytest.raises(OSError, match="on fire"):
+            method(demo_tokenizer, "go on", history, past_key_values=cache, logits_processor=[fail])
+        assert len(cache.token_ids) == cache.get_seq_length()
+    stream = model.chat_stream(demo_tokenizer, "go on", history, past_key_values=cache)
+    next(stream)
+    stream.close()
+    response, _, _ = model.chat(demo_tokenizer, "go on", history, past_key_values=cache, return_past_key_values=True)
+    assert response == expected
+
+
+def test_a_cache_of_unknown_tokens_is_refused(model, demo_tokenizer):
+    cache = DynamicCache()
+    model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="holds 3 tokens that chat has not seen"):
+        model.chat(demo_tokenizer, "hi", None, past_key_values=cache)
+    static = static_cache(model.config, 200)
+    model(torch.tensor([[1, 2, 3]]), past_key_values=static)
+    static.token_ids = [1, 2, 3]
+    with pytest.raises(ValueError, match="StaticCache can't be shortened"):
+        model.chat(demo_tokenizer, "hi", None, past_key_values=static)
+
+
+def test_streams_in_random_order_leave_nothing_behind(model, demo_tokenizer):
+    """Concurrent, cancelled, failing and whole streams: every answer is right, no thread and no tensor is left."""
+    random = Random(0)
+    queries = ["hi", "你好", "who are you?", "1+1=?", "bye"]
+    expected = {query: model.chat(demo_tokenizer, query, None)[0] for query in queries}
+
+    def fail(ids, scores):
+        raise OSError("disk on fire")
+
+    def one(seed):
+        random = Random(seed)
+        query = random.choice(queries)
+        kind = random.choice(["whole", "cancelled", "abandoned", "failing", "plain"])
+        if kind == "plain":
+            return model.chat(demo_tokenizer, query, None)[0] == expected[query]
+        if kind == "failing":
+            with pytest.raises(OSError, match="on fire"):
+                list(model.chat_stream(demo_tokenizer, query, None, logits_processor=[fail]))
+            return True
+        stream = model.chat_stream(demo_tokenizer, query, None)
+        if kind == "whole":
+            return list(stream)[-1] == expected[query]
+        parts = [next(stream, "") for _ in range(random.randrange(4))]
+        if kind == "cancelled":
+            stream.close()
+        return all(expected[query].startswith(part) for part in parts)
+
+    def tensors():
+        gc.collect()
+        return sum(1 for item in gc.get_objects() if type(item) is torch.Tensor)
+
+    one(0)
+    before, threads_before = tensors(), threading.active_count()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(one, [random.randrange(10**6) for _ in range(500)]))
+    gc.collect()
+    assert threading.active_count() == threads_before
+    assert not qwen_threads()
+    assert tensors() <= before + 2
 
 
 def test_text_generation_pipeline(model, demo_tokenizer):

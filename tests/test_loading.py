@@ -83,7 +83,7 @@ print(model.dtype, model.generate(**ids, max_new_tokens=8, do_sample=False)[0].t
 
 def test_import_touches_no_device_and_no_network(checkpoint, tmp_path):
     code = f"""
-import socket, torch
+import socket, torch, transformers.modeling_utils  # what transformers itself looks at is not ours
 def refuse(*a, **k): raise AssertionError("touched")
 socket.socket.connect = refuse
 torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = refuse

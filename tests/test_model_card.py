@@ -91,7 +91,7 @@ def test_the_card_is_quoted_word_for_word():
 
 
 @pytest.fixture
-def init_stream_support(monkeypatch):
+def init_stream_support():
     """That of transformers_stream_generator, which the card installs; its patches are undone afterwards."""
     try:
         from transformers_stream_generator import init_stream_support
@@ -99,10 +99,14 @@ def init_stream_support(monkeypatch):
         if getattr(error, "name", None) == "transformers_stream_generator":
             pytest.skip("transformers_stream_generator is not installed")
         lacks("lacks what transformers_stream_generator imports")
-    for name in ("generate", "sample_stream"):
-        original = getattr(transformers.PreTrainedModel, name, None)
-        monkeypatch.setattr(transformers.PreTrainedModel, name, original, raising=False)
-    return init_stream_support
+    patched = ("generate", "sample_stream")
+    before = {name: vars(transformers.PreTrainedModel).get(name) for name in patched}
+    yield init_stream_support
+    for name, original in before.items():
+        if original is not None:
+            setattr(transformers.PreTrainedModel, name, original)
+        elif name in vars(transformers.PreTrainedModel):
+            delattr(transformers.PreTrainedModel, name)
 
 
 def test_stream_generator(init_stream_support):

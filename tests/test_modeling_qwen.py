@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import types
 
 import pytest
 import torch
+import transformers
 from conftest import golden_folder, lacks, modeling_qwen, needs_sdpa, random_ids, static_cache, tiny_config, tiny_model
 from qwen.transformers_compat import DynamicCache
 from reference import forward as reference_forward
+from reference import qwen2_of
 from safetensors.torch import load_file
 
 # Names of the recorded cases, with the configurations they were made with.
@@ -80,45 +83,6 @@ def test_recorded_outputs_of_the_published_implementation(case):
     norms = torch.stack([p.grad.norm() for _, p in sorted(model.named_parameters())])
     torch.testing.assert_close(loss, expected["loss"][0], rtol=1e-4, atol=0)
     torch.testing.assert_close(norms, expected["grad_norms"], rtol=1e-4, atol=0)
-
-
-def qwen2_of(model):
-    """transformers' Qwen2 with the same weights; the same function without NTK and LogN."""
-    try:
-        from transformers import Qwen2Config, Qwen2ForCausalLM
-    except ImportError:
-        lacks("has no Qwen2 to compare with")
-    c = model.config
-    qwen2 = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=c.vocab_size,
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size // 2,
-            num_hidden_layers=c.num_hidden_layers,
-            num_attention_heads=c.num_attention_heads,
-            num_key_value_heads=c.num_attention_heads,
-            rms_norm_eps=c.layer_norm_epsilon,
-            rope_theta=float(c.rotary_emb_base),
-            max_position_embeddings=c.max_position_embeddings,
-            tie_word_embeddings=False,
-            attn_implementation="eager",
-        )
-    )
-    state = {"lm_head.weight": model.lm_head.weight, "model.embed_tokens.weight": model.transformer.wte.weight}
-    state["model.norm.weight"] = model.transformer.ln_f.weight
-    for i, block in enumerate(model.transformer.h):
-        name = f"model.layers.{i}."
-        for part, key in zip(range(3), "qkv"):
-            state[f"{name}self_attn.{key}_proj.weight"] = block.attn.c_attn.weight.chunk(3)[part]
-            state[f"{name}self_attn.{key}_proj.bias"] = block.attn.c_attn.bias.chunk(3)[part]
-        state[name + "self_attn.o_proj.weight"] = block.attn.c_proj.weight
-        state[name + "mlp.up_proj.weight"] = block.mlp.w1.weight
-        state[name + "mlp.gate_proj.weight"] = block.mlp.w2.weight
-        state[name + "mlp.down_proj.weight"] = block.mlp.c_proj.weight
-        state[name + "input_layernorm.weight"] = block.ln_1.weight
-        state[name + "post_attention_layernorm.weight"] = block.ln_2.weight
-    qwen2.load_state_dict(state)
-    return qwen2.eval()
 
 
 def test_equals_qwen2_in_logits_hidden_states_attentions_loss_and_gradients():
@@ -254,6 +218,32 @@ def test_a_reset_cache_knows_nothing_of_its_earlier_prompt(first):
         cache.reset()
         for part in (short[:, :1], short[:, 1:]):
             close(model(part, past_key_values=cache).logits, model(part, past_key_values=fresh).logits)
+
+
+def test_an_attention_function_of_another_name():
+    """As vLLM registers one: it sees heads, scaling and whatever keywords the caller passed."""
+    model = tiny_model(**NTK_LOGN)
+    if not hasattr(model, "set_attn_implementation"):
+        lacks("chooses the attention function when a model is made only")
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    ids = random_ids(2, 40)
+    calls = []
+
+    def other(module, query, key, value, attention_mask, marker=None, **kwargs):
+        calls.append((module.layer_idx, query.shape, key.shape, value.shape, kwargs["scaling"], marker))
+        assert module.is_causal
+        return modeling_qwen.eager_attention(module, query, key, value, attention_mask, **kwargs)
+
+    transformers.AttentionInterface.register("other", other)
+    transformers.AttentionMaskInterface.register("other", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    with torch.no_grad():
+        expected = model(ids).logits
+        for name in ("eager", "other", "sdpa"):
+            model.set_attn_implementation(name)
+            assert model.config._attn_implementation == name
+            close(model(ids, marker=7).logits, expected)
+    assert calls == [(layer, *[(2, 4, 40, 16)] * 3, 16**-0.5, 7) for layer in range(3)]
 
 
 def test_logits_to_keep():
@@ -397,6 +387,6 @@ def test_bad_inputs_are_named():
         model(ids, past_key_values=cache, attention_mask=torch.ones_like(ids))
     with pytest.raises(ValueError, match="must be a transformers Cache, found int"):
         model(ids, past_key_values=5)
-    cache.key_cache = torch.zeros(1)  # as the StaticCache of 4.38 to 4.40 has it
+    single_layer = types.SimpleNamespace(key_cache=torch.zeros(1), update=None)  # the StaticCache of 4.38 to 4.40
     with pytest.raises(ValueError, match="StaticCache holds a single layer"):
-        model(ids, past_key_values=cache)
+        model(ids, past_key_values=single_layer)

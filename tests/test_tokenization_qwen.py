@@ -10,9 +10,11 @@ import unicodedata
 
 import pytest
 import regex
-from conftest import ROOT, tokenization_qwen
+import tiktoken
+from conftest import ROOT, official_vocabulary, tokenization_qwen
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from texts import MARKS, TIKTOKEN_TAKES_LONG_PIECES, generated_texts, without_surrogates
 from transformers import AddedToken, AutoTokenizer
 
 QWenTokenizer = tokenization_qwen.QWenTokenizer
@@ -70,6 +72,144 @@ def test_ids_equal_a_naive_implementation(demo_tokenizer, text):
     for part in regex.split("(" + "|".join(map(regex.escape, SPECIAL)) + ")", normal):
         expected += [demo_tokenizer.special_tokens[part]] if part in SPECIAL else naive_bpe(demo_tokenizer, part)
     assert demo_tokenizer.encode(text) == demo_tokenizer(text)["input_ids"] == expected
+
+
+# --- 20,000 generated texts against tiktoken itself -------------------------------------------------------------
+
+
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def raw_tiktoken(path) -> tiktoken.Encoding:
+    """tiktoken with the vocabulary file, read here, the pattern and the special tokens of SPEC.md."""
+    with open(path, "rb") as file:
+        ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in file}
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
+    return tiktoken.Encoding(
+        "raw",
+        pat_str=PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={name: len(ranks) + i for i, name in enumerate(names)},
+    )
+
+
+@pytest.fixture(scope="module", params=["demo", "official"])
+def ours_and_raw(request):
+    path = ROOT / "demo" / "qwen.tiktoken" if request.param == "demo" else official_vocabulary()
+    if path is None:
+        pytest.skip("needs the official qwen.tiktoken: set QWEN_VOCAB to it, or install dashscope")
+    return QWenTokenizer(str(path)), raw_tiktoken(path)
+
+
+ALLOWED_AND_DISALLOWED = [
+    ("all", ()),
+    (set(), ()),
+    ({"<|im_end|>"}, ()),
+    ({"<|im_start|>", "<|extra_1|>"}, ("<|endoftext|>",)),
+    (set(), "all"),
+    ({"<|im_end|>", "<|endoftext|>"}, "all"),
+    ("all", ("<|im_start|>",)),
+]
+
+
+@pytest.mark.parametrize("batch", range(20))
+def test_ids_equal_tiktoken_on_generated_texts(ours_and_raw, batch):
+    tokenizer, raw = ours_and_raw
+    texts = generated_texts(1000, seed=batch)
+    normal = [unicodedata.normalize("NFC", text) for text in texts]
+    expected = [raw.encode(text, allowed_special="all", disallowed_special=()) for text in normal]
+    assert tokenizer(texts)["input_ids"] == expected
+    for text, ids in zip(texts, expected):
+        assert tokenizer.decode(ids) == without_surrogates(unicodedata.normalize("NFC", text))
+    for allowed, disallowed in ALLOWED_AND_DISALLOWED:
+        for text, nfc in zip(texts, normal):
+            arguments = {"allowed_special": allowed, "disallowed_special": disallowed}
+            try:
+                ids = raw.encode(nfc, **arguments)
+            except ValueError:
+                with pytest.raises(ValueError, match="disallowed special token"):
+                    tokenizer.encode(text, **arguments)
+            else:
+                assert tokenizer.encode(text, **arguments) == ids, text
+    some = texts[::50]
+    for arguments in ({}, {"allowed_special": set()}, {"allowed_special": {"<|im_end|>"}}):
+        ids = [tokenizer(text, **arguments)["input_ids"] for text in some]
+        assert ids == [tokenizer.encode(text, **arguments) for text in some]
+        assert ids == tokenizer(some, **arguments)["input_ids"]
+        assert ids == [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text, **arguments)) for text in some]
+
+
+@pytest.mark.skipif(not TIKTOKEN_TAKES_LONG_PIECES, reason="tiktoken before 0.13 takes quadratic time")
+def test_a_megabyte_without_a_space(ours_and_raw):
+    tokenizer, raw = ours_and_raw
+    for word in ("首都是", "abc", "é1", "<|im_", "\ud800"):
+        text = word * (1_000_000 // len(without_surrogates(word).encode()))
+        ids = tokenizer(text)["input_ids"]
+        assert ids == raw.encode(text, disallowed_special=())
+        assert tokenizer.decode(ids) == without_surrogates(text)
+
+
+# --- White space and combining marks without end ------------------------------------------------------------------
+
+SPACES = " \t\u3000\xa0\x85\u2028\x0b\x1c\u200b\n\r"
+
+
+@pytest.mark.parametrize("allowed", ["all", set(), {"<|im_end|>"}], ids=str)
+def test_long_white_space_is_encoded_as_tiktoken_does(tmp_path, monkeypatch, allowed):
+    """With the guard for runs that tiktoken can't split made so low that many runs need it, and tokens for runs."""
+    runs = [space * length for space in (" ", "\t", "\u3000", " \t", " \n") for length in range(2, 12)]
+    tokens = [bytes([byte]) for byte in range(256)] + [run.encode() for run in runs]
+    (tmp_path / "qwen.tiktoken").write_bytes(
+        tokenization_qwen.format_tiktoken_bpe({t: i for i, t in enumerate(tokens)})
+    )
+    tokenizer, raw = QWenTokenizer(str(tmp_path / "qwen.tiktoken")), raw_tiktoken(tmp_path / "qwen.tiktoken")
+    arguments = {"allowed_special": allowed, "disallowed_special": ()}
+    pieces = st.sampled_from(["a", "!", "1", "<|im_end|>", "<|im_start|>", "你", "'s", *SPACES])
+    monkeypatch.setattr(tokenization_qwen, "_LONG_SPACE", 4)
+
+    @settings(max_examples=700, deadline=None)
+    @given(parts=st.lists(st.tuples(pieces, st.integers(1, 9)), max_size=9))
+    def check(parts):
+        text = "".join(piece * times if piece.isspace() else piece for piece, times in parts)
+        assert tokenizer.encode(text, **arguments) == raw.encode(text, **arguments), text
+
+    check()
+
+
+@pytest.mark.skipif(not TIKTOKEN_TAKES_LONG_PIECES, reason="tiktoken before 0.13 takes quadratic time")
+def test_white_space_that_overflows_the_stack_of_tiktoken(demo_tokenizer):
+    raw = raw_tiktoken(demo_tokenizer.vocab_file)
+    below = " " * 999_000
+    assert demo_tokenizer.encode(below) == raw.encode(below)
+    for text in (" " * 1_100_000, "a" + "\t" * 1_100_000 + "b", "\n" + "\u3000" * 1_100_000 + "<|im_end|>"):
+        with pytest.raises(BaseException, match=r"(?i)stack"):  # an exception of Rust in some releases of tiktoken
+            raw.encode(text, allowed_special="all")
+        assert demo_tokenizer.decode(demo_tokenizer.encode(text)) == text
+
+
+def test_which_characters_begin_with_a_combining_mark():
+    for character in map(chr, range(0x110000)):
+        first = unicodedata.normalize("NFD", character)[0]
+        assert tokenization_qwen._is_mark(character) == (unicodedata.combining(first) != 0), hex(ord(character))
+
+
+def test_long_runs_of_marks_are_normalised_as_unicodedata_does(monkeypatch):
+    monkeypatch.setattr(tokenization_qwen, "_LONG_MARKS", 4)
+    marks = st.sampled_from([*MARKS, "\u0f73", "\u0344", "\u0301", "\u0327"])
+    starters = st.sampled_from(["a", "é", "가", "\u1112", "\u1161", "か", "\u0915", "\u212b", " "])
+
+    @settings(max_examples=700, deadline=None)
+    @given(parts=st.lists(st.one_of(starters, st.lists(marks, max_size=20).map("".join)), max_size=6))
+    def check(parts):
+        text = "".join(parts)
+        assert tokenization_qwen._nfc(text) == unicodedata.normalize("NFC", text)
+
+    check()
+
+
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=300, deadline=None)
@@ -163,25 +303,66 @@ def test_only_known_special_tokens_and_no_regular_ones(demo_tokenizer):
     assert tokenizer.mask_token is None
 
 
+@pytest.mark.parametrize("argument", ["allowed_special", "disallowed_special"])
+def test_special_tokens_that_do_not_exist(demo_tokenizer, argument):
+    for call in (demo_tokenizer, demo_tokenizer.encode, demo_tokenizer.tokenize):
+        with pytest.raises(ValueError, match=rf"{argument}: '<\|im_ned\|>' is no special token.*<\|im_end\|>"):
+            call("text", **{argument: {"<|im_end|>", "<|im_ned|>"}})
+        with pytest.raises(ValueError, match=rf"{argument} must be .all. or a set"):
+            call("text", **{argument: "<|im_end|>"})
+
+
 def test_transformers_own_switch_against_special_tokens(demo_tokenizer):
-    expected = demo_tokenizer.encode("<|im_end|>", allowed_special=set())
-    assert demo_tokenizer("<|im_end|>", split_special_tokens=True)["input_ids"] == expected
+    """Releases from 4.46 to 4.57 forget it on the way to a batch, if it is left to them."""
+    text = "a<|im_end|>"
+    expected = demo_tokenizer.encode(text, allowed_special=set())
+    always = QWenTokenizer(demo_tokenizer.vocab_file, split_special_tokens=True)
+    for tokenizer, arguments in ((demo_tokenizer, {"split_special_tokens": True}), (always, {})):
+        assert tokenizer(text, **arguments)["input_ids"] == expected
+        assert tokenizer([text, text], **arguments)["input_ids"] == [expected, expected]
+        assert tokenizer(text, text, **arguments)["input_ids"] == expected + expected
+        assert tokenizer([text], text_target=[text], **arguments)["labels"] == [expected]
+        assert tokenizer([[text]], is_split_into_words=True, **arguments)["input_ids"] == [expected]
+        assert tokenizer.encode(text, **arguments) == expected
+        assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text, **arguments)) == expected
+        assert tokenizer(text, allowed_special="all", **arguments)["input_ids"] == expected
+    assert always(text, split_special_tokens=False)["input_ids"][-1] == demo_tokenizer.im_end_id
+
+
+def write_extra(path, lines) -> str:
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in lines))
+    return str(path)
 
 
 def test_extra_vocabulary(demo_tokenizer, tmp_path, caplog):
     first = len(demo_tokenizer)
-    path = tmp_path / "extra.tiktoken"
-    lines = [("一只猫咪".encode(), first), (b"t", first + 1), (b"zzzq", 5), ("一只猫咪呀".encode(), first + 1)]
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in lines))
-    tokenizer = QWenTokenizer(demo_tokenizer.vocab_file, extra_vocab_file=str(path))
-    assert tokenizer.extra_ranks == {"一只猫咪".encode(): first, "一只猫咪呀".encode(): first + 1}
-    assert len(tokenizer) == first + 2
-    assert tokenizer.decode([first, tokenizer.eod_id], skip_special_tokens=True) == "一只猫咪"
+    lines = [("一只猫咪".encode(), first), (b"t", first + 1), ("一只猫咪呀".encode(), first + 3)]
+    path = write_extra(tmp_path / "extra.tiktoken", lines)
+    tokenizer = QWenTokenizer(demo_tokenizer.vocab_file, extra_vocab_file=path)
+    assert tokenizer.extra_ranks == {"一只猫咪".encode(): first, "一只猫咪呀".encode(): first + 3}  # b"t" exists
+    assert len(tokenizer) == first + 4
+    assert tokenizer.encode("一只猫咪呀<|im_end|>") == [first + 3, tokenizer.im_end_id]
+    ids = [first, tokenizer.eod_id, first + 3, tokenizer.special_tokens["<|extra_204|>"], 70]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "一只猫咪一只猫咪呀" + tokenizer.decode([70])
+    assert tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True) == [0, 1, 0, 1, 0]
     assert tokenizer.convert_tokens_to_ids("一只猫咪".encode()) == first
 
     tokenizer.save_pretrained(tmp_path / "saved")
     again = QWenTokenizer.from_pretrained(tmp_path / "saved")
-    assert again.get_vocab() == tokenizer.get_vocab()
+    for other in (again, copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert other.get_vocab() == tokenizer.get_vocab()
+        assert other.extra_ranks == tokenizer.extra_ranks
+        assert other.decode(ids) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(("rank", "owner"), [("first", "'cat'"), (5, "the vocabulary itself"), (-1, "vocabulary")])
+def test_an_id_given_twice_in_the_extra_vocabulary(demo_tokenizer, tmp_path, rank, owner):
+    first = len(demo_tokenizer)
+    lines = [(b"cat cat", first), (b"dog dog", first if rank == "first" else rank)]
+    path = write_extra(tmp_path / "extra.tiktoken", lines)
+    owner = owner.replace("'cat'", "b'cat cat'")
+    with pytest.raises(ValueError, match=rf"line 2: the id -?\d+ of b'dog dog' is taken by .*{owner}.*from {first} on"):
+        QWenTokenizer(demo_tokenizer.vocab_file, extra_vocab_file=path)
 
 
 @pytest.mark.parametrize(

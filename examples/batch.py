@@ -1,0 +1,53 @@
+"""
+Answer many questions, several at a time.
+
+    python examples/batch.py [--checkpoint CHECKPOINT] [--batch-size 8] FILE    a question a line; "-": standard input
+
+Prompts of a batch are padded on the left, and every row gets what it would get alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def answer_batch(model, tokenizer, questions: list[str], **settings) -> list[str]:
+    """One answer to each question, without earlier turns."""
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    ends = [tokenizer.eod_id, tokenizer.im_end_id]  # published chat checkpoints name only the first
+    output = model.generate(**inputs, eos_token_id=ends, pad_token_id=tokenizer.eod_id, **settings)
+    new_tokens = output[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Answer many questions, several at a time.")
+    demo = Path(__file__).resolve().parent.parent / "demo"
+    parser.add_argument("file", help="a question a line; - for standard input")
+    parser.add_argument("--checkpoint", default=str(demo))
+    parser.add_argument("--batch-size", type=int, default=8)
+    arguments = parser.parse_args()
+    path = arguments.checkpoint
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", trust_remote_code=True).eval()
+    text = sys.stdin.read() if arguments.file == "-" else Path(arguments.file).read_text(encoding="utf-8")
+    questions = [line.strip() for line in text.splitlines() if line.strip()]
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i]))  # little padding in every batch
+    answers: dict[int, str] = {}
+    for begin in tqdm(range(0, len(order), arguments.batch_size), unit="batch"):
+        batch = order[begin : begin + arguments.batch_size]
+        answers.update(zip(batch, answer_batch(model, tokenizer, [questions[i] for i in batch])))
+    for i, question in enumerate(questions):
+        print(f"{question}\t{answers[i]}")
+
+
+if __name__ == "__main__":
+    main()

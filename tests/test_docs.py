@@ -1,0 +1,25 @@
+"""The snippets of docs/*.md run, in order, and print what they say."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import transformers
+from conftest import ROOT, lacks
+
+
+@pytest.mark.parametrize("name", ["chat"])
+def test_snippets(name, capsys, monkeypatch):
+    if not hasattr(transformers, "DynamicCache"):
+        lacks("has no DynamicCache for the pages of docs/")
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 10
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block, f"{name}.md", "exec"), namespace)
+        printed = capsys.readouterr().out.splitlines()
+        promised = [line[2:] for line in block.splitlines() if line.startswith("# ")]
+        assert printed == promised, block
