@@ -644,14 +644,9 @@ class QWenModel(QWenPreTrainedModel):
         return cache.ntk_alpha[:, None]
 
 
-def _announced(cache: QWenCache) -> QWenCache:
-    """Say once in a process which caches `generate` uses."""
-    _announce(f"generate keeps keys and values in {cache}")
-    return cache
-
-
 @functools.lru_cache(maxsize=None)
 def _announce(text: str) -> None:
+    """Say it once in a process."""
     logger.info(text)
 
 
@@ -763,9 +758,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         contradictions about the cache.
         """
         settings = self.generation_config if generation_config is None else generation_config
-        own_cache = self._generation_cache(settings, kwargs, cache_bits)
-        if own_cache is not None:
-            kwargs = {**kwargs, "past_key_values": own_cache, "cache_implementation": None}
+        kwargs = self._with_cache(generation_config, kwargs, cache_bits)
         if stop_words_ids is None:
             stop_words_ids = getattr(settings, "stop_words_ids", None)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -795,32 +788,44 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
                 cache.prompt_lengths = None  # the note was for this prompt; the cache may outlive it
         return output
 
-    def _generation_cache(self, settings, kwargs: dict, bits: int | None):
-        """The cache of ours that `generate` is to take; None leaves it to the caller and to transformers."""
+    def _with_cache(self, generation_config, kwargs: dict, bits: int | None) -> dict:
+        """The arguments of `generate`, with a cache of ours unless that is left to the caller or to transformers."""
 
         def setting(name):
-            return kwargs.get(name, getattr(settings, name, None))
+            values = (
+                kwargs.get(name),
+                getattr(generation_config, name, None),
+                getattr(self.generation_config, name, None),
+            )
+            return next((value for value in values if value is not None), None)
 
         named = setting("cache_implementation")
-        given = kwargs.get("past_key_values") is not None
-        if bits is not None and (named not in (None, "quantized") or given or setting("use_cache") is False):
+        unwanted = kwargs.get("past_key_values") is not None or setting("use_cache") is False
+        if bits is not None and (unwanted or named not in (None, "quantized")):
             raise ValueError(
                 f"cache_bits={bits} asks for a quantised cache, but there is past_key_values, use_cache=False or "
                 f"cache_implementation={named!r}. Pass one of them, or past_key_values=QWenQuantizedCache({bits})."
             )
-        if given or setting("use_cache") is False:
-            return None
-        if bits is not None or (named == "quantized" and setting("cache_config") is None):
-            return _announced(self._quantized_cache(bits))
-        if named is not None:
-            return None
-        if self.config.use_cache_quantization:
-            return _announced(self._quantized_cache())
         # On a CPU transformers' own cache copies everything for every token, and SDPA reads bfloat16 slowly.
-        precise = self.dtype in (torch.float32, torch.bfloat16) and not self.training
-        if self.device.type == "cpu" and precise and self.config._attn_implementation == "sdpa":
-            return _announced(QWenCache())
-        return None
+        is_faster = (
+            self.device.type == "cpu"
+            and self.dtype in (torch.float32, torch.bfloat16)
+            and self.config._attn_implementation == "sdpa"
+        )
+        if unwanted:
+            return kwargs
+        if bits is not None or (named == "quantized" and setting("cache_config") is None):
+            cache = self._quantized_cache(bits)
+        elif named is not None:
+            return kwargs
+        elif self.config.use_cache_quantization:
+            cache = self._quantized_cache()
+        elif is_faster and not self.training:
+            cache = QWenCache()
+        else:
+            return kwargs
+        _announce(f"generate keeps keys and values in {cache}")
+        return {**kwargs, "past_key_values": cache, **({} if named is None else {"cache_implementation": None})}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As inherited; notes the length of the prompt, int64 (B,), on a cache that is still empty."""
@@ -870,11 +875,12 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             >>> response, history = model.chat(tokenizer, "你好", history=None)
             >>> response, history = model.chat(tokenizer, "What is the capital of Iceland?", history=history)
         """
+        if return_past_key_values and past_key_values is None:
+            kwargs = self._with_cache(generation_config, kwargs, kwargs.pop("cache_bits", None))
+            past_key_values = kwargs.pop("past_key_values", None) or DynamicCache()
         turn = self._prepare_chat(
             tokenizer, query, history, system, stop_words_ids, generation_config, stop, past_key_values, kwargs
         )
-        if return_past_key_values and turn.cache is None:
-            turn.cache = DynamicCache()
         with turn.remembered() as new_tokens:
             output = self.generate(turn.input_ids, **turn.arguments())
             new_tokens += output[0, turn.input_ids.shape[1] :].tolist()

@@ -24,9 +24,14 @@ from .cpp_kernels import (
     rotate,
     set_cuda_kernels,
 )
-from .transformers_compat import LayeredCache
+from .transformers_compat import LayeredCache, is_compiling
 
 BLOCK = 256  # tokens by which storage grows
+
+
+def _plain() -> bool:
+    """Whether to do what a DynamicCache does: what is written in place is not differentiated, nor traced well."""
+    return torch.is_grad_enabled() or is_compiling()
 
 
 class _Store:
@@ -42,8 +47,8 @@ class _Store:
         """x: (B, nh, T, hd)."""
         x = x.to(self.device or x.device)
         end = self.length + x.shape[2]
-        if self.bits is None and torch.is_grad_enabled() and (x.requires_grad or self._requires_grad()):
-            self.tensors = [torch.cat((*self.written(), x), dim=2)]  # written in place it could not be differentiated
+        if self.bits is None and _plain():
+            self.tensors = [torch.cat((*self.written(), x), dim=2)]
         else:
             self._reserve(x, end)
             if self.bits is None:
@@ -52,18 +57,15 @@ class _Store:
                 quantize_append(*self.tensors, x, self.length)
         self.length = end
 
-    def _requires_grad(self) -> bool:
-        return any(t.requires_grad for t in self.tensors)
-
     def _reserve(self, x: torch.Tensor, needed: int) -> None:
         """
         Room for `needed` tokens. Growing copies what is there, one layer after the other, so that the peak is one
         layer above the total; every `BLOCK` tokens that is, which costs a few hundredths of the reading between.
         """
-        if self.tensors and self.tensors[0].shape[:2] != x.shape[:2]:
+        if self.length and self.tensors[0].shape[:2] != x.shape[:2]:
             rows, heads = self.tensors[0].shape[:2]
             raise ValueError(f"This cache holds {rows} rows of {heads} heads, the new tokens are {tuple(x.shape[:2])}.")
-        if self.tensors and needed <= self.tensors[0].shape[2]:
+        if self.tensors and self.tensors[0].shape[:2] == x.shape[:2] and needed <= self.tensors[0].shape[2]:
             return
         if self.bits is None:
             widths, dtype = (x.shape[-1],), x.dtype
@@ -118,11 +120,8 @@ class _Layer:
 
     def select(self, rows: torch.Tensor) -> None:
         for store in (self.keys, self.values):
-            store.tensors = [t.index_select(0, rows.to(t.device)) for t in store.tensors]
-
-    def reset(self) -> None:
-        for store in (self.keys, self.values):
-            store.tensors, store.length = [], 0
+            with torch.inference_mode(False):  # as in `_reserve`
+                store.tensors = [t[rows.to(t.device)] for t in store.tensors]
 
 
 class QWenCache(LayeredCache):
@@ -155,12 +154,7 @@ class QWenCache(LayeredCache):
 
     def attends(self, new_tokens: int) -> bool:
         """Whether this step is for `attend`: few new tokens behind a filled cache, outside of training."""
-        return (
-            self.kernel
-            and new_tokens <= self.MAX_NEW_TOKENS
-            and self.get_seq_length() > 0
-            and not torch.is_grad_enabled()
-        )
+        return self.kernel and new_tokens <= self.MAX_NEW_TOKENS and self.get_seq_length() > 0 and not _plain()
 
     def attend(
         self,

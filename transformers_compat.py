@@ -114,8 +114,8 @@ class LayeredCache(DynamicCache):
     """
     What any release calls on a cache, for caches whose `layers` are objects with `length` tokens of their own.
 
-    A layer has `crop(length)`, `select(rows)`, `reset()` and a `batch_size` too. It is a DynamicCache because releases
-    up to 4.53 shorten no other.
+    A layer has `crop(length)`, `select(rows)` and a `batch_size` too. It is a DynamicCache because releases up to 4.53
+    shorten no other. What the model noted for every row (`ntk_alpha`, `prompt_lengths`) follows the rows.
     """
 
     is_compileable = False
@@ -163,19 +163,23 @@ class LayeredCache(DynamicCache):
             layer.crop(max(length, 0))
 
     def reset(self):
-        for layer in self.layers:
-            layer.reset()
+        self.layers.clear()
 
     def reorder_cache(self, beam_idx):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices):
+        rows = self.layers[0].batch_size if self.layers else None
         for layer in self.layers:
             layer.select(indices)
+        for name in ("ntk_alpha", "prompt_lengths"):
+            noted = getattr(self, name, None)
+            if noted is not None and noted.shape[0] == rows:
+                setattr(self, name, noted[indices.to(noted.device)])
 
     def batch_repeat_interleave(self, repeats):
-        for layer in self.layers:
-            layer.select(torch.arange(layer.batch_size).repeat_interleave(repeats))
+        if self.layers:
+            self.batch_select_indices(torch.arange(self.layers[0].batch_size).repeat_interleave(repeats))
 
 
 def as_cache(past_key_values):
