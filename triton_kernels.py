@@ -39,6 +39,7 @@ TUNING = {
     32: {"N": 64, "num_warps": 4, "STAGES": 1, "programs": 8, "DOT": False},
 }
 MAX_SPLITS = 64
+_HAS_PTX = torch.version.cuda is not None  # AMD's cards are of the device type cuda too
 HEAD_SIZES = (32, 64, 128, 256)
 
 STEP, STEP_BY = map(tl.constexpr, (STEPS[0], STEPS[1] - STEPS[0]))  # both are equally spaced
@@ -473,7 +474,7 @@ def _attend(q, k, k_params, v, v_params, bits, mask, scaling, causal):
             *q.stride()[:3], *k.stride()[:3], *k_params.stride()[:3], *v.stride()[:3], *v_params.stride()[:3],
             *seen.stride()[:3], nh, T, S, splits, blocks_each,
             BITS=bits, HD=hd, LOG_HD=hd.bit_length() - 1, CAUSAL=causal and T > 1, MASKED=mask is not None,
-            TERMS=1 if bits == 4 and q.dtype != torch.float32 else 2, ASM=q.device.type == "cuda", **tuning,
+            TERMS=1 if bits == 4 and q.dtype != torch.float32 else 2, ASM=_HAS_PTX and q.is_cuda, **tuning,
         )  # fmt: skip
         _merge_kernel[(rows,)](
             partial, stats, y, nh, T, splits,
@@ -496,8 +497,19 @@ def quantized_decode_attention(q, k_codes, k_params, v_codes, v_params, mask, sc
     return _attend(q, k_codes, k_params, v_codes, v_params, bits, mask, scaling, causal)
 
 
-def register(library) -> str:
-    """Make these the operators' kernels on GPUs; their name."""
+def register(library, device="cuda") -> str:
+    """
+    Make these the operators' kernels on GPUs; their name.
+
+    Raises RuntimeError, which says why, if Triton can't compile and run one here.
+    """
+    codes, params, x = (torch.zeros(1, 1, 1, n, device=device) for n in (32, 4, 32))
+    try:
+        quantize_append(codes.byte(), params.byte(), x, 0)
+    except Exception as error:  # whatever a missing compiler, an old card or an old driver cause
+        raise RuntimeError(
+            f"Triton {triton.__version__} does not work here: {type(error).__name__}: {error}"
+        ) from error
     for operation in (decode_attention, quantize_append, quantized_decode_attention):
         library.impl(operation.__name__, operation, "CUDA")
     return f"Triton {triton.__version__}"
