@@ -1,4 +1,4 @@
-"""The kernels for GPUs against float64 and the references: on a GPU where there is one, else in Triton's interpreter."""
+"""The kernels for GPUs against float64 and the references, on a GPU or in the interpreter of Triton."""
 
 from __future__ import annotations
 
