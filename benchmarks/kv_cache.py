@@ -12,6 +12,7 @@ larger than any cache of the processor. On a GPU kernels are timed as CUDA graph
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -67,7 +68,7 @@ def medians(cases: dict, rounds: int, device: str) -> dict:
 
 
 def as_graph(function):
-    """The function's kernels as a CUDA graph, to be replayed; None if it can't be recorded."""
+    """The function's kernels as a CUDA graph, to be replayed."""
     graph = torch.cuda.CUDAGraph()
     function()
     with torch.cuda.graph(graph):
@@ -163,8 +164,8 @@ def tune(rounds: int) -> None:
             triton_kernels.TUNING[bits] = setting
             try:
                 replay = as_graph(lambda q=q, stored=stored: kernels.quantized_decode_attention(q, *stored))
-            except Exception as error:  # too much shared memory
-                tqdm.write(f"{setting}: {type(error).__name__}")
+            except triton_kernels.triton.runtime.errors.TritonError as error:  # too much shared memory
+                tqdm.write(f"{setting}: {error}")
                 continue
             found.append((medians({"": replay}, rounds, "cuda")[""], setting))
         print(f"\nint{bits}, batch {B}")
@@ -238,17 +239,20 @@ def caches(config) -> dict:
 
 
 def held(cache) -> int:
-    """Bytes of all tensors of a cache."""
+    """Bytes of all tensors of a cache; what is packed inside a tensor (quanto) counts as what it is packed into."""
+
+    def tensors(value):
+        if isinstance(value, (list, tuple)):
+            return [t for part in value for t in tensors(part)]
+        if not torch.is_tensor(value):
+            return []
+        packed = [getattr(value, name, None) for name in ("_data", "_scale", "_shift")]
+        return [t for part in packed for t in tensors(part)] if torch.is_tensor(packed[0]) else [value]
+
     if hasattr(cache, "nbytes"):
         return cache.nbytes
-    seen = {}
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            parts = value if isinstance(value, (list, tuple)) else [value]
-            parts = [inner for p in parts for inner in ([getattr(p, n) for n in dir(p) if n in ("_data", "_scale", "_shift")]
-                     if type(p) is not torch.Tensor and torch.is_tensor(p) else [p])]
-            seen.update({id(part): part.nbytes for part in parts if torch.is_tensor(part)})
-    return sum(seen.values())
+    found = [t for layer in cache.layers for value in vars(layer).values() for t in tensors(value)]
+    return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
 
 
 def steps(device: str, rounds: int) -> None:
@@ -281,28 +285,38 @@ def steps(device: str, rounds: int) -> None:
 # --- Perplexity --------------------------------------------------------------------------------------------------
 
 
-def held_out_text(tokenizer, width: int) -> torch.Tensor:
-    """Conversations and documents in words the demo was not trained on, int64 (rows, width), -100 where there is none."""
+def held_out_text(tokenizer, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Conversations in words that the demo was not trained on, and documents in a new order: ids and labels, int64
+    (rows, up to width). The labels are -100 for padding and for questions, which the demo has not learnt to predict.
+    """
     sys.path.insert(0, str(ROOT / "demo"))
     corpus = importlib.import_module("corpus")
     utilities = importlib.import_module("qwen.qwen_generation_utils")
-    rows = []
-    for dialogue in corpus.chat_cases(20231130, True)[::20]:
+    ids, labels = [], []
+    for dialogue in corpus.chat_cases(20231130, True)[::40]:
         *history, turn = dialogue.turns
         history = [(before.query, before.response) for before in history]
-        _, ids = utilities.make_context(tokenizer, turn.query, history, dialogue.system, width)
-        rows.append(ids + tokenizer.encode(turn.response, allowed_special=set()) + [tokenizer.im_end_id])
-    for language in corpus.LANGUAGES:
-        countries = list(corpus.load_countries())
-        for i in range(8):
-            rows.append(tokenizer.encode(corpus.document(countries[i::8][::-1] + countries[:: i + 3], language)))
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row[:width]) for row in rows], True, -100)
+        _, prompt = utilities.make_context(tokenizer, turn.query, history, dialogue.system, width)
+        answer = [*tokenizer.encode(turn.response, allowed_special=set()), tokenizer.im_end_id]
+        ids.append(prompt + answer)
+        labels.append([-100] * len(prompt) + answer)
+    countries = list(corpus.load_countries())
+    for language, i in itertools.product(corpus.LANGUAGES, range(8)):
+        row = tokenizer.encode(corpus.document(countries[i::8][::-1] + countries[:: i + 3], language))
+        ids.append(row)
+        labels.append(row)
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return tuple(
+        pad([torch.tensor(row[:width]) for row in rows], padding_value=value)
+        for rows, value in ((ids, 0), (labels, -100))
+    )
 
 
 @torch.no_grad()
-def perplexity(model, labels: torch.Tensor, cache, chunk: int = 8) -> float:
+def perplexity(model, ids: torch.Tensor, labels: torch.Tensor, cache, chunk: int = 8) -> float:
     """Of the labels' text, read in chunks, so that nearly every token attends to what the cache has stored."""
-    ids, total, count = labels.clamp(min=0), 0.0, 0
+    total, count = 0.0, 0
     for start in range(0, ids.shape[1] - 1, chunk):
         logits = model(ids[:, start : start + chunk], past_key_values=cache).logits.float()
         targets = labels[:, start + 1 : start + chunk + 1]
@@ -313,16 +327,16 @@ def perplexity(model, labels: torch.Tensor, cache, chunk: int = 8) -> float:
 
 
 def demo_perplexity(device: str) -> None:
-    model = modeling.QWenLMHeadModel.from_pretrained(ROOT / "demo", dtype=torch.float32).to(device).eval()
+    model = modeling.QWenLMHeadModel.from_pretrained(ROOT / "demo", fp32=True).to(device).eval()
     tokenizer = importlib.import_module("qwen.tokenization_qwen").QWenTokenizer(str(ROOT / "demo" / "qwen.tiktoken"))
-    labels = held_out_text(tokenizer, model.config.seq_length).to(device)
+    ids, labels = (t.to(device) for t in held_out_text(tokenizer, model.config.seq_length))
     print(f"\nperplexity of the demo checkpoint on {(labels >= 0).sum()} tokens of held-out text, float32\n")
     print("| cache | perplexity | change |\n|---|---|---|")
     exact = None
     for name, make in caches(model.config).items():
-        found = perplexity(model, labels, make())
+        found = perplexity(model, ids, labels, make())
         exact = found if exact is None else exact
-        print(f"| {name} | {found:.5f} | {found / exact - 1:+.3%} |")
+        print(f"| {name} | {found:.5f} | {found / exact - 1:+.3%} |", flush=True)
 
 
 def main() -> None:
