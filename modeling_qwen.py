@@ -877,7 +877,8 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         """
         if return_past_key_values and past_key_values is None:
             kwargs = self._with_cache(generation_config, kwargs, kwargs.pop("cache_bits", None))
-            past_key_values = kwargs.pop("past_key_values", None) or DynamicCache()
+            past_key_values = kwargs.pop("past_key_values", None)
+            past_key_values = DynamicCache() if past_key_values is None else past_key_values
         turn = self._prepare_chat(
             tokenizer, query, history, system, stop_words_ids, generation_config, stop, past_key_values, kwargs
         )

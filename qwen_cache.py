@@ -72,7 +72,7 @@ class _Store:
         else:
             widths, dtype = quantized_sizes(x.shape[-1], self.bits), torch.uint8
         capacity = -(-needed // BLOCK) * BLOCK
-        old = self.written()
+        old = self.written() if self.length else []
         with torch.inference_mode(False):  # the cache may be filled inside and used outside of it
             self.tensors = [torch.empty(*x.shape[:2], capacity, n, dtype=dtype, device=x.device) for n in widths]
         for tensor, before in zip(self.tensors, old):

@@ -74,5 +74,5 @@ def test_caches_compute_what_they_do_on_the_cpu(settings):
     model = tiny_model(kv_channels=32, use_dynamic_ntk=True, use_logn_attn=True)
     expected = logits(model, settings and {name: value for name, value in settings.items() if name == "bits"})
     found = logits(model.cuda(), settings)
-    assert (found - expected).norm() < 2e-3 * expected.norm()
+    assert (found - expected).norm() < 5e-3 * expected.norm()
     assert kernels.implementation("cuda").startswith("Triton")
