@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import cached_file, logging
 
 from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
-from .cpp_kernels import copy_source, set_source_folder
+from .cpp_kernels import copy_source, set_cuda_kernels, set_source_folder
 from .qwen_cache import QWenCache, QWenQuantizedCache
 from .qwen_generation_utils import (
     StopAtText,
@@ -40,6 +41,7 @@ from .qwen_generation_utils import (
 )
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
+    ASSISTED_DECODING_TAKES_EMPTY_CACHES,
     DTYPE,
     DynamicCache,
     GradientCheckpointingLayer,
@@ -60,6 +62,18 @@ from .transformers_compat import (
 )
 
 logger = logging.get_logger(__name__)
+
+
+def _load_triton(library) -> str:
+    """The kernels for GPUs, at their first use. Here: transformers to 4.57 copies only what this file imports."""
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("They need the package triton: pip install triton.")
+    from .triton_kernels import register
+
+    return register(library)
+
+
+set_cuda_kernels(_load_triton)
 
 
 class RMSNorm(nn.Module):
@@ -811,6 +825,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             self.device.type == "cpu"
             and self.dtype in (torch.float32, torch.bfloat16)
             and self.config._attn_implementation == "sdpa"
+            and (kwargs.get("assistant_model") is None or ASSISTED_DECODING_TAKES_EMPTY_CACHES)
         )
         if unwanted:
             return kwargs

@@ -10,8 +10,6 @@ In the shapes below B is the batch, T the new tokens, S the tokens attended to, 
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from .cpp_kernels import (
@@ -22,7 +20,6 @@ from .cpp_kernels import (
     quantized_decode_attention,
     quantized_sizes,
     rotate,
-    set_cuda_kernels,
 )
 from .transformers_compat import LayeredCache, is_compiling
 
@@ -247,15 +244,3 @@ class QWenQuantizedCache(QWenCache):
             "This release of transformers reads keys and values out of the cache to take draft tokens back, and a "
             "quantised cache would be lost by it. Use transformers 4.42 or newer, or past_key_values=QWenCache()."
         )
-
-
-def _load_triton(library) -> str:
-    """The kernels for GPUs, which are compiled when they are called."""
-    if importlib.util.find_spec("triton") is None:
-        raise RuntimeError("They need the package triton: pip install triton.")
-    from .triton_kernels import register
-
-    return register(library)
-
-
-set_cuda_kernels(_load_triton)

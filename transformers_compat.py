@@ -65,6 +65,9 @@ _CACHE_WANTS_POSITIONS = (
     masking_utils is None or "cache_position" in inspect.signature(masking_utils.create_causal_mask).parameters
 )
 
+# Up to 4.35 it believes that any cache has the prompt.
+ASSISTED_DECODING_TAKES_EMPTY_CACHES = hasattr(transformers, "DynamicCache")
+
 try:
     from transformers import DynamicCache
 except ImportError:  # up to 4.35

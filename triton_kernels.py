@@ -1,7 +1,7 @@
 """
 The operations on caches for GPUs, in Triton; cpp_kernels.py says what they compute and describes the format.
 
-qwen_cache.py imports this module when the first tensor on a GPU comes. One kernel attends: every program takes one
+modeling_qwen.py imports this module when the first tensor on a GPU comes. One kernel attends: every program takes one
 query and a share of the keys, so that a single sequence fills the card; a second one puts the shares together. It has
 two ways to multiply. Element by element it works in float32 throughout. With `DOT` it uses tensor cores: codes are
 exact in float16, and a float32 factor, less than 1, is the sum of `TERMS` float16 numbers: two are as exact as float32,

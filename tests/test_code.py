@@ -63,6 +63,12 @@ def test_nothing_is_executed_written_fetched_or_printed(name):
         assert any(place in line for line in writes), place
 
 
+def test_the_model_imports_every_module_itself():
+    """transformers up to 4.57 copies from a local folder what modeling_qwen.py imports, not what that imports."""
+    own = set(re.findall(r"^ *from \.(\w+) import", SOURCES["modeling_qwen.py"], re.MULTILINE))
+    assert own | {"modeling_qwen", "tokenization_qwen"} == {name[:-3] for name in MODULES}
+
+
 def test_kernels_are_built_within_functions_only():
     """Importing runs no compiler and writes nothing: no statement of the module's own calls what does."""
     for node in TREES[BUILDS].body:

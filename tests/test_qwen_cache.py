@@ -378,7 +378,12 @@ def test_by_configuration_at_loading_and_at_generation(checkpoint, loading, call
 
 
 def test_by_the_generation_configuration(model):
-    settings = GenerationConfig(max_new_tokens=4, cache_implementation="quantized", **GREEDY)
+    try:
+        settings = GenerationConfig(max_new_tokens=4, cache_implementation="quantized", **GREEDY)
+    except ImportError:
+        lacks("takes quantised caches in a generation configuration for its own")
+    if getattr(settings, "cache_config", None) is not None:  # 4.42 to 4.55
+        lacks("takes quantised caches in a generation configuration for its own")
     ids = random_ids(1, 40)
     found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     assert torch.equal(found, generate(model, ids, max_new_tokens=4, cache_bits=8))
