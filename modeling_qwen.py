@@ -41,7 +41,7 @@ from .qwen_generation_utils import (
 )
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
-    ASSISTED_DECODING_TAKES_EMPTY_CACHES,
+    ASSISTED_DECODING_CROPS_CACHES,
     DTYPE,
     DynamicCache,
     GradientCheckpointingLayer,
@@ -347,6 +347,7 @@ class QWenPreTrainedModel(PreTrainedModel):
     def _from_config(cls, config, **kwargs):
         """A new model; bf16, fp16 and fp32 in `config` choose its precision as at loading."""
         config.check()
+        cls._find_kernels(config, getattr(config, "_name_or_path", None), {})
         dtype = pop_dtype(kwargs)
         if any(getattr(config, flag) for flag in PRECISION_FLAGS):
             dtype = cls._choose_dtype(config, dtype, on_accelerator=False)
@@ -373,20 +374,23 @@ class QWenPreTrainedModel(PreTrainedModel):
         if (here / "cpp_kernels.cpp").exists():
             return
         repository = (getattr(config, "auto_map", None) or {}).get("AutoConfig", "").rpartition("--")[0]
-        if os.path.isdir(str(path)) and not repository:
+        path = str(path or "")
+        is_local = os.path.isdir(path) and not repository
+        if is_local:
             set_source_folder(path)
+        if is_local or not (repository or path):
             return
         hub = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "proxies", "token") if key in kwargs}
         try:
             found = cached_file(
-                repository or str(path),
+                repository or path,
                 "cpp_kernels.cpp",
                 revision=here.name,
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
                 **hub,
             )
-        except OSError as error:  # the model works without
+        except (OSError, ValueError) as error:  # the model works without
             logger.info(f"cpp_kernels.cpp can't be had from the hub: {error}")
             found = None
         if found is not None:
@@ -825,7 +829,10 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             self.device.type == "cpu"
             and self.dtype in (torch.float32, torch.bfloat16)
             and self.config._attn_implementation == "sdpa"
-            and (kwargs.get("assistant_model") is None or ASSISTED_DECODING_TAKES_EMPTY_CACHES)
+            and (
+                ASSISTED_DECODING_CROPS_CACHES
+                or not (kwargs.get("assistant_model") or setting("prompt_lookup_num_tokens"))
+            )
         )
         if unwanted:
             return kwargs

@@ -65,8 +65,9 @@ _CACHE_WANTS_POSITIONS = (
     masking_utils is None or "cache_position" in inspect.signature(masking_utils.create_causal_mask).parameters
 )
 
-# Up to 4.35 it believes that any cache has the prompt.
-ASSISTED_DECODING_TAKES_EMPTY_CACHES = hasattr(transformers, "DynamicCache")
+# Up to 4.41 assisted decoding slices the tensors of a cache itself;
+# up to 4.35 it believes that any cache has the prompt.
+ASSISTED_DECODING_CROPS_CACHES = hasattr(getattr(transformers, "DynamicCache", None), "crop")
 
 try:
     from transformers import DynamicCache
@@ -113,12 +114,13 @@ except ImportError:  # up to 4.35
 _CROP_REMOVES = hasattr(DynamicCache, "crop") and "tokens_to_remove" in inspect.signature(DynamicCache.crop).parameters
 
 
-class LayeredCache(DynamicCache):
+class LayeredCache(DynamicCache if hasattr(DynamicCache, "crop") else transformers.Cache):
     """
     What any release calls on a cache, for caches whose `layers` are objects with `length` tokens of their own.
 
     A layer has `crop(length)`, `select(rows)` and a `batch_size` too. It is a DynamicCache because releases up to 4.53
-    shorten no other. What the model noted for every row (`ntk_alpha`, `prompt_lengths`) follows the rows.
+    shorten no other, but not from 4.36 to 4.41, which take a DynamicCache for two lists of tensors. What the model
+    noted for every row (`ntk_alpha`, `prompt_lengths`) follows the rows.
     """
 
     is_compileable = False

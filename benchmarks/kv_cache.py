@@ -31,7 +31,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 package = types.ModuleType("qwen")  # the modules import each other relatively
 package.__path__ = [str(ROOT)]
-sys.modules["qwen"] = package
+sys.modules.setdefault("qwen", package)
 kernels = importlib.import_module("qwen.cpp_kernels")
 modeling = importlib.import_module("qwen.modeling_qwen")
 QWenCache, QWenQuantizedCache = modeling.QWenCache, modeling.QWenQuantizedCache
