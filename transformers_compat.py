@@ -208,7 +208,7 @@ def crop_cache(cache, length: int) -> None:
     surplus = int(cache.get_seq_length()) - length
     if surplus <= 0:
         return
-    if isinstance(getattr(cache, "key_cache", None), list) and not hasattr(cache, "crop"):  # 4.36 to 4.41
+    if isinstance(cache, DynamicCache) and not hasattr(cache, "crop"):  # 4.36 to 4.41
         for tensors in (cache.key_cache, cache.value_cache):
             tensors[:] = [tensor[..., :length, :] for tensor in tensors]
         for name in ("seen_tokens", "_seen_tokens"):

@@ -49,7 +49,8 @@ def padded(rows):
     return ids, mask
 
 
-def assert_near(found, expected, share=2e-5):
+def assert_near(found, expected, share=5e-4):
+    """The default leaves room for a few codes that another order of additions rounds the other way."""
     assert found.shape == expected.shape
     assert (found - expected).norm() <= share * expected.norm()
 
@@ -86,7 +87,10 @@ def test_steps_attend_to_what_is_stored(model, bits, lengths):
     parts = random_ids(2, sum(lengths)).split(lengths, 1)
     cache = QWenCache() if bits is None else QWenQuantizedCache(bits)
     found = logits(model, parts, cache)
-    assert_near(found, logits(model, parts, DynamicCache() if bits is None else RoundedCache(bits)))
+    if bits is None:
+        assert_near(found, logits(model, parts, DynamicCache()), 2e-6)
+    else:
+        assert_near(found, logits(model, parts, RoundedCache(bits)))
     assert cache.get_seq_length() == sum(lengths)
 
 
@@ -104,7 +108,8 @@ def test_memory_of_a_token():
     for cache, share in ((QWenCache(), 1), (QWenQuantizedCache(8), 0.53), (QWenQuantizedCache(4), 0.30)):
         cache.update(k, k, 0)
         assert share - 0.03 < cache.nbytes / exact <= share
-        assert cache.nbytes == sum(t.nbytes for s in (cache.layers[0].keys, cache.layers[0].values) for t in s.tensors)
+        tensors = cache.layers[0].keys.tensors + cache.layers[0].values.tensors
+        assert cache.nbytes == sum(t.numel() * t.element_size() for t in tensors)
 
 
 @torch.no_grad()
