@@ -41,7 +41,7 @@ from .qwen_generation_utils import (
 )
 from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
-    ASSISTED_DECODING_CROPS_CACHES,
+    DRAFTS_CROP_CACHES,
     DTYPE,
     DynamicCache,
     GradientCheckpointingLayer,
@@ -824,15 +824,13 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
                 f"cache_bits={bits} asks for a quantised cache, but there is past_key_values, use_cache=False or "
                 f"cache_implementation={named!r}. Pass one of them, or past_key_values=QWenQuantizedCache({bits})."
             )
+        drafts = kwargs.get("assistant_model") or setting("prompt_lookup_num_tokens") or setting("penalty_alpha")
         # On a CPU transformers' own cache copies everything for every token, and SDPA reads bfloat16 slowly.
         is_faster = (
             self.device.type == "cpu"
             and self.dtype in (torch.float32, torch.bfloat16)
             and self.config._attn_implementation == "sdpa"
-            and (
-                ASSISTED_DECODING_CROPS_CACHES
-                or not (kwargs.get("assistant_model") or setting("prompt_lookup_num_tokens"))
-            )
+            and (DRAFTS_CROP_CACHES or not drafts)
         )
         if unwanted:
             return kwargs

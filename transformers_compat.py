@@ -65,9 +65,9 @@ _CACHE_WANTS_POSITIONS = (
     masking_utils is None or "cache_position" in inspect.signature(masking_utils.create_causal_mask).parameters
 )
 
-# Up to 4.41 assisted decoding slices the tensors of a cache itself;
-# up to 4.35 it believes that any cache has the prompt.
-ASSISTED_DECODING_CROPS_CACHES = hasattr(getattr(transformers, "DynamicCache", None), "crop")
+# Up to 4.41 assisted decoding and contrastive search slice the tensors of a cache themselves, and believe, up to 4.35,
+# that any cache has the prompt.
+DRAFTS_CROP_CACHES = hasattr(getattr(transformers, "DynamicCache", None), "crop")
 
 try:
     from transformers import DynamicCache

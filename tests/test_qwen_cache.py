@@ -308,6 +308,18 @@ def test_draft_tokens_are_taken_back(model, bits, length):
     assert torch.equal(generate(model, ids, **kwargs, prompt_lookup_num_tokens=4), expected)
 
 
+@needs_sdpa
+def test_contrastive_search(model):
+    """It takes rows and tokens back as well; another attention function leaves the cache to transformers."""
+    if not any(hasattr(transformers.GenerationMixin, name) for name in ("contrastive_search", "_contrastive_search")):
+        lacks("has no contrastive search of its own")
+    eager = copy.deepcopy(model)
+    eager.config._attn_implementation = "eager"
+    ids = random_ids(1, 20)
+    kwargs = {"max_new_tokens": 8, "penalty_alpha": 0.6, "top_k": 4}
+    assert torch.equal(generate(model, ids, **kwargs), generate(eager, ids, **kwargs))
+
+
 def test_many_threads_get_what_they_get_alone(model):
     prompts = [random_ids(1, length, seed=length) for length in (5, 20, 40, 65, 90, 130)]
     kinds = [{}, {"cache_bits": 8}, {"cache_bits": 4}] * 2
