@@ -165,6 +165,7 @@ def quantize_append(codes, params, x, position):
         _append_kernel[(B * nh, triton.cdiv(T, rows))](
             x, codes, params, *x.stride()[:3], *codes.stride()[:3], *params.stride()[:3], nh, T, position,
             HD=hd, LOG_HD=hd.bit_length() - 1, BITS=bits, ROWS=rows, num_warps=1 if T == 1 else 4,
+            enable_fp_fusion=False,  # the codes are those of a CPU, bit for bit
         )  # fmt: skip
     return None
 
