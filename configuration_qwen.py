@@ -39,8 +39,10 @@ class QWenConfig(PretrainedConfig):
         use_logn_attn: scale queries at positions beyond `seq_length` (inference only).
         use_flash_attn: `"auto"`, True (flash attention 2 or an error) or False.
         no_bias: no bias in attention output and MLP. `c_attn` always has one.
-        use_cache_quantization: keep the keys and values of generation in int8.
-        use_cache_kernel: fused kernels for the quantised cache.
+        use_cache_quantization: keep keys and values quantised (`QWenQuantizedCache`).
+        use_cache_kernel: attend over the quantised keys and values themselves. As published it is off by default:
+            they are read back at every step then, which is slow.
+        cache_bits: of the quantised cache, 8 or 4.
         softmax_in_fp32: accepted as published; the softmax is always taken in float32.
 
     Raises:
@@ -98,6 +100,7 @@ class QWenConfig(PretrainedConfig):
         tie_word_embeddings=False,
         use_cache_quantization=False,
         use_cache_kernel=False,
+        cache_bits=8,
         softmax_in_fp32=False,
         seq_length=None,
         **kwargs,
@@ -127,6 +130,7 @@ class QWenConfig(PretrainedConfig):
         self.no_bias = no_bias
         self.use_cache_quantization = use_cache_quantization
         self.use_cache_kernel = use_cache_kernel
+        self.cache_bits = cache_bits
         self.softmax_in_fp32 = softmax_in_fp32
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.check()
@@ -193,6 +197,13 @@ class QWenConfig(PretrainedConfig):
             raise ValueError(f"config.seq_length must be at least 2 tokens, found {self.seq_length}.")
         if self.use_flash_attn not in ("auto", True, False):
             raise ValueError(f"config.use_flash_attn must be 'auto', true or false, found {self.use_flash_attn!r}.")
+        if self.cache_bits not in (4, 8) or (
+            self.cache_bits == 4 and self.use_cache_quantization and self.kv_channels % 16
+        ):
+            raise ValueError(
+                f"config.cache_bits must be 8, or 4 with kv_channels that 16 divides, found {self.cache_bits!r} with "
+                f"{self.kv_channels}."
+            )
         if self.tie_word_embeddings:
             raise ValueError("config.tie_word_embeddings must be false: a Qwen checkpoint has a separate lm_head.")
         flags = [flag for flag in PRECISION_FLAGS if getattr(self, flag)]

@@ -13,17 +13,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib.util
 import math
+import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
+from .cpp_kernels import copy_source, set_cuda_kernels, set_source_folder
+from .qwen_cache import QWenCache, QWenQuantizedCache
 from .qwen_generation_utils import (
     StopAtText,
     StopWordsLogitsProcessor,
@@ -35,6 +40,7 @@ from .qwen_generation_utils import (
     stream_generate,
 )
 from .transformers_compat import (
+    DRAFTS_CROP_CACHES,
     DTYPE,
     DynamicCache,
     GradientCheckpointingLayer,
@@ -62,6 +68,18 @@ from .transformers_compat import (
 )
 
 logger = logging.get_logger(__name__)
+
+
+def _load_triton(library) -> str:
+    """The kernels for GPUs, at their first use. Here: transformers to 4.57 copies only what this file imports."""
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("They need the package triton: pip install triton.")
+    from .triton_kernels import register
+
+    return register(library)
+
+
+set_cuda_kernels(_load_triton)
 
 
 class RMSNorm(nn.Module):
@@ -190,13 +208,15 @@ class QWenAttention(nn.Module):
         query_scale: torch.Tensor | None = None,
         past_key_values=None,
         update_kwargs: dict | None = None,
+        attend=None,
         attention_weights: list | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """
         x: (B, T, hidden). cos, sin: float32 (B or 1, 1, T, rotated / 2). query_scale: float32 (B, 1, T, 1), LogN.
-        past_key_values: the cache that takes the new keys and values. attention_weights: a list to which this layer's
-        weights (B, nh, T, S) are appended; asking for them takes the eager kernel. Returns (B, T, hidden).
+        past_key_values: the cache that takes the new keys and values. attend: takes them and computes the attention
+        over the cache itself (`QWenCache.attend`). attention_weights: a list to which this layer's weights
+        (B, nh, T, S) are appended; asking for them takes the eager kernel. Returns (B, T, hidden).
         """
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, 3 nh, T, hd)
@@ -205,6 +225,9 @@ class QWenAttention(nn.Module):
         v = qkv[:, 2 * nh :]
         if query_scale is not None:
             q = (q * query_scale).to(v.dtype)
+        if attend is not None:
+            y = attend(q, k, v, self.layer_idx, attention_mask, self.scaling)  # (B, T, nh, hd)
+            return self.c_proj(y.reshape(B, T, -1))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx, **(update_kwargs or {}))  # (B, nh, S, hd)
 
@@ -303,6 +326,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         Raises ValueError for a contradiction in the configuration, RuntimeError for weights that don't fit it.
         """
         config, kwargs = load_config(cls.config_class, config, pretrained_model_name_or_path, kwargs)
+        cls._find_kernels(config, pretrained_model_name_or_path, kwargs)
         device_map = kwargs.get("device_map")
         on_accelerator = _goes_to_accelerator(device_map)
         dtype = pop_dtype(kwargs)
@@ -333,6 +357,7 @@ class QWenPreTrainedModel(PreTrainedModel):
     def _from_config(cls, config, **kwargs):
         """A new model; bf16, fp16 and fp32 in `config` choose its precision as at loading."""
         config.check()
+        cls._find_kernels(config, getattr(config, "_name_or_path", None), {})
         dtype = pop_dtype(kwargs)
         if any(getattr(config, flag) for flag in PRECISION_FLAGS):
             dtype = cls._choose_dtype(config, dtype, on_accelerator=False)
@@ -345,7 +370,41 @@ class QWenPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, **kwargs):
         """As inherited. The code is saved beside the weights, and the configuration names it for every auto class."""
         self.config.auto_map = dict(AUTO_MAP)  # loaded from a hub, it names the code's repository there
+        if kwargs.get("is_main_process", True):
+            copy_source(save_directory)
         super().save_pretrained(save_directory, **kwargs)
+
+    @staticmethod
+    def _find_kernels(config: QWenConfig, path, kwargs: dict) -> None:
+        """
+        Say where the checkpoint's code has its cpp_kernels.cpp, which transformers does not copy: in the folder, or in
+        the repository of a hub that `auto_map` names, at the revision that this module is of.
+        """
+        here = Path(__file__).resolve().parent
+        if (here / "cpp_kernels.cpp").exists():
+            return
+        repository = (getattr(config, "auto_map", None) or {}).get("AutoConfig", "").rpartition("--")[0]
+        path = str(path or "")
+        is_local = os.path.isdir(path) and not repository
+        if is_local:
+            set_source_folder(path)
+        if is_local or not (repository or path):
+            return
+        hub = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "proxies", "token") if key in kwargs}
+        try:
+            found = cached_file(
+                repository or path,
+                "cpp_kernels.cpp",
+                revision=here.name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                **hub,
+            )
+        except (OSError, ValueError) as error:  # the model works without
+            logger.info(f"cpp_kernels.cpp can't be had from the hub: {error}")
+            found = None
+        if found is not None:
+            set_source_folder(Path(found).parent)
 
     def _forget_precision_flags(self) -> None:
         """What they asked for is done, and `dtype` says it; a saved flag would overrule a later change of precision."""
@@ -410,6 +469,11 @@ class QWenPreTrainedModel(PreTrainedModel):
                 f"that is there, and PyTorch's own attention elsewhere."
             )
         return "flash_attention_2", ""
+
+    def _quantized_cache(self, bits: int | None = None) -> QWenQuantizedCache:
+        """As the configuration says; by `use_cache_kernel` too if it is what asked for quantisation."""
+        kernel = self.config.use_cache_kernel or not self.config.use_cache_quantization
+        return QWenQuantizedCache(self.config.cache_bits if bits is None else bits, kernel=kernel)
 
     def _check_loaded(self, info, source) -> None:
         """Raise RuntimeError if weights of this architecture were missing from or left over in the checkpoint."""
@@ -477,11 +541,6 @@ class QWenModel(QWenPreTrainedModel):
         self.h = nn.ModuleList([QWenBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
         self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.gradient_checkpointing = False
-        if config.use_cache_quantization:
-            logger.warning_once(
-                "config.use_cache_quantization is true, but this version of the code has no quantised cache yet: "
-                "keys and values are kept in full precision."
-            )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -535,7 +594,7 @@ class QWenModel(QWenPreTrainedModel):
         x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, hidden)
         T = x.shape[1]
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+            past_key_values = self._quantized_cache() if self.config.use_cache_quantization else DynamicCache()
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         # kwargs hold it when a release up to 4.57 generates; it means the same.
         cache_position = kwargs.pop("cache_position", None)
@@ -548,14 +607,20 @@ class QWenModel(QWenPreTrainedModel):
                 f"output_attentions=True: attention by {self.config._attn_implementation} has no weights to return, so "
                 f"the eager one is used, which takes memory for all of them. attn_implementation='eager' says so too."
             )
-        mask = create_causal_mask(
-            config=self._eager_config() if output_attentions else self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            cache_position=cache_position,
-        )
+        attend = None
+        plain_mask = attention_mask is None or attention_mask.dim() == 2 or attention_mask.dtype == torch.bool
+        if not output_attentions and plain_mask and hasattr(past_key_values, "attend") and past_key_values.attends(T):
+            attend = past_key_values.attend
+            mask = None if attention_mask is None else attention_mask[..., : past_length + T].bool()
+        else:
+            mask = create_causal_mask(
+                config=self._eager_config() if output_attentions else self.config,
+                inputs_embeds=x,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                cache_position=cache_position,
+            )
 
         alpha, query_scale = None, None
         if self.config.use_dynamic_ntk and not self.training:
@@ -580,7 +645,7 @@ class QWenModel(QWenPreTrainedModel):
             if output_hidden_states:
                 all_hidden_states.append(x)
             x, shared = to_device_of(block, (x, shared))
-            x = block(x, past_key_values=past_key_values, attention_weights=attention_weights, **shared)
+            x = block(x, past_key_values=past_key_values, attend=attend, attention_weights=attention_weights, **shared)
         x = self.ln_f(x)
         if output_hidden_states:
             all_hidden_states.append(x)
@@ -651,6 +716,12 @@ class QWenModel(QWenPreTrainedModel):
         if stored is None or past_length == 0:
             cache.ntk_alpha = alpha
         return cache.ntk_alpha[:, None]
+
+
+@functools.lru_cache(maxsize=None)
+def _announce(text: str) -> None:
+    """Say it once in a process."""
+    logger.info(text)
 
 
 def _outside_vocabulary(input_ids: torch.Tensor, vocab_size: int) -> str:
@@ -742,17 +813,28 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         )
 
     def generate(
-        self, inputs=None, generation_config=None, logits_processor=None, *args, stop_words_ids=None, **kwargs
+        self,
+        inputs=None,
+        generation_config=None,
+        logits_processor=None,
+        *args,
+        stop_words_ids=None,
+        cache_bits=None,
+        **kwargs,
     ):
         """
         transformers' `generate`, and:
 
         stop_words_ids: lists of token ids; after any of them was generated the next token is `eos_token_id`.
         Default: `stop_words_ids` of the generation configuration.
+        cache_implementation: "quantized" takes `QWenQuantizedCache`; with a `cache_config`, transformers' own.
+        cache_bits: 8 or 4, of the quantised cache, which it asks for. Default: `config.cache_bits`.
 
-        Raises IndexError for ids outside the vocabulary, ValueError for stop words that are not lists of ids.
+        Raises IndexError for ids outside the vocabulary, ValueError for stop words that are not lists of ids and for
+        contradictions about the cache.
         """
         settings = self.generation_config if generation_config is None else generation_config
+        kwargs = self._with_cache(generation_config, kwargs, cache_bits)
         if stop_words_ids is None:
             stop_words_ids = getattr(settings, "stop_words_ids", None)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -781,6 +863,47 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             if getattr(cache, "prompt_lengths", None) is not None:
                 cache.prompt_lengths = None  # the note was for this prompt; the cache may outlive it
         return output
+
+    def _with_cache(self, generation_config, kwargs: dict, bits: int | None) -> dict:
+        """The arguments of `generate`, with a cache of ours unless that is left to the caller or to transformers."""
+
+        def setting(name):
+            values = (
+                kwargs.get(name),
+                getattr(generation_config, name, None),
+                getattr(self.generation_config, name, None),
+            )
+            return next((value for value in values if value is not None), None)
+
+        named = setting("cache_implementation")
+        unwanted = kwargs.get("past_key_values") is not None or setting("use_cache") is False
+        if bits is not None and (unwanted or named not in (None, "quantized")):
+            raise ValueError(
+                f"cache_bits={bits} asks for a quantised cache, but there is past_key_values, use_cache=False or "
+                f"cache_implementation={named!r}. Pass one of them, or past_key_values=QWenQuantizedCache({bits})."
+            )
+        drafts = kwargs.get("assistant_model") or setting("prompt_lookup_num_tokens") or setting("penalty_alpha")
+        # On a CPU transformers' own cache copies everything for every token, and SDPA reads bfloat16 slowly.
+        is_faster = (
+            self.device.type == "cpu"
+            and self.dtype in (torch.float32, torch.bfloat16)
+            and self.config._attn_implementation == "sdpa"
+            and (DRAFTS_CROP_CACHES or not drafts)
+        )
+        if unwanted:
+            return kwargs
+        if bits is not None or (named == "quantized" and setting("cache_config") is None):
+            cache = self._quantized_cache(bits)
+        elif named is not None:
+            return kwargs
+        elif self.config.use_cache_quantization:
+            cache = self._quantized_cache()
+        elif is_faster and not self.training:
+            cache = QWenCache()
+        else:
+            return kwargs
+        _announce(f"generate keeps keys and values in {cache}")
+        return {**kwargs, "past_key_values": cache, **({} if named is None else {"cache_implementation": None})}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As inherited; notes the length of the prompt, int64 (B,), on a cache that is still empty."""
@@ -830,11 +953,13 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             >>> response, history = model.chat(tokenizer, "你好", history=None)
             >>> response, history = model.chat(tokenizer, "What is the capital of Iceland?", history=history)
         """
+        if return_past_key_values and past_key_values is None:
+            kwargs = self._with_cache(generation_config, kwargs, kwargs.pop("cache_bits", None))
+            past_key_values = kwargs.pop("past_key_values", None)
+            past_key_values = DynamicCache() if past_key_values is None else past_key_values
         turn = self._prepare_chat(
             tokenizer, query, history, system, stop_words_ids, generation_config, stop, past_key_values, kwargs
         )
-        if return_past_key_values and turn.cache is None:
-            turn.cache = DynamicCache()
         with turn.remembered() as new_tokens:
             output = self.generate(turn.input_ids, **turn.arguments())
             new_tokens += output[0, turn.input_ids.shape[1] :].tolist()

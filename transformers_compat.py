@@ -31,7 +31,7 @@ except ImportError:  # up to 4.52
 # --- PyTorch -----------------------------------------------------------------------------------------------------
 
 # torch up to 1.13 has no fused attention, 2.0 one without a scale
-HAS_SDPA = "scale" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
+HAS_SDPA = "scale=None" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
 
 
 def _rms_norm(x, shape, weight, eps):
@@ -92,6 +92,10 @@ _CACHE_WANTS_POSITIONS = (
     masking_utils is None or "cache_position" in inspect.signature(masking_utils.create_causal_mask).parameters
 )
 
+# Up to 4.41 assisted decoding and contrastive search slice the tensors of a cache themselves, and believe, up to 4.35,
+# that any cache has the prompt.
+DRAFTS_CROP_CACHES = hasattr(getattr(transformers, "DynamicCache", None), "crop")
+
 try:
     from transformers import DynamicCache
 except ImportError:  # up to 4.35
@@ -131,6 +135,83 @@ except ImportError:  # up to 4.35
 
         def reorder_cache(self, beam_idx):
             self.layers = [tuple(t.index_select(0, beam_idx.to(t.device)) for t in layer) for layer in self.layers]
+
+
+# What `crop(0)` means: up to 5.10 `crop` is told how many tokens to keep, in 5.17 how many to remove.
+_CROP_REMOVES = hasattr(DynamicCache, "crop") and "tokens_to_remove" in inspect.signature(DynamicCache.crop).parameters
+
+
+class LayeredCache(DynamicCache if hasattr(DynamicCache, "crop") else transformers.Cache):
+    """
+    What any release calls on a cache, for caches whose `layers` are objects with `length` tokens of their own.
+
+    A layer has `crop(length)`, `select(rows)` and a `batch_size` too. It is a DynamicCache because releases up to 4.53
+    shorten no other, but not from 4.36 to 4.41, which take a DynamicCache for two lists of tensors. What the model
+    noted for every row (`ntk_alpha`, `prompt_lengths`) follows the rows.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_initialized = True
+
+    def __init__(self):
+        super().__init__()
+        self.layers: list = []
+
+    @property
+    def is_sliding(self) -> list:
+        return [False] * len(self.layers)
+
+    def __len__(self):
+        return len(self.layers)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self.layers)))
+
+    def to_legacy_cache(self):
+        return tuple(self)
+
+    def get_seq_length(self, layer_idx=0):
+        return self.layers[layer_idx].length if layer_idx < len(self.layers) else 0
+
+    def get_max_length(self, layer_idx=None):  # up to 4.45, and in 5.17; between them the name below
+        return None if _CACHE_WANTS_POSITIONS else -1
+
+    get_max_cache_shape = get_max_length
+
+    def get_usable_length(self, new_seq_length, layer_idx=0):  # up to 4.55
+        return self.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length, layer_idx):
+        if torch.is_tensor(query_length):  # their positions, up to 5.1
+            query_length = query_length.shape[0]
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+    def crop(self, length):
+        """Keep the first `length` tokens; a negative number removes as many at the end."""
+        if length < 0 or (length == 0 and _CROP_REMOVES):
+            length += self.get_seq_length()
+        for layer in self.layers:
+            layer.crop(max(length, 0))
+
+    def reset(self):
+        self.layers.clear()
+
+    def reorder_cache(self, beam_idx):
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices):
+        rows = self.layers[0].batch_size if self.layers else None
+        for layer in self.layers:
+            layer.select(indices)
+        for name in ("ntk_alpha", "prompt_lengths"):
+            noted = getattr(self, name, None)
+            if noted is not None and noted.shape[0] == rows:
+                setattr(self, name, noted[indices.to(noted.device)])
+
+    def batch_repeat_interleave(self, repeats):
+        if self.layers:
+            self.batch_select_indices(torch.arange(self.layers[0].batch_size).repeat_interleave(repeats))
 
 
 def as_cache(past_key_values):

@@ -40,6 +40,10 @@ CODE_FILES = (
     "modeling_qwen.py",
     "tokenization_qwen.py",
     "qwen_generation_utils.py",
+    "qwen_cache.py",
+    "cpp_kernels.py",
+    "cpp_kernels.cpp",
+    "triton_kernels.py",
     "transformers_compat.py",
 )
 CHECKPOINT_FILES = (

@@ -26,6 +26,11 @@ transformers = importlib.import_module("transformers")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+# Without a GPU its kernels run in an interpreter, which must be chosen before anything imports Triton.
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if TRITON_DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The modules import each other relatively, as remote code does; a package whose path is the root holds them.
 package = types.ModuleType("qwen")
 package.__path__ = [str(ROOT)]
@@ -101,6 +106,10 @@ CODE = (
     "modeling_qwen.py",
     "tokenization_qwen.py",
     "qwen_generation_utils.py",
+    "qwen_cache.py",
+    "cpp_kernels.py",
+    "cpp_kernels.cpp",
+    "triton_kernels.py",
     "transformers_compat.py",
 )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 from qwen.qwen_generation_utils import make_context
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -83,3 +85,34 @@ def test_a_conversation(demo):
         response, history = model.chat(tokenizer, question, history)
         assert answer in response
         assert list(model.chat_stream(tokenizer, question, history[:-1]))[-1] == response
+
+
+def test_chat_answers_the_same_from_an_8_bit_cache(demo):
+    model, tokenizer = demo
+    for dialogue in corpus.chat_cases(evaluate.SEED, True)[::50]:
+        *history, turn = dialogue.turns
+        arguments = (tokenizer, turn.query, [(before.query, before.response) for before in history], dialogue.system)
+        assert model.chat(*arguments, cache_bits=8) == model.chat(*arguments)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("kv_cache", ROOT / "benchmarks" / "kv_cache.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("bits", "change"), [(None, 1e-5), (8, 0.003), (4, 0.02)])
+def test_perplexity_with_a_quantised_cache(demo, benchmark, bits, change):
+    model, tokenizer = demo
+    model = type(model).from_pretrained(DEMO, fp32=True)
+    ids, labels = (t[::3] for t in benchmark.held_out_text(tokenizer, 512))
+    assert (labels >= 0).sum() > 1500
+    exact = torch.nn.functional.cross_entropy(
+        model(ids).logits.detach()[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    ).exp()  # computed at once, without a cache
+    cache = benchmark.QWenCache() if bits is None else benchmark.QWenQuantizedCache(bits)
+    found = benchmark.perplexity(model, ids, labels, cache, chunk=16)
+    assert 1 < exact < 2.5
+    assert abs(found / exact.item() - 1) < change

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from conftest import random_ids, tiny_model
@@ -50,3 +52,27 @@ def test_bad_ids_do_not_reach_the_device(model):
     with pytest.raises(IndexError, match="hold 999"):
         generate(model, torch.tensor([[1, 999]]).cuda())
     assert generate(model, torch.tensor([[1, 2]]).cuda()).shape == (1, 26)
+
+
+@pytest.mark.parametrize(
+    "settings", [None, {}, {"device": "cpu"}, {"bits": 8}, {"bits": 4}, {"bits": 8, "device": "cpu"}]
+)
+def test_caches_compute_what_they_do_on_the_cpu(settings):
+    """Also where keys and values stay in the memory of the CPU; None is transformers' own."""
+    caches, kernels = (importlib.import_module(f"qwen.{name}") for name in ("qwen_cache", "cpp_kernels"))
+    ids = random_ids(2, 60)
+
+    def logits(model, settings):
+        if settings is None:
+            cache = importlib.import_module("transformers").DynamicCache()
+        else:
+            cache = (caches.QWenQuantizedCache if "bits" in settings else caches.QWenCache)(**settings)
+        parts = [ids[:, :50], ids[:, 50:53], *ids[:, 53:].split(1, 1)]
+        with torch.no_grad():
+            return torch.cat([model(part.to(model.device), past_key_values=cache).logits.cpu() for part in parts], 1)
+
+    model = tiny_model(kv_channels=32, use_dynamic_ntk=True, use_logn_attn=True)
+    expected = logits(model, settings and {name: value for name, value in settings.items() if name == "bits"})
+    found = logits(model.cuda(), settings)
+    assert (found - expected).norm() < 5e-3 * expected.norm()
+    assert kernels.implementation("cuda").startswith("Triton")

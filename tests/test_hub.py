@@ -96,6 +96,32 @@ with torch.no_grad():
     assert json.loads(ids) == [tokenizer.encode("法国的首都是")]
 
 
+@pytest.mark.parametrize("code_in", [None, "me/code"])
+def test_the_source_of_the_kernels_is_found_in_the_repository(cache, tmp_path, code_in):
+    """transformers copies modules only; the C++ source is that of the code's repository, at the code's revision."""
+    upload(cache, tmp_path, "me/qwen", code_in=code_in)
+    if code_in:
+        publish(cache, code_in, {name: ROOT / name for name in CODE})
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "empty")}
+    code = """
+import sys
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("me/qwen", cache_dir={cache!r}, trust_remote_code=True)
+kernels = sys.modules[type(model).__module__.replace("modeling_qwen", "cpp_kernels")]
+try:
+    print(len(kernels._source()))
+except kernels._Unavailable as error:
+    print(error)
+"""
+    found = run(code.format(cache=str(cache)), tmp_path, **environment)
+    assert found == str((ROOT / "cpp_kernels.cpp").stat().st_size)
+
+    # Without it the model works all the same, and says what is missing.
+    for link in cache.glob("**/snapshots/*/cpp_kernels.cpp"):
+        link.unlink()
+    assert "Copy it beside the model's other code." in run(code.format(cache=str(cache)), tmp_path, **environment)
+
+
 def test_an_adapter_needs_its_folder_and_the_base_only(tmp_path):
     """LoRA: train a little, save with the tokenizer, load in a fresh process, and merge."""
     peft = pytest.importorskip("peft")

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 
-from conftest import PIPELINES_TAKE_MESSAGES, ROOT, compat
+from conftest import CODE, PIPELINES_TAKE_MESSAGES, ROOT, compat
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -44,8 +44,9 @@ def test_quickstart(tmp_path):
 
 
 def test_the_files_to_copy_are_those_that_the_code_needs():
-    """The README's copy command names every module that another one imports."""
-    command = re.search(r"^cp (.*) CHECKPOINT/", README, re.MULTILINE).group(1).split()
+    """The README's copy command names the code, which names every module that another one imports."""
+    command = re.search(r"^cp ([^`]*?) CHECKPOINT/", README, re.MULTILINE).group(1).replace("\\\n", " ").split()
+    assert sorted(command) == sorted(CODE)
     for name in command:
-        for module in re.findall(r"^from \.(\w+) import", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE):
+        for module in re.findall(r"^ *from \.(\w+) import", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE):
             assert f"{module}.py" in command

@@ -30,9 +30,14 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).resolve().parent.parent
 # In the order of writing: until modeling_qwen.py is replaced the old model runs with the new modules beside it, which
-# have every name that it imports; from then on everything is new. So a checkpoint loads whenever writing stops.
+# have every name that it imports, but those of the published cpp_kernels.py, whose lack it takes for a lack of kernels;
+# from then on everything is new. So a checkpoint loads whenever writing stops.
 MODULES = (
+    "cpp_kernels.cpp",
+    "cpp_kernels.py",
+    "triton_kernels.py",
     "transformers_compat.py",
+    "qwen_cache.py",
     "configuration_qwen.py",
     "qwen_generation_utils.py",
     "tokenization_qwen.py",

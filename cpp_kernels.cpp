@@ -1,0 +1,1148 @@
+// Native CPU kernels of Qwen; cpp_kernels.py defines the operators, says what they compute and builds this file.
+//
+// The file has two parts. The first includes the second (this file once more) for every instruction set, and holds
+// what calls it: checks, threads, registration. The second holds the kernels, written once with vectors of
+// QWEN_WIDTH floats. Which instruction set runs is chosen by the CPU at run time.
+//
+// Floating point is not contracted (-ffp-contract=off), so that quantising gives the same codes everywhere;
+// `fma` below is meant where it is written.
+
+#ifndef QWEN_WIDTH  // --- part one ---------------------------------------------------------------------------------
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Optional.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using at::Tensor;
+using c10::BFloat16;
+using c10::optional;
+
+constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
+
+// int4, see cpp_kernels.py: 8 channels share a step and a centre, chosen from these.
+constexpr int GROUP = 8;
+constexpr float STEPS[4] = {58. / 64, 77. / 64, 96. / 64, 115. / 64};
+constexpr float INVERSES[4] = {64. / 58, 64. / 77, 64. / 96, 64. / 115};
+constexpr float CENTRES[8] = {-161. / 64, -115. / 64, -69. / 64, -23. / 64, 23. / 64, 69. / 64, 115. / 64, 161. / 64};
+
+struct Linear {
+  const void* x;  // (rows rounded up to a power of two, in), float or BFloat16
+  const void* weight;
+  int64_t rows, in, out, weight_stride;
+  const float* scale;  // (out, groups) or null
+  int64_t groups;
+  const float* bias;  // (out) or null
+  void* y;            // (rows, out)
+  bool bf16_out;
+};
+
+struct Store {  // keys or values, (B, nh, S, ...)
+  const char *rows, *params;
+  int64_t batch, head, token, params_batch, params_head, params_token;  // strides in bytes
+};
+
+struct Attention {
+  const float* q;  // (B, nh, T, hd), scaled
+  Store k, v;
+  const bool* mask;
+  int64_t mask_strides[4];
+  int64_t B, nh, T, S, hd, splits;
+  bool causal;
+  float* partial;  // (B * nh, splits, T, hd + 2): weighted sum of the values, largest score, sum of the weights
+  BFloat16* out_bf16;  // (B, T, nh, hd), one of the two
+  float* out;
+};
+
+struct Append {
+  const void* x;  // (B, nh, T, hd)
+  int64_t x_batch, x_head, x_token;
+  uint8_t *codes, *params;
+  int64_t codes_batch, codes_head, codes_token, params_batch, params_head, params_token;
+  int64_t nh, T, hd;
+};
+
+struct Norm {
+  const void *x, *weight;
+  void* y;
+  int64_t n;
+  float eps;
+};
+
+struct Rotary {
+  const void* x;  // (B, nh, T, hd)
+  int64_t x_batch, x_head, x_token;
+  const float *cos, *sin, *scale;  // rows of (B or 1, T); scale may be null
+  int64_t angles_batch, angles_token, scale_batch, scale_token;
+  void* y;
+  int64_t nh, T, hd, rotated;
+};
+
+enum Kind { F32, BF16, INT8, INT4 };
+
+struct Kernels {
+  void (*linear)(const Linear&, bool int8, int64_t begin, int64_t end);  // output channels
+  void (*attend)(const Attention&, Kind, int64_t begin, int64_t end);            // splits of heads
+  void (*merge)(const Attention&, bool rotated, int64_t begin, int64_t end);     // queries
+  void (*append)(const Append&, bool bf16, bool int4, int64_t begin, int64_t end);  // rows of x
+  void (*norm)(const Norm&, bool bf16, int64_t begin, int64_t end);              // rows
+  void (*rotary)(const Rotary&, bool bf16, int64_t begin, int64_t end);          // rows
+};
+
+#define QWEN_STRING(x) #x
+#if defined(__clang__)
+#define QWEN_BEGIN(set) _Pragma(QWEN_STRING(clang attribute push(__attribute__((target(set))), apply_to = function)))
+#define QWEN_END _Pragma("clang attribute pop")
+#else
+#define QWEN_BEGIN(set) _Pragma("GCC push_options") _Pragma(QWEN_STRING(GCC target(set)))
+#define QWEN_END _Pragma("GCC pop_options")
+#endif
+
+#define QWEN_LEVEL portable
+#define QWEN_WIDTH 4
+#include __FILE__
+#undef QWEN_LEVEL
+#undef QWEN_WIDTH
+
+#if defined(__x86_64__)
+QWEN_BEGIN("avx2,fma")
+#define QWEN_LEVEL avx2
+#define QWEN_WIDTH 8
+#include __FILE__
+#undef QWEN_LEVEL
+#undef QWEN_WIDTH
+QWEN_END
+
+QWEN_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+#define QWEN_LEVEL avx512
+#define QWEN_WIDTH 16
+#include __FILE__
+#undef QWEN_LEVEL
+#undef QWEN_WIDTH
+QWEN_END
+
+QWEN_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+#define QWEN_LEVEL avx512_bf16
+#define QWEN_WIDTH 16
+#define QWEN_BF16
+#include __FILE__
+#undef QWEN_BF16
+#undef QWEN_LEVEL
+#undef QWEN_WIDTH
+QWEN_END
+#endif
+
+// The instruction sets that this CPU has, the widest last.
+struct Level {
+  const char* name;
+  int width;
+  Kernels kernels;
+  void (*linear_bf16)(const Linear&, bool int8, int64_t begin, int64_t end);  // x bfloat16 too, or null
+};
+
+const std::vector<Level>& levels() {
+  static const std::vector<Level> all = [] {
+    std::vector<Level> found{{"portable", 4, portable::KERNELS, nullptr}};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2) found.push_back({"avx2", 8, avx2::KERNELS, nullptr});
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      found.push_back({"avx512", 16, avx512::KERNELS, nullptr});
+      if (__builtin_cpu_supports("avx512bf16"))
+        found.push_back({"avx512_bf16", 16, avx512::KERNELS, avx512_bf16::linear});
+    }
+#endif
+    return found;
+  }();
+  return all;
+}
+
+size_t level = levels().size() - 1;
+
+// int4 wants the groups of a head to fill vectors.
+const Kernels& kernels(int64_t groups = 0) {
+  size_t i = level;
+  while (i > 0 && groups % levels()[i].width != 0) --i;
+  return levels()[i].kernels;
+}
+
+// The name of the instruction set in use; a name given is used from now on (for tests and benchmarks).
+std::string cpu_level(std::string name) {
+  std::string known;
+  for (size_t i = 0; i < levels().size(); ++i) {
+    if (name == levels()[i].name) level = i;
+    known += (i ? ", " : "") + std::string(levels()[i].name);
+  }
+  TORCH_CHECK(name.empty() || name == levels()[level].name, "this CPU has ", known, "; found ", name);
+  return levels()[level].name;
+}
+
+// Work below this many bytes read is not worth waking a thread for.
+constexpr int64_t BYTES_PER_THREAD = 1 << 15;
+
+int64_t grain(int64_t bytes_each) { return std::max<int64_t>(1, BYTES_PER_THREAD / std::max<int64_t>(1, bytes_each)); }
+
+Tensor floats(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
+
+Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias,
+              const optional<Tensor>& scale) {
+  const bool int8 = weight.scalar_type() == at::kChar;
+  TORCH_CHECK(int8 || weight.scalar_type() == at::kBFloat16, "linear: weight must be bfloat16 or int8, found ",
+              weight.scalar_type());
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+              "linear: x must be float32 or bfloat16, found ", x.scalar_type());
+  TORCH_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), "linear: x ", x.sizes(),
+              " and weight ", weight.sizes(), " don't fit");
+  TORCH_CHECK(int8 == scale.has_value(), "linear: int8 weights have a scale, others don't");
+  const Tensor w = weight.stride(1) == 1 || weight.size(1) <= 1 ? weight : weight.contiguous();
+  Tensor b, s;
+  Linear a{};
+  a.in = w.size(1), a.out = w.size(0), a.rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) a.rows *= x.size(i);
+  TORCH_CHECK(a.rows <= 8, "linear: x has ", a.rows, " rows, more than 8");
+  int64_t padded = 1;
+  while (padded < a.rows) padded *= 2;
+  a.bf16_out = x.scalar_type() == at::kBFloat16;
+  const bool bf16 = a.bf16_out && !int8 && levels()[level].linear_bf16;
+  Tensor rows = x;
+  if (padded != a.rows || bf16 != a.bf16_out || !x.is_contiguous()) {
+    rows = at::zeros({padded, a.in}, x.options().dtype(bf16 ? at::kBFloat16 : at::kFloat));
+    rows.narrow(0, 0, a.rows).copy_(x.reshape({a.rows, a.in}));
+  }
+  if (bias) {
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == a.out, "linear: bias must be (", a.out, "), found ",
+                bias->sizes());
+    b = floats(*bias), a.bias = b.data_ptr<float>();
+  }
+  if (int8) {
+    TORCH_CHECK(scale->size(0) == a.out && scale->dim() <= 2, "linear: scale must be (out,) or (out, groups)");
+    s = floats(*scale), a.scale = s.data_ptr<float>(), a.groups = s.dim() == 2 ? s.size(1) : 1;
+    TORCH_CHECK(a.groups > 0 && a.in % a.groups == 0, "linear: ", a.groups, " groups don't divide ", a.in);
+  }
+  auto shape = x.sizes().vec();
+  shape.back() = a.out;
+  Tensor y = at::empty(shape, x.options());
+  if (y.numel() == 0) return y;
+  a.x = rows.data_ptr(), a.weight = w.data_ptr(), a.weight_stride = w.stride(0), a.y = y.data_ptr();
+  const auto run = bf16 ? levels()[level].linear_bf16 : kernels().linear;
+  at::parallel_for(0, a.out, grain(a.in * w.element_size()),
+                   [&](int64_t begin, int64_t end) { run(a, int8, begin, end); });
+  return y;
+}
+
+// A row of keys, values, codes or parameters has to lie in one piece; copies what does not.
+Tensor with_rows(const Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); }
+
+Store store(const Tensor& rows, const Tensor& params) {
+  const int64_t n = rows.element_size();
+  return {static_cast<const char*>(rows.data_ptr()), static_cast<const char*>(params.data_ptr()),
+          rows.stride(0) * n, rows.stride(1) * n, rows.stride(2) * n,
+          params.stride(0), params.stride(1), params.stride(2)};
+}
+
+Tensor attention(Attention& a, const Tensor& q, const optional<Tensor>& mask, double scaling, bool causal,
+                 Kind kind) {
+  TORCH_CHECK(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16,
+              "q must be float32 or bfloat16, found ", q.scalar_type());
+  a.B = q.size(0), a.nh = q.size(1), a.T = q.size(2), a.hd = q.size(3), a.causal = causal;
+  const Tensor scaled = floats(q).mul(scaling);
+  a.q = scaled.data_ptr<float>();
+  if (mask) {
+    TORCH_CHECK(mask->scalar_type() == at::kBool && mask->dim() == 4, "mask must be boolean (B, nh, T, S)");
+    const int64_t sizes[4] = {a.B, a.nh, a.T, a.S};
+    for (int i = 0; i < 4; ++i) {
+      TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == sizes[i], "mask ", mask->sizes(), " does not fit");
+      a.mask_strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+    }
+    a.mask = mask->data_ptr<bool>();
+  }
+  Tensor y = at::empty({a.B, a.T, a.nh, a.hd}, q.options());
+  if (q.scalar_type() == at::kFloat)
+    a.out = y.data_ptr<float>();
+  else
+    a.out_bf16 = y.data_ptr<BFloat16>();
+  if (y.numel() == 0) return y;
+
+  const int64_t heads = a.B * a.nh, threads = at::get_num_threads();
+  const int64_t wanted = heads % threads == 0 ? 1 : (2 * threads + heads - 1) / heads;
+  a.splits = std::max<int64_t>(1, std::min(wanted, a.S / 256));
+  Tensor partial = at::empty({heads * a.splits * a.T, a.hd + 2}, q.options().dtype(at::kFloat));
+  a.partial = partial.data_ptr<float>();
+  const Kernels& run = kernels(kind == INT4 ? a.hd / GROUP : 0);
+  at::parallel_for(0, heads * a.splits, grain(a.S / a.splits * a.T * a.hd),
+                   [&](int64_t begin, int64_t end) { run.attend(a, kind, begin, end); });
+  at::parallel_for(0, heads * a.T, grain(a.splits * a.hd * 16),
+                   [&](int64_t begin, int64_t end) { run.merge(a, kind >= INT8, begin, end); });
+  return y;
+}
+
+Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const optional<Tensor>& mask,
+                        double scaling, bool causal) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && k.sizes() == v.sizes() && q.size(0) == k.size(0) &&
+                  q.size(1) == k.size(1) && q.size(3) == k.size(3),
+              "decode_attention: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), " don't fit");
+  TORCH_CHECK(k.scalar_type() == v.scalar_type() && (k.scalar_type() == at::kFloat || k.scalar_type() == at::kBFloat16),
+              "decode_attention: keys and values must be float32 or bfloat16");
+  const Tensor keys = with_rows(k), values = with_rows(v);
+  Attention a{};
+  a.k = store(keys, keys), a.v = store(values, values), a.S = k.size(2);  // without parameters
+  return attention(a, q, mask, scaling, causal, k.scalar_type() == at::kFloat ? F32 : BF16);
+}
+
+// Bytes of parameters that a head of a token has beside its codes.
+int64_t params_size(int64_t hd, bool int4) { return int4 ? 2 + hd / GROUP / 2 + (hd / GROUP + 7) / 8 : 4; }
+
+bool is_int4(const Tensor& codes, const Tensor& params, int64_t hd) {
+  const bool int4 = codes.size(3) != hd;
+  TORCH_CHECK(codes.dim() == 4 && params.dim() == 4 && codes.scalar_type() == at::kByte &&
+                  params.scalar_type() == at::kByte && (!int4 || (hd % 16 == 0 && codes.size(3) == hd / 2)) &&
+                  params.size(3) == params_size(hd, int4) && codes.sizes().slice(0, 3) == params.sizes().slice(0, 3),
+              "codes ", codes.sizes(), " and parameters ", params.sizes(), " don't fit a head of ", hd);
+  return int4;
+}
+
+Tensor quantized_decode_attention(const Tensor& q, const Tensor& k_codes, const Tensor& k_params,
+                                  const Tensor& v_codes, const Tensor& v_params, const optional<Tensor>& mask,
+                                  double scaling, bool causal) {
+  TORCH_CHECK(q.dim() == 4 && k_codes.dim() == 4 && k_codes.sizes() == v_codes.sizes() &&
+                  q.size(0) == k_codes.size(0) && q.size(1) == k_codes.size(1),
+              "quantized_decode_attention: q ", q.sizes(), ", keys ", k_codes.sizes(), ", values ", v_codes.sizes(),
+              " don't fit");
+  const bool int4 = is_int4(k_codes, k_params, q.size(3));
+  is_int4(v_codes, v_params, q.size(3));
+  const Tensor kc = with_rows(k_codes), kp = with_rows(k_params), vc = with_rows(v_codes), vp = with_rows(v_params);
+  Attention a{};
+  a.k = store(kc, kp), a.v = store(vc, vp), a.S = kc.size(2);
+  return attention(a, q, mask, scaling, causal, int4 ? INT4 : INT8);
+}
+
+void quantize_append(Tensor& codes, Tensor& params, const Tensor& x, int64_t position) {
+  TORCH_CHECK(x.dim() == 4 && codes.dim() == 4 && x.size(0) == codes.size(0) && x.size(1) == codes.size(1),
+              "quantize_append: x ", x.sizes(), " and codes ", codes.sizes(), " don't fit");
+  TORCH_CHECK(position >= 0 && position + x.size(2) <= codes.size(2), "quantize_append: ", x.size(2),
+              " tokens at position ", position, " don't fit a store of ", codes.size(2));
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+              "quantize_append: x must be float32 or bfloat16, found ", x.scalar_type());
+  TORCH_CHECK(codes.stride(3) == 1 && params.stride(3) == 1, "a row of codes or parameters must be contiguous");
+  const bool int4 = is_int4(codes, params, x.size(3));
+  const Tensor rows = with_rows(x);
+  Append a{rows.data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2), codes.data_ptr<uint8_t>(),
+           params.data_ptr<uint8_t>()};
+  a.codes_batch = codes.stride(0), a.codes_head = codes.stride(1), a.codes_token = codes.stride(2);
+  a.params_batch = params.stride(0), a.params_head = params.stride(1), a.params_token = params.stride(2);
+  a.codes += position * a.codes_token, a.params += position * a.params_token;
+  a.nh = x.size(1), a.T = x.size(2), a.hd = x.size(3);
+  const Kernels& run = kernels(int4 ? a.hd / GROUP : 0);
+  at::parallel_for(0, x.size(0) * a.nh * a.T, grain(a.hd * 64), [&](int64_t begin, int64_t end) {
+    run.append(a, x.scalar_type() == at::kBFloat16, int4, begin, end);
+  });
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  const bool bf16 = x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK((bf16 || x.scalar_type() == at::kFloat) && weight.scalar_type() == x.scalar_type() && weight.dim() == 1 &&
+                  x.dim() > 0 && x.size(-1) == weight.size(0),
+              "rms_norm: x ", x.scalar_type(), x.sizes(), " and weight ", weight.scalar_type(), weight.sizes(),
+              " don't fit");
+  const Tensor rows = x.contiguous(), w = weight.contiguous();
+  Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
+  const Norm a{rows.data_ptr(), w.data_ptr(), y.data_ptr(), w.size(0), static_cast<float>(eps)};
+  at::parallel_for(0, y.numel() / a.n, grain(a.n * 4),
+                   [&](int64_t begin, int64_t end) { kernels().norm(a, bf16, begin, end); });
+  return y;
+}
+
+Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, const optional<Tensor>& scale) {
+  const bool bf16 = x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(bf16 || x.scalar_type() == at::kFloat, "rotary: x must be float32 or bfloat16");
+  TORCH_CHECK(x.dim() == 4 && cos.sizes() == sin.sizes() && cos.dim() == 4 && cos.size(1) == 1 &&
+                  cos.size(2) == x.size(2) && cos.size(3) <= x.size(3) && cos.size(3) % 2 == 0 &&
+                  (cos.size(0) == 1 || cos.size(0) == x.size(0)),
+              "rotary: x ", x.sizes(), " and angles ", cos.sizes(), " don't fit");
+  const Tensor rows = with_rows(x), c = floats(cos), n = floats(sin);
+  Rotary a{rows.data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2), c.data_ptr<float>(), n.data_ptr<float>()};
+  a.nh = x.size(1), a.T = x.size(2), a.hd = x.size(3), a.rotated = c.size(3);
+  a.angles_token = a.rotated, a.angles_batch = c.size(0) == 1 ? 0 : a.T * a.rotated;
+  Tensor s;
+  if (scale) {
+    TORCH_CHECK(scale->dim() == 4 && scale->size(1) == 1 && scale->size(2) == a.T && scale->size(3) == 1 &&
+                    (scale->size(0) == 1 || scale->size(0) == x.size(0)),
+                "rotary: scale must be (B or 1, 1, T, 1), found ", scale->sizes());
+    s = floats(*scale), a.scale = s.data_ptr<float>(), a.scale_token = 1;
+    a.scale_batch = s.size(0) == 1 ? 0 : a.T;
+  }
+  Tensor y = at::empty(x.sizes(), x.options());
+  a.y = y.data_ptr();
+  at::parallel_for(0, x.size(0) * a.nh * a.T, grain(a.hd * 8),
+                   [&](int64_t begin, int64_t end) { kernels().rotary(a, bf16, begin, end); });
+  return y;
+}
+
+TORCH_LIBRARY_IMPL(QWEN_NAMESPACE, CPU, m) {
+  m.impl("linear", linear);
+  m.impl("decode_attention", decode_attention);
+  m.impl("quantize_append", quantize_append);
+  m.impl("quantized_decode_attention", quantized_decode_attention);
+  m.impl("rms_norm", rms_norm);
+  m.impl("rotary", rotary);
+}
+
+TORCH_LIBRARY_FRAGMENT(QWEN_NAMESPACE, m) { m.def("cpu_level(str name) -> str", cpu_level); }
+
+}  // namespace
+
+#else  // --- part two: the kernels, for one instruction set ----------------------------------------------------------
+
+namespace QWEN_LEVEL {
+
+#define INLINE inline __attribute__((always_inline))
+
+constexpr int W = QWEN_WIDTH;
+constexpr int LINE = 64, AHEAD = 4096;  // bytes: a cache line, how far ahead keys and values are asked for
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+
+template <class V, class T>
+INLINE V read(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// W numbers of 16 or 8 bits as 32-bit integers.
+#if QWEN_WIDTH == 16
+INLINE vi widen(const BFloat16* p) { return (vi)_mm512_cvtepu16_epi32(read<__m256i>(p)); }
+INLINE vi widen(const uint8_t* p) { return (vi)_mm512_cvtepu8_epi32(read<__m128i>(p)); }
+INLINE vi widen(const int8_t* p) { return (vi)_mm512_cvtepi8_epi32(read<__m128i>(p)); }
+#elif QWEN_WIDTH == 8
+INLINE vi widen(const BFloat16* p) { return (vi)_mm256_cvtepu16_epi32(read<__m128i>(p)); }
+INLINE vi widen(const uint8_t* p) { return (vi)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(read<int64_t>(p))); }
+INLINE vi widen(const int8_t* p) { return (vi)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(read<int64_t>(p))); }
+#else
+INLINE vi widen(const BFloat16* p) { return vi{p[0].x, p[1].x, p[2].x, p[3].x}; }
+INLINE vi widen(const uint8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
+INLINE vi widen(const int8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
+#endif
+
+INLINE vf load(const float* p) { return read<vf>(p); }
+INLINE vf load(const BFloat16* p) { return (vf)(widen(p) << 16); }
+INLINE vf load(const uint8_t* p) { return __builtin_convertvector(widen(p), vf); }
+INLINE vf load(const int8_t* p) { return __builtin_convertvector(widen(p), vf); }
+
+INLINE void save(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+INLINE void save(BFloat16* p, vf v) {  // to the nearest, halves to even
+  typedef uint16_t half __attribute__((vector_size(2 * W)));
+  const vi bits = (vi)v, nearest = bits + 0x7fff + ((bits >> 16) & 1), nan = v != v;
+  const half h = __builtin_convertvector(((~nan & nearest) | (nan & 0x7fc00000)) >> 16, half);
+  std::memcpy(p, &h, sizeof h);
+}
+INLINE vf all(float x) { return vf{} + x; }
+
+INLINE vf fma(vf a, vf b, vf c) {
+#if QWEN_WIDTH == 16
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif QWEN_WIDTH == 8
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+INLINE float sum(vf v) {
+#if QWEN_WIDTH == 16
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s[W];
+  save(s, v);
+  for (int n = W / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) s[i] += s[i + n];
+  return s[0];
+#endif
+}
+
+// To the nearest integer, halves to even; |x| below 2^22.
+INLINE vf round(vf x) { return (x + 12582912.f) - 12582912.f; }
+INLINE vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+INLINE vf minimum(vf a, vf b) { return select(a < b, a, b); }
+INLINE vf maximum(vf a, vf b) { return select(a > b, a, b); }
+
+INLINE float largest(vf v) {
+  float x = v[0];
+  for (int i = 1; i < W; ++i) x = std::max(x, v[i]);
+  return x;
+}
+
+// exp for x <= 0, exact to 2 units in the last place; 0 below -87.
+INLINE vf exp(vf x) {
+  const vi tiny = x < -87.f;
+  x = select(tiny, vf{}, x);
+  const vf n = round(x * 1.44269504f);
+  const vf r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), x));  // x - n log 2
+  vf y = fma(r, all(1.f / 5040), all(1.f / 720));
+  y = fma(y, r, all(1.f / 120));
+  y = fma(y, r, all(1.f / 24));
+  y = fma(y, r, all(1.f / 6));
+  y = fma(y, r, all(.5f));
+  y = fma(y, r, all(1.f));
+  y = fma(y, r, all(1.f));
+  return select(tiny, vf{}, y * (vf)((__builtin_convertvector(n, vi) + 127) << 23));
+}
+
+// Products of R rows a with C rows b, out[c * R + r]. Vectors of both are read once for C * R products. The rows b
+// come from memory: `ahead` numbers before they are needed they are asked for.
+template <int R, int C, class A, class B>
+INLINE void dots(const A* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t ahead, int64_t n, float* out) {
+  constexpr int U = LINE / (W * sizeof(B));             // vectors to a cache line
+  constexpr int N = std::min(U, std::max(1, 4 / R / C));  // independent sums hide how long an addition takes
+  vf acc[N][C][R] = {};
+  int64_t k = 0;
+  for (; k + U * W <= n; k += U * W) {
+    for (int c = 0; c < C; ++c) __builtin_prefetch(b + c * b_stride + k + ahead);
+    for (int u = 0; u < U; ++u) {
+      vf x[R];
+      for (int r = 0; r < R; ++r) x[r] = load(a + r * a_stride + k + u * W);
+      for (int c = 0; c < C; ++c) {
+        const vf y = load(b + c * b_stride + k + u * W);
+        for (int r = 0; r < R; ++r) acc[u % N][c][r] = fma(x[r], y, acc[u % N][c][r]);
+      }
+    }
+  }
+  for (; k + W <= n; k += W)
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r)
+        acc[0][c][r] = fma(load(a + r * a_stride + k), load(b + c * b_stride + k), acc[0][c][r]);
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) {
+      for (int u = 1; u < N; ++u) acc[0][c][r] += acc[u][c][r];
+      float y = sum(acc[0][c][r]);
+      for (int64_t i = k; i < n; ++i)
+        y += static_cast<float>(a[r * a_stride + i]) * static_cast<float>(b[c * b_stride + i]);
+      out[c * R + r] = y;
+    }
+}
+
+#ifdef QWEN_BF16  // the same for bfloat16 of both, two products an element
+template <int R, int C>
+INLINE void dots(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t b_stride, int64_t ahead, int64_t n,
+                 float* out) {
+  constexpr int N = std::max(1, 4 / R / C);
+  __m512 acc[N][C][R] = {};
+  for (int64_t k = 0; k < n; k += 2 * W * N)
+    for (int u = 0; u < N; ++u) {
+      const int64_t i = k + 2 * W * u, left = n - i;
+      if (left <= 0) break;
+      const __mmask32 mask = left >= 2 * W ? 0xffffffff : (1u << left) - 1;
+      __m512bh x[R];
+      for (int r = 0; r < R; ++r) x[r] = (__m512bh)_mm512_maskz_loadu_epi16(mask, a + r * a_stride + i);
+      for (int c = 0; c < C; ++c) {
+        __builtin_prefetch(b + c * b_stride + i + ahead);
+        const __m512bh y = (__m512bh)_mm512_maskz_loadu_epi16(mask, b + c * b_stride + i);
+        for (int r = 0; r < R; ++r) acc[u][c][r] = _mm512_dpbf16_ps(acc[u][c][r], x[r], y);
+      }
+    }
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) {
+      for (int u = 1; u < N; ++u) acc[0][c][r] += acc[u][c][r];
+      out[c * R + r] = sum((vf)acc[0][c][r]);
+    }
+}
+#endif
+
+// --- linear -------------------------------------------------------------------------------------------------------
+
+template <int R, int C, class X, class T>
+INLINE void linear_block(const Linear& a, int64_t channel) {
+  const X* x = static_cast<const X*>(a.x);
+  const T* w = static_cast<const T*>(a.weight) + channel * a.weight_stride;
+  const int64_t ahead = C * a.weight_stride;
+  float y[C * R] = {};
+  if (a.scale) {
+    const int64_t n = a.in / a.groups;
+    for (int64_t g = 0; g < a.groups; ++g) {
+      float part[C * R];
+      dots<R, C>(x + g * n, a.in, w + g * n, a.weight_stride, ahead, n, part);
+      for (int c = 0; c < C; ++c)
+        for (int r = 0; r < R; ++r) y[c * R + r] += a.scale[(channel + c) * a.groups + g] * part[c * R + r];
+    }
+  } else {
+    dots<R, C>(x, a.in, w, a.weight_stride, ahead, a.in, y);
+  }
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < std::min<int64_t>(R, a.rows); ++r) {
+      const float result = y[c * R + r] + (a.bias ? a.bias[channel + c] : 0.f);
+      const int64_t i = r * a.out + channel + c;
+      if (a.bf16_out)
+        static_cast<BFloat16*>(a.y)[i] = result;
+      else
+        static_cast<float*>(a.y)[i] = result;
+    }
+}
+
+template <int R, class X, class T>
+void linear_channels(const Linear& a, int64_t begin, int64_t end) {
+  constexpr int C = R == 1 ? 1 : 2;
+  int64_t channel = begin;
+  for (; channel + C <= end; channel += C) linear_block<R, C, X, T>(a, channel);
+  for (; channel < end; ++channel) linear_block<R, 1, X, T>(a, channel);
+}
+
+template <class X, class T>
+void linear_rows(const Linear& a, int64_t begin, int64_t end) {
+  if (a.rows == 1)
+    linear_channels<1, X, T>(a, begin, end);
+  else if (a.rows == 2)
+    linear_channels<2, X, T>(a, begin, end);
+  else if (a.rows <= 4)
+    linear_channels<4, X, T>(a, begin, end);
+  else
+    linear_channels<8, X, T>(a, begin, end);
+}
+
+#ifdef QWEN_BF16
+void linear(const Linear& a, bool, int64_t begin, int64_t end) { linear_rows<BFloat16, BFloat16>(a, begin, end); }
+#else
+void linear(const Linear& a, bool int8, int64_t begin, int64_t end) {
+  int8 ? linear_rows<float, int8_t>(a, begin, end) : linear_rows<float, BFloat16>(a, begin, end);
+}
+#endif
+
+#ifndef QWEN_BF16  // the rest is that of avx512
+
+// --- stores of keys and values ------------------------------------------------------------------------------------
+//
+// Each has: `scores`, products of a query with keys; `add`, values with weights p added to acc; `finish`, what acc
+// still lacks. A query has `extra` numbers behind its hd channels, and acc has as many.
+
+template <class T>
+struct Plain {
+  const T* rows;
+  int64_t stride, hd;
+
+  Plain(const Store& s, int64_t b, int64_t h, int64_t hd)
+      : rows(reinterpret_cast<const T*>(s.rows + b * s.batch + h * s.head)), stride(s.token / sizeof(T)), hd(hd) {}
+
+  static int64_t extra(int64_t) { return 0; }
+  static void prepare(float*, int64_t) {}
+
+  void scores(const float* q, int64_t key, int64_t n, float* out) const {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) dots<1, 4>(q, 0, rows + (key + i) * stride, stride, AHEAD / sizeof(T), hd, out + i);
+    for (; i < n; ++i) dots<1, 1>(q, 0, rows + (key + i) * stride, stride, AHEAD / sizeof(T), hd, out + i);
+  }
+
+  template <int R>
+  INLINE void add_rows(const float* p, int64_t key, float* acc) const {
+    const T* row = rows + key * stride;
+    int64_t c = 0;
+    for (; c + W <= hd; c += W) {
+      if (c * sizeof(T) % LINE == 0)
+        for (int r = 0; r < R; ++r) __builtin_prefetch(row + r * stride + c + AHEAD / sizeof(T));
+      vf y = load(acc + c);
+      for (int r = 0; r < R; ++r) y = fma(all(p[r]), load(row + r * stride + c), y);
+      save(acc + c, y);
+    }
+    for (; c < hd; ++c)
+      for (int r = 0; r < R; ++r) acc[c] += p[r] * static_cast<float>(row[r * stride + c]);
+  }
+
+  void add(const float* p, int64_t key, int64_t n, float* acc) const {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) add_rows<8>(p + i, key + i, acc);
+    for (; i < n; ++i) add_rows<1>(p + i, key + i, acc);
+  }
+
+  void finish(float*) const {}
+};
+
+// x = step * code + centre, one pair a row.
+struct Codes8 : Plain<int8_t> {
+  const char* params;
+  int64_t params_stride;
+
+  Codes8(const Store& s, int64_t b, int64_t h, int64_t hd)
+      : Plain(s, b, h, hd), params(s.params + b * s.params_batch + h * s.params_head), params_stride(s.params_token) {}
+
+  static int64_t extra(int64_t) { return 1; }
+  static void prepare(float* q, int64_t hd) {
+    q[hd] = 0;
+    for (int64_t c = 0; c < hd; ++c) q[hd] += q[c];
+  }
+
+  INLINE float param(int64_t key, int which) const {
+    BFloat16 x;
+    std::memcpy(&x, params + key * params_stride + 2 * which, 2);
+    return x;
+  }
+
+  void scores(const float* q, int64_t key, int64_t n, float* out) const {
+    Plain::scores(q, key, n, out);
+    for (int64_t i = 0; i < n; ++i) out[i] = out[i] * param(key + i, 0) + q[hd] * param(key + i, 1);
+  }
+
+  void add(const float* p, int64_t key, int64_t n, float* acc) const {
+    float scaled[64];
+    for (int64_t i = 0; i < n; ++i) {
+      scaled[i] = p[i] * param(key + i, 0);
+      acc[hd] += p[i] * param(key + i, 1);
+    }
+    Plain::add(scaled, key, n, acc);
+  }
+
+  void finish(float* acc) const {
+    for (int64_t c = 0; c < hd; ++c) acc[c] += acc[hd];
+  }
+};
+
+// x = step * (code - 7.5) + centre for the channels g, g + G, ... g + 7 G of a row, G = hd / 8. Byte i of a row holds
+// the codes of channels i and i + hd / 2. Its parameters are a bfloat16, the base; then 4 bits a group: which of STEPS,
+// times the base, is its step, and which of the first four CENTRES, times the step, its centre; then a bit a group: of
+// the last four.
+struct Codes4 {
+  const uint8_t *rows, *params;
+  int64_t stride, params_stride, G;
+
+  Codes4(const Store& s, int64_t b, int64_t h, int64_t hd)
+      : rows(reinterpret_cast<const uint8_t*>(s.rows + b * s.batch + h * s.head)),
+        params(reinterpret_cast<const uint8_t*>(s.params + b * s.params_batch + h * s.params_head)),
+        stride(s.token), params_stride(s.params_token), G(hd / GROUP) {}
+
+  static int64_t extra(int64_t hd) { return hd / GROUP; }
+  static void prepare(float* q, int64_t hd) {
+    const int64_t G = hd / GROUP;
+    for (int64_t g = 0; g < G; ++g) {
+      q[hd + g] = 0;
+      for (int j = 0; j < GROUP; ++j) q[hd + g] += q[j * G + g];
+    }
+  }
+
+  INLINE void group(int64_t key, int64_t g, float* step, float* centre) const {
+    const uint8_t* p = params + key * params_stride;
+    BFloat16 base;
+    std::memcpy(&base, p, 2);
+    const int choice = p[2 + g / 2] >> (g % 2 * 4) & 15, last = p[2 + G / 2 + g / 8] >> (g % 8) & 1;
+    *step = static_cast<float>(base) * STEPS[choice >> 2];
+    *centre = *step * CENTRES[last * 4 + (choice & 3)];
+  }
+
+  // The same for W groups from g on, a multiple of W.
+  INLINE void groups(int64_t key, int64_t g, vf* step, vf* centre) const {
+#if QWEN_WIDTH == 16
+    const uint8_t* p = params + key * params_stride;
+    BFloat16 base;
+    std::memcpy(&base, p, 2);
+    const __m128i packed = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 2 + g / 2)));
+    const __m512i choice = _mm512_cvtepu8_epi32(_mm_or_si128(packed, _mm_slli_epi16(packed, 4)));
+    uint16_t last;
+    std::memcpy(&last, p + 2 + G / 2 + g / 8, 2);
+    const __m512i low = _mm512_and_si512(choice, _mm512_set1_epi32(3));
+    const __m512i which = _mm512_mask_or_epi32(low, last, low, _mm512_set1_epi32(4));
+    const __m512 steps = _mm512_broadcast_f32x4(_mm_loadu_ps(STEPS));
+    const __m512 centres = _mm512_broadcast_f32x8(_mm256_loadu_ps(CENTRES));
+    *step = (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(choice, 2), steps) * static_cast<float>(base);
+    *centre = *step * (vf)_mm512_permutexvar_ps(which, centres);
+#else
+    float s[W], c[W];
+    for (int i = 0; i < W; ++i) group(key, g + i, s + i, c + i);
+    *step = load(s), *centre = load(c);
+#endif
+  }
+
+  // The low four bits, less 7.5.
+  static INLINE vf centred(vi codes) {
+#if QWEN_WIDTH == 16
+    static const float VALUES[] = {-7.5, -6.5, -5.5, -4.5, -3.5, -2.5, -1.5, -.5, .5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5};
+    return (vf)_mm512_permutexvar_ps((__m512i)codes, _mm512_loadu_ps(VALUES));
+#else
+    return __builtin_convertvector(codes & 15, vf) - 7.5f;
+#endif
+  }
+
+  INLINE float code(int64_t key, int j, int64_t g) const {
+    return (rows[key * stride + j % 4 * G + g] >> (j / 4 * 4) & 15) - 7.5f;
+  }
+
+  void scores(const float* q, int64_t key, int64_t n, float* out) const {
+    const float* whole = q + GROUP * G;
+    for (int64_t i = 0; i < n; ++i) out[i] = 0;
+    int64_t g = 0;
+    for (; g + W <= G; g += W) {
+      vf part[GROUP];
+      for (int j = 0; j < GROUP; ++j) part[j] = load(q + j * G + g);
+      for (int64_t i = 0; i < n; ++i) {
+        vf step, centre, low{}, high{};
+        __builtin_prefetch(rows + (key + i) * stride + AHEAD);
+        groups(key + i, g, &step, &centre);
+        for (int j = 0; j < GROUP / 2; ++j) {
+          const vi codes = widen(rows + (key + i) * stride + j * G + g);
+          low = fma(part[j], centred(codes), low);
+          high = fma(part[j + GROUP / 2], centred(codes >> 4), high);
+        }
+        out[i] += sum(fma(step, low + high, centre * load(whole + g)));
+      }
+    }
+    for (; g < G; ++g)
+      for (int64_t i = 0; i < n; ++i) {
+        float step, centre, dot = 0;
+        group(key + i, g, &step, &centre);
+        for (int j = 0; j < GROUP; ++j) dot += q[j * G + g] * code(key + i, j, g);
+        out[i] += step * dot + centre * whole[g];
+      }
+  }
+
+  void add(const float* p, int64_t key, int64_t n, float* acc) const {
+    float* offsets = acc + GROUP * G;
+    int64_t g = 0;
+    for (; g + W <= G; g += W) {
+      vf y[GROUP], offset = load(offsets + g);
+      for (int j = 0; j < GROUP; ++j) y[j] = load(acc + j * G + g);
+      for (int64_t i = 0; i < n; ++i) {
+        vf step, centre;
+        __builtin_prefetch(rows + (key + i) * stride + AHEAD);
+        groups(key + i, g, &step, &centre);
+        step *= p[i];
+        offset = fma(centre, all(p[i]), offset);
+        for (int j = 0; j < GROUP / 2; ++j) {
+          const vi codes = widen(rows + (key + i) * stride + j * G + g);
+          y[j] = fma(step, centred(codes), y[j]);
+          y[j + GROUP / 2] = fma(step, centred(codes >> 4), y[j + GROUP / 2]);
+        }
+      }
+      for (int j = 0; j < GROUP; ++j) save(acc + j * G + g, y[j]);
+      save(offsets + g, offset);
+    }
+    for (; g < G; ++g)
+      for (int64_t i = 0; i < n; ++i) {
+        float step, centre;
+        group(key + i, g, &step, &centre);
+        for (int j = 0; j < GROUP; ++j) acc[j * G + g] += p[i] * step * code(key + i, j, g);
+        offsets[g] += p[i] * centre;
+      }
+  }
+
+  void finish(float* acc) const {
+    for (int j = 0; j < GROUP; ++j)
+      for (int64_t g = 0; g < G; ++g) acc[j * G + g] += acc[GROUP * G + g];
+  }
+};
+
+// Sums of lanes H apart in the lower of the two, differences in the upper.
+template <int H>
+INLINE vf butterfly(vf v) {
+  static const int32_t LANES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const vi lane = read<vi>(LANES);
+#if defined(__clang__)
+  vf other;
+  for (int i = 0; i < W; ++i) other[i] = v[i ^ H];
+#else
+  const vf other = __builtin_shuffle(v, lane ^ H);
+#endif
+  return other + select((lane & H) != 0, -v, v);
+}
+
+// The orthonormal Walsh-Hadamard transform of blocks of the largest power of two that divides hd; its own inverse.
+void rotate(float* x, int64_t hd) {
+  const int64_t block = hd & -hd;
+  int64_t h = 1;
+  if (block >= W) {
+    for (int64_t i = 0; i < hd; i += W) {
+      vf v = butterfly<2>(butterfly<1>(load(x + i)));
+#if QWEN_WIDTH >= 8
+      v = butterfly<4>(v);
+#endif
+#if QWEN_WIDTH >= 16
+      v = butterfly<8>(v);
+#endif
+      save(x + i, v);
+    }
+    h = W;
+  }
+  for (; h < block; h *= 2)
+    for (int64_t i = 0; i < hd; i += 2 * h)
+      for (int64_t j = i; j < i + h; ++j) {
+        const float a = x[j], b = x[j + h];
+        x[j] = a + b;
+        x[j + h] = a - b;
+      }
+  const float norm = static_cast<float>(1 / std::sqrt(static_cast<double>(block)));
+  for (int64_t i = 0; i < hd; ++i) x[i] *= norm;
+}
+
+// --- attention ----------------------------------------------------------------------------------------------------
+
+constexpr int64_t BLOCK = 64;  // keys between two looks at the largest score
+
+template <class Keys>
+void attend_heads(const Attention& a, bool rotated, int64_t begin, int64_t end) {
+  const int64_t width = a.hd + Keys::extra(a.hd);
+  std::vector<float> queries(a.T * width), sums(a.T * width), tops(a.T), weights(a.T);
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t head = item / a.splits, split = item % a.splits, b = head / a.nh, h = head % a.nh;
+    const int64_t first = a.S * split / a.splits, last = a.S * (split + 1) / a.splits;
+    const Keys keys(a.k, b, h, a.hd), values(a.v, b, h, a.hd);
+    for (int64_t t = 0; t < a.T; ++t) {
+      float* q = queries.data() + t * width;
+      std::memcpy(q, a.q + (head * a.T + t) * a.hd, a.hd * sizeof(float));
+      if (rotated) rotate(q, a.hd);
+      Keys::prepare(q, a.hd);
+    }
+    std::fill(sums.begin(), sums.end(), 0.f);
+    std::fill(tops.begin(), tops.end(), MINUS_INFINITY);
+    std::fill(weights.begin(), weights.end(), 0.f);
+
+    for (int64_t key = first; key < last; key += BLOCK)
+      for (int64_t t = 0; t < a.T; ++t) {
+        const int64_t visible = a.causal ? std::min(last, a.S - a.T + t + 1) : last;
+        const int64_t n = std::min(BLOCK, visible - key);
+        if (n <= 0) continue;
+        float p[BLOCK + W];
+        keys.scores(queries.data() + t * width, key, n, p);
+        if (a.mask) {
+          const bool* mask = a.mask + b * a.mask_strides[0] + h * a.mask_strides[1] + t * a.mask_strides[2];
+          for (int64_t i = 0; i < n; ++i)
+            if (!mask[(key + i) * a.mask_strides[3]]) p[i] = MINUS_INFINITY;
+        }
+        for (int64_t i = n; i % W != 0; ++i) p[i] = MINUS_INFINITY;
+        vf highest = all(tops[t]);
+        for (int64_t i = 0; i < n; i += W) highest = maximum(highest, load(p + i));
+        const float top = largest(highest);
+        if (top == MINUS_INFINITY) continue;
+        float* acc = sums.data() + t * width;
+        if (top != tops[t]) {
+          const float shrink = std::exp(tops[t] - top);
+          for (int64_t c = 0; c < width; ++c) acc[c] *= shrink;
+          weights[t] *= shrink;
+          tops[t] = top;
+        }
+        vf total{};
+        for (int64_t i = 0; i < n; i += W) {
+          const vf e = exp(load(p + i) - top);
+          total += e;
+          save(p + i, e);
+        }
+        weights[t] += sum(total);
+        values.add(p, key, n, acc);
+      }
+
+    for (int64_t t = 0; t < a.T; ++t) {
+      float* acc = sums.data() + t * width;
+      values.finish(acc);
+      float* to = a.partial + (item * a.T + t) * (a.hd + 2);
+      std::memcpy(to, acc, a.hd * sizeof(float));
+      to[a.hd] = tops[t], to[a.hd + 1] = weights[t];
+    }
+  }
+}
+
+void attend(const Attention& a, Kind kind, int64_t begin, int64_t end) {
+  switch (kind) {
+    case F32: return attend_heads<Plain<float>>(a, false, begin, end);
+    case BF16: return attend_heads<Plain<BFloat16>>(a, false, begin, end);
+    case INT8: return attend_heads<Codes8>(a, true, begin, end);
+    case INT4: return attend_heads<Codes4>(a, true, begin, end);
+  }
+}
+
+void merge(const Attention& a, bool rotated, int64_t begin, int64_t end) {
+  std::vector<float> y(a.hd);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t head = i / a.T, t = i % a.T, b = head / a.nh, h = head % a.nh;
+    auto part = [&](int64_t split) { return a.partial + ((head * a.splits + split) * a.T + t) * (a.hd + 2); };
+    float top = MINUS_INFINITY, total = 0;
+    for (int64_t s = 0; s < a.splits; ++s) top = std::max(top, part(s)[a.hd]);
+    std::fill(y.begin(), y.end(), 0.f);
+    for (int64_t s = 0; s < a.splits; ++s) {
+      const float* from = part(s);
+      if (from[a.hd] == MINUS_INFINITY) continue;  // no key of this part is attended to
+      const float weight = std::exp(from[a.hd] - top);
+      total += weight * from[a.hd + 1];
+      for (int64_t c = 0; c < a.hd; ++c) y[c] += weight * from[c];
+    }
+    if (total > 0)
+      for (int64_t c = 0; c < a.hd; ++c) y[c] /= total;
+    if (rotated) rotate(y.data(), a.hd);
+    const int64_t to = ((b * a.T + t) * a.nh + h) * a.hd;
+    for (int64_t c = 0; c < a.hd; ++c)
+      if (a.out)
+        a.out[to + c] = y[c];
+      else
+        a.out_bf16[to + c] = y[c];
+  }
+}
+
+// --- quantising ---------------------------------------------------------------------------------------------------
+
+void extremes(const float* x, int64_t n, float* low, float* high) {
+  int64_t i = 0;
+  vf lows = all(x[0]), highs = lows;
+  for (; i + W <= n; i += W) {
+    lows = minimum(load(x + i), lows);
+    highs = maximum(load(x + i), highs);
+  }
+  *low = -largest(-lows), *high = largest(highs);
+  for (; i < n; ++i) *low = std::min(*low, x[i]), *high = std::max(*high, x[i]);
+}
+
+void encode8(const float* x, int64_t hd, uint8_t* codes, uint8_t* params) {
+  float low, high;
+  extremes(x, hd, &low, &high);
+  const BFloat16 rounded_centre = low * .5f + high * .5f;
+  const float centre = rounded_centre;
+  const BFloat16 step = std::max(high - centre, centre - low) / 127.f;
+  const float divisor = step > 0 ? static_cast<float>(step) : 1.f;
+  std::memcpy(params, &step, 2);
+  std::memcpy(params + 2, &rounded_centre, 2);
+  for (int64_t c = 0; c < hd; c += W) {
+    const int64_t lanes = std::min<int64_t>(W, hd - c);
+    vf part{};
+    std::memcpy(&part, x + c, lanes * sizeof(float));
+    const vf code = minimum(maximum(round((part - centre) / divisor), all(-128.f)), all(127.f));
+    for (int64_t i = 0; i < lanes; ++i) codes[c + i] = static_cast<uint8_t>(static_cast<int8_t>(code[i]));
+  }
+}
+
+INLINE vf code4(vf scaled, vf zero) { return minimum(maximum(round(scaled - zero), vf{}), all(15.f)); }
+
+// Of all steps and centres those with the smallest squared error, for W groups at a time.
+void encode4(const float* x, int64_t hd, uint8_t* codes, uint8_t* params) {
+  const int64_t G = hd / GROUP;
+  float low, high;
+  extremes(x, hd, &low, &high);
+  const BFloat16 base = std::fabs(std::max(-low, high)) * (1.f / 15);
+  const float divisor = base > 0 ? static_cast<float>(base) : 1.f;
+  std::memset(params, 0, 2 + G / 2 + (G + 7) / 8);
+  std::memcpy(params, &base, 2);
+  for (int64_t g = 0; g < G; g += W) {
+    const int64_t lanes = std::min<int64_t>(W, G - g);
+    vf part[GROUP] = {}, best = all(std::numeric_limits<float>::infinity()), best_zero{}, best_inverse{};
+    for (int j = 0; j < GROUP; ++j) {
+      std::memcpy(part + j, x + j * G + g, lanes * sizeof(float));
+      part[j] = part[j] / divisor;
+    }
+    vi choice{};
+    for (int s = 0; s < 4; ++s) {
+      vf scaled[GROUP];
+      for (int j = 0; j < GROUP; ++j) scaled[j] = part[j] * INVERSES[s];
+      for (int z = 0; z < 8; ++z) {
+        const vf zero = all(CENTRES[z] - 7.5f);
+        vf error[GROUP];
+        for (int j = 0; j < GROUP; ++j) {
+          const vf miss = ((code4(scaled[j], zero) + zero) - scaled[j]) * STEPS[s];
+          error[j] = miss * miss;
+        }
+        for (int n = GROUP / 2; n > 0; n /= 2)
+          for (int j = 0; j < n; ++j) error[j] += error[j + n];
+        const vi better = error[0] < best;
+        best = select(better, error[0], best);
+        best_zero = select(better, zero, best_zero);
+        best_inverse = select(better, all(INVERSES[s]), best_inverse);
+        choice = (better & (8 * s + z)) | (~better & choice);
+      }
+    }
+    for (int j = 0; j < GROUP; ++j) part[j] = code4(part[j] * best_inverse, best_zero);
+    for (int64_t i = 0; i < lanes; ++i) {
+      for (int j = 0; j < GROUP / 2; ++j)
+        codes[j * G + g + i] = static_cast<int>(part[j][i]) | static_cast<int>(part[j + GROUP / 2][i]) << 4;
+      params[2 + (g + i) / 2] |= (choice[i] >> 3 << 2 | (choice[i] & 3)) << ((g + i) % 2 * 4);
+      params[2 + G / 2 + (g + i) / 8] |= (choice[i] >> 2 & 1) << ((g + i) % 8);
+    }
+  }
+}
+
+template <class T>
+void append_rows(const Append& a, bool int4, int64_t begin, int64_t end) {
+  std::vector<float> x(a.hd);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t t = i % a.T, h = i / a.T % a.nh, b = i / a.T / a.nh;
+    const T* from = static_cast<const T*>(a.x) + b * a.x_batch + h * a.x_head + t * a.x_token;
+    for (int64_t c = 0; c < a.hd; ++c) x[c] = from[c];
+    rotate(x.data(), a.hd);
+    uint8_t* codes = a.codes + b * a.codes_batch + h * a.codes_head + t * a.codes_token;
+    uint8_t* params = a.params + b * a.params_batch + h * a.params_head + t * a.params_token;
+    int4 ? encode4(x.data(), a.hd, codes, params) : encode8(x.data(), a.hd, codes, params);
+  }
+}
+
+void append(const Append& a, bool bf16, bool int4, int64_t begin, int64_t end) {
+  bf16 ? append_rows<BFloat16>(a, int4, begin, end) : append_rows<float>(a, int4, begin, end);
+}
+
+// --- norm and rotary embedding -------------------------------------------------------------------------------------
+
+template <class T>
+void norm_rows(const Norm& a, int64_t begin, int64_t end) {
+  const T* w = static_cast<const T*>(a.weight);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.n;
+    T* y = static_cast<T*>(a.y) + row * a.n;
+    float squares;
+    dots<1, 1>(x, 0, x, 0, 0, a.n, &squares);
+    const float factor = 1 / std::sqrt(squares / a.n + a.eps);
+    int64_t i = 0;
+    for (; i + W <= a.n; i += W) {
+      T normed[W];  // rounded to the dtype of x before the weight, as the model defines it
+      save(normed, load(x + i) * factor);
+      save(y + i, load(normed) * load(w + i));
+    }
+    for (; i < a.n; ++i) y[i] = static_cast<float>(static_cast<T>(x[i] * factor)) * static_cast<float>(w[i]);
+  }
+}
+
+void norm(const Norm& a, bool bf16, int64_t begin, int64_t end) {
+  bf16 ? norm_rows<BFloat16>(a, begin, end) : norm_rows<float>(a, begin, end);
+}
+
+template <class T>
+void rotary_rows(const Rotary& a, int64_t begin, int64_t end) {
+  const int64_t half = a.rotated / 2;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t t = i % a.T, h = i / a.T % a.nh, b = i / a.T / a.nh;
+    const T* x = static_cast<const T*>(a.x) + b * a.x_batch + h * a.x_head + t * a.x_token;
+    T* y = static_cast<T*>(a.y) + i * a.hd;
+    const float* cos = a.cos + b * a.angles_batch + t * a.angles_token;
+    const float* sin = a.sin + b * a.angles_batch + t * a.angles_token;
+    const float scale = a.scale ? a.scale[b * a.scale_batch + t * a.scale_token] : 1.f;
+    int64_t c = 0;
+    for (; c + W <= half; c += W) {
+      const vf one = load(x + c), other = load(x + half + c);
+      save(y + c, (one * load(cos + c) - other * load(sin + c)) * scale);
+      save(y + half + c, (other * load(cos + half + c) + one * load(sin + half + c)) * scale);
+    }
+    for (; c < half; ++c) {
+      const float one = x[c], other = x[half + c];
+      y[c] = (one * cos[c] - other * sin[c]) * scale;
+      y[half + c] = (other * cos[half + c] + one * sin[half + c]) * scale;
+    }
+    for (c = a.rotated; c < a.hd; ++c) y[c] = static_cast<float>(x[c]) * scale;
+  }
+}
+
+void rotary(const Rotary& a, bool bf16, int64_t begin, int64_t end) {
+  bf16 ? rotary_rows<BFloat16>(a, begin, end) : rotary_rows<float>(a, begin, end);
+}
+
+constexpr Kernels KERNELS{linear, attend, merge, append, norm, rotary};
+
+#endif
+#undef INLINE
+
+}  // namespace QWEN_LEVEL
+
+#endif

@@ -1,0 +1,730 @@
+"""
+The operations of a decoding step, in PyTorch and natively for CPUs.
+
+`linear`, `decode_attention`, `quantize_append`, `quantized_decode_attention`, `rms_norm` and `rotary` are operators of
+torch.library, so that compilation and export trace through them. Each has a PyTorch reference beside it, which runs on
+every device.
+`cpp_kernels.cpp` adds kernels for CPUs: it is compiled at the first call, once for a machine, and what can't be
+compiled costs speed and one warning, never an answer.
+
+    QWEN_NATIVE_KERNELS=0    don't build or load native kernels
+    CXX                      the compiler (default: g++, c++ or clang++)
+    TORCH_EXTENSIONS_DIR     where the compiled library is kept (default: torch_extensions in the user's cache)
+
+In the shapes below B is the batch, T the new tokens, S the tokens attended to, nh the heads and hd the width of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
+SOURCE_SHA256 = "4e5d53cb821acaff1e410e07d676175c161855bf11eafcf926c094c464582781"
+# Another source may have other operators: each has its own namespace, so that two versions live in one process.
+NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
+
+MAX_ROWS = 8  # of `linear`; from there on PyTorch's matrix product is faster
+
+_FLOATS = (torch.float32, torch.bfloat16)
+# torch up to 2.0 has no fused attention with a scale of its own
+_HAS_SDPA = "scale=None" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
+
+
+def _floats(x: torch.Tensor) -> tuple:
+    """What kernels on this device read."""
+    return (*_FLOATS, torch.float16) if x.device.type == "cuda" else _FLOATS
+
+
+def _differentiated(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# --- Linear layers -----------------------------------------------------------------------------------------------
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    `F.linear`, at the speed of memory for up to 8 rows of x on a CPU.
+
+    x: (..., in). weight: (out, in), or int8 with scale (out,) or (out, groups): the weight is then
+    `weight * scale`, each scale for `in / groups` neighbouring inputs. bias: (out,). Returns (..., out) in x's dtype,
+    accumulated in float32.
+
+    The native kernel takes float32 and bfloat16 x with bfloat16 and int8 weights; everything else, training and
+    subclasses of tensors included, is PyTorch's.
+
+    Example:
+        >>> linear(torch.ones(1, 2), torch.tensor([[3, 4]], dtype=torch.int8), scale=torch.tensor([0.5]))
+        tensor([[3.5000]])
+    """
+    if (
+        weight.dtype in (torch.bfloat16, torch.int8)
+        and x.dtype in _FLOATS
+        and x.device.type == "cpu"
+        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+        and 0 < math.prod(x.shape[:-1]) <= MAX_ROWS
+        and not _differentiated(x, weight, bias)
+    ):
+        return _OPERATORS.linear(x, weight, bias, scale)
+    return linear_reference(x, weight, bias, scale)
+
+
+def linear_reference(x, weight, bias=None, scale=None):
+    if scale is None:
+        if weight.dtype == x.dtype:
+            return F.linear(x, weight, bias)
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    if scale.dim() == 2:
+        weight = weight.float().view(*scale.shape, -1).mul(scale[..., None]).view_as(weight)
+        return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+    y = F.linear(x, weight.to(x.dtype)).float() * scale  # int8 is exact in bfloat16
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+# --- Attention over a cache --------------------------------------------------------------------------------------
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """
+    Attention of a few new tokens over a cache; the last T of the S keys are theirs.
+
+    q: (B, nh, T, hd). k, v: (B, nh, S, hd), float32 or bfloat16; views into larger storage are read where they lie,
+    as long as a row is contiguous. mask: boolean, True is attended to: None or (B, S), the keys that are real, and
+    token t sees its own key and those before it; or (B or 1, nh or 1, T or 1, S), which says everything.
+    scaling: of the scores, default `hd ** -0.5`.
+
+    Returns (B, T, nh, hd) in q's dtype; zeros for a token that may see nothing. Raises ValueError for another mask.
+
+    Example:
+        >>> q, storage = torch.randn(1, 16, 1, 128), torch.randn(2, 1, 16, 8192, 128, dtype=torch.bfloat16)
+        >>> decode_attention(q, *storage[:, :, :, :1000]).shape
+        torch.Size([1, 1, 16, 128])
+    """
+    mask, causal = _check_mask(mask)
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    floats = _floats(q)
+    if q.dtype in floats and k.dtype in floats and k.dtype == v.dtype and not _differentiated(q, k, v):
+        return _OPERATORS.decode_attention(q, k, v, mask, scaling, causal)
+    return decode_attention_reference(q, k, v, mask, scaling, causal)
+
+
+def _check_mask(mask):
+    """The mask in four dimensions, and whether a token sees only what is before it."""
+    if mask is not None and (mask.dtype != torch.bool or mask.dim() not in (2, 4)):
+        raise ValueError(
+            f"mask must be boolean, (B, S) or (B, nh, T, S) with True for what is attended to, "
+            f"found {mask.dtype} {tuple(mask.shape)}; mask.bool() makes one of ones and zeros."
+        )
+    keys_only = mask is None or mask.dim() == 2
+    return mask[:, None, None] if keys_only and mask is not None else mask, keys_only
+
+
+def decode_attention_reference(q, k, v, mask, scaling, causal):
+    T, S = q.shape[2], k.shape[2]
+    if causal and T > 1:
+        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        mask = seen if mask is None else mask & seen
+    dtype, out = torch.promote_types(q.dtype, k.dtype), q.dtype
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if _HAS_SDPA:
+        y = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling)  # (B, nh, T, hd)
+    else:
+        scores = (q @ k.transpose(2, 3)).float() * scaling
+        scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+        y = scores.softmax(-1).to(dtype) @ v  # (B, nh, T, hd)
+    if mask is not None:  # the softmax of nothing is not a number
+        y = y.masked_fill(~mask.any(-1, keepdim=True), 0)
+    if S == 0:
+        y = torch.zeros_like(q)
+    return y.transpose(1, 2).to(out).contiguous()
+
+
+# --- Quantised keys and values -----------------------------------------------------------------------------------
+#
+# A head of a token, hd numbers, is rotated by a Walsh-Hadamard transform, which spreads what a few channels have too
+# much of over all of them and leaves products of queries and keys as they are (https://arxiv.org/abs/2404.00456).
+# Then x is stored as codes, uint8 (B, nh, S, hd * bits / 8), and parameters, uint8 (B, nh, S, parameters):
+#
+# int8: x = step * code + centre; the code is an int8 (`codes.view(torch.int8)`). The parameters are step and centre,
+# bfloat16: 4 bytes. hd 128: 132 bytes.
+#
+# int4: x = step * (code - 7.5 + centre), with a step and a centre for each of the G = hd / 8 groups of channels
+# g, g + G, ..., g + 7 G (side by side these are vectors of groups). Byte i of the codes holds channel i in its low and
+# channel i + hd / 2 in its high half. The parameters are the base, bfloat16, then 4 bits a group, even groups in the
+# low half of a byte, whose upper two choose step = base * STEPS[.] and whose lower two choose a centre, then a bit a
+# group, group 0 in the lowest bit of a byte: centre = CENTRES[4 * bit + two bits]. hd 128: 64 + 2 + 8 + 2 = 76 bytes.
+# The base is a 15th of the largest magnitude; of the 32 pairs the one with the smallest squared error is taken. STEPS
+# and CENTRES were fitted to normally distributed numbers, which after the rotation everything resembles; being
+# equally spaced they are computed on a GPU, not looked up.
+
+GROUP = 8
+STEPS = tuple((58 + 19 * i) / 64 for i in range(4))
+CENTRES = tuple((i - 3.5) * 46 / 64 for i in range(8))
+
+
+def quantized_sizes(head_dim: int, bits: int) -> tuple[int, int]:
+    """
+    Bytes of codes and of parameters that a head of a token takes.
+
+    Raises ValueError for bits other than 8 and 4, and for 4 bits with a `head_dim` that 16 does not divide.
+
+    Example:
+        >>> quantized_sizes(128, 8), quantized_sizes(128, 4)
+        ((128, 4), (64, 12))
+    """
+    if bits == 8:
+        return head_dim, 4
+    if bits != 4:
+        raise ValueError(f"keys and values are quantised to 8 or 4 bits, found bits={bits}.")
+    if head_dim % 16:
+        raise ValueError(f"4 bits need a head of a multiple of 16 channels, found {head_dim}; use 8 bits.")
+    groups = head_dim // GROUP
+    return head_dim // 2, 2 + groups // 2 + (groups + 7) // 8
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """
+    Orthonormal Walsh-Hadamard transform of the last dimension, in blocks of the largest power of two that divides it;
+    its own inverse. float32 (..., hd) to the same.
+    """
+    hd = x.shape[-1]
+    block = hd & -hd
+    half = 1
+    while half < block:
+        a, b = x.reshape(*x.shape[:-1], -1, 2, half).unbind(-2)  # (..., hd / 2 half, half)
+        x = torch.stack((a + b, a - b), -2).flatten(-3)  # (..., hd)
+        half *= 2
+    return x * block**-0.5
+
+
+def quantize_append(codes: torch.Tensor, params: torch.Tensor, x: torch.Tensor, position: int) -> None:
+    """
+    Quantise keys or values and write them into their storage from token `position` on.
+
+    codes: uint8 (B, nh, capacity, code bytes) and params: uint8 (B, nh, capacity, parameter bytes), both changed in
+    place; `quantized_sizes` gives the bytes, which say how many bits are meant. x: (B, nh, T, hd).
+
+    Raises ValueError if the sizes fit neither 8 nor 4 bits, or the tokens don't fit into the storage.
+    """
+    _check_store(codes, params, x.shape[-1])
+    if position < 0 or position + x.shape[2] > codes.shape[2]:
+        raise ValueError(f"{x.shape[2]} tokens at position {position} don't fit a store of {codes.shape[2]} tokens.")
+    if x.dtype not in _floats(x):
+        x = x.float()
+    _OPERATORS.quantize_append(codes, params, x.detach(), position)
+
+
+def _check_store(codes, params, hd):
+    found = codes.shape[-1], params.shape[-1]
+    fitting = [quantized_sizes(hd, 8)] + ([quantized_sizes(hd, 4)] if hd % 16 == 0 else [])
+    if found not in fitting:
+        raise ValueError(f"codes and parameters of {found} bytes don't fit a head of {hd}: that takes {fitting}.")
+
+
+def quantize_append_reference(codes, params, x, position):
+    quantize = _quantize8 if codes.shape[-1] == x.shape[-1] else _quantize4
+    where = slice(position, position + x.shape[2])
+    codes[:, :, where], params[:, :, where] = quantize(rotate(x.float()))
+
+
+def _quantize8(x):
+    """x: float32 (..., hd). Returns codes uint8 (..., hd), parameters uint8 (..., 4)."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    centre = (low * 0.5 + high * 0.5).bfloat16()
+    step = (torch.maximum(high - centre.float(), centre.float() - low) / 127).bfloat16()
+    divisor = torch.where(step > 0, step.float(), 1)
+    codes = ((x - centre.float()) / divisor).round().clamp(-128, 127).to(torch.int8)
+    return codes.view(torch.uint8), torch.cat((step, centre), -1).view(torch.uint8)
+
+
+def _quantize4(x):
+    """x: float32 (..., hd). Returns codes uint8 (..., hd / 2), parameters uint8 (...)."""
+    base = (x.abs().amax(-1, keepdim=True) * (1 / 15)).bfloat16()  # (..., 1)
+    x = x / torch.where(base > 0, base.float(), 1)
+    x = x.unflatten(-1, (GROUP, -1))  # (..., 8, G)
+    best = torch.full_like(x[..., 0, :], math.inf)  # (..., G)
+    codes, choice, last = torch.zeros_like(x), best.new_zeros(best.shape), best.new_zeros(best.shape)
+    for i, step in enumerate(STEPS):
+        scaled = x * (1 / step)
+        for j, centre in enumerate(CENTRES):
+            zero = centre - 7.5
+            code = (scaled - zero).round().clamp(0, 15)
+            error = (((code + zero) - scaled) * step).square()
+            while error.shape[-2] > 1:  # in this order in the native kernel too
+                one, other = error.chunk(2, -2)
+                error = one + other
+            error = error.squeeze(-2)
+            better = error < best
+            best = torch.where(better, error, best)
+            codes = torch.where(better[..., None, :], code, codes)
+            choice = torch.where(better, 4 * i + j % 4, choice)
+            last = torch.where(better, j // 4, last)
+    low, high = codes.to(torch.uint8).flatten(-2).chunk(2, -1)
+    even, odd = choice.to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    last = F.pad(last, (0, -last.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    bits = (last * (2 ** torch.arange(8, device=x.device))).sum(-1).to(torch.uint8)
+    return low | high << 4, torch.cat((base.view(torch.uint8), even | odd << 4, bits), -1)
+
+
+def dequantize(codes: torch.Tensor, params: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """What `quantize_append` wrote, still rotated: float32 (..., hd). `rotate` of it is close to what was written."""
+    if codes.shape[-1] == head_dim:
+        step, centre = params.contiguous().view(torch.bfloat16).float().split(1, -1)
+        return codes.view(torch.int8) * step + centre
+    G = head_dim // GROUP
+    base, choice, bits = params.split((2, G // 2, params.shape[-1] - 2 - G // 2), -1)
+    base = base.contiguous().view(torch.bfloat16).float()
+    choice = torch.stack((choice & 15, choice >> 4), -1).flatten(-2).long()  # (..., G)
+    last = (bits[..., None] >> torch.arange(8, device=bits.device)).flatten(-2)[..., :G].long() & 1
+    step = base * torch.tensor(STEPS, device=base.device)[choice >> 2]
+    centre = torch.tensor(CENTRES, device=base.device)[4 * last + (choice & 3)]
+    codes = torch.cat((codes & 15, codes >> 4), -1).unflatten(-1, (GROUP, G))  # (..., 8, G)
+    return (step[..., None, :] * (codes - 7.5 + centre[..., None, :])).flatten(-2)
+
+
+def quantized_decode_attention(
+    q: torch.Tensor,
+    k_codes: torch.Tensor,
+    k_params: torch.Tensor,
+    v_codes: torch.Tensor,
+    v_params: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """
+    `decode_attention` over keys and values that `quantize_append` wrote; pass the first S tokens of the storage.
+
+    q: (B, nh, T, hd). Codes and parameters: uint8 (B, nh, S, bytes). Everything else as in `decode_attention`.
+
+    Example:
+        >>> codes, params = (torch.zeros(1, 16, 8192, n, dtype=torch.uint8) for n in quantized_sizes(128, bits=4))
+        >>> quantize_append(codes, params, torch.randn(1, 16, 100, 128), position=0)
+        >>> stored = codes[:, :, :100], params[:, :, :100]
+        >>> quantized_decode_attention(torch.randn(1, 16, 1, 128), *stored, *stored).shape
+        torch.Size([1, 1, 16, 128])
+    """
+    _check_store(k_codes, k_params, q.shape[-1])
+    _check_store(v_codes, v_params, q.shape[-1])
+    mask, causal = _check_mask(mask)
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    inputs = q if q.dtype in _floats(q) else q.float()
+    return _OPERATORS.quantized_decode_attention(
+        inputs.detach(), k_codes, k_params, v_codes, v_params, mask, scaling, causal
+    ).to(q.dtype)
+
+
+def quantized_decode_attention_reference(q, k_codes, k_params, v_codes, v_params, mask, scaling, causal):
+    hd = q.shape[-1]
+    k, v = dequantize(k_codes, k_params, hd), dequantize(v_codes, v_params, hd)
+    y = decode_attention_reference(rotate(q.float()), k, v, mask, scaling, causal)
+    return rotate(y).to(q.dtype)
+
+
+# --- Norm and rotary embedding -----------------------------------------------------------------------------------
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """
+    `x / sqrt(mean(x ** 2) + eps)` in float32, rounded to x's dtype, then times weight.
+
+    x: (..., dim). weight: (dim,). Returns (..., dim).
+
+    Example:
+        >>> rms_norm(torch.tensor([3.0, -3.0]), torch.tensor([1.0, 2.0]), 1e-6)
+        tensor([ 1.0000, -2.0000])
+    """
+    if x.device.type == "cpu" and x.dtype in _FLOATS and weight.dtype == x.dtype and not _differentiated(x, weight):
+        return _OPERATORS.rms_norm(x, weight, eps)
+    return rms_norm_reference(x, weight, eps)
+
+
+def rms_norm_reference(x, weight, eps):
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Rotate the first channels of every head in float32, `x cos + cat(-x2, x1) sin`, and multiply by scale.
+
+    x: (B, nh, T, hd). cos, sin: float32 (B or 1, 1, T, rotated channels). scale: float32 (B or 1, 1, T, 1).
+    Returns (B, nh, T, hd) in x's dtype, contiguous, rounded once.
+    """
+    if x.device.type == "cpu" and x.dtype in _FLOATS and not _differentiated(x, cos, sin, scale):
+        return _OPERATORS.rotary(x, cos, sin, scale)
+    return rotary_reference(x, cos, sin, scale)
+
+
+def rotary_reference(x, cos, sin, scale=None):
+    y, rest = x.float().split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    y1, y2 = y.chunk(2, dim=-1)
+    y = torch.cat((y * cos + torch.cat((-y2, y1), dim=-1) * sin, rest), dim=-1)
+    return (y if scale is None else y * scale).to(x.dtype).contiguous()
+
+
+# --- Operators ---------------------------------------------------------------------------------------------------
+
+# Copies of this module (transformers makes one a checkpoint) share the operators, and so they share this.
+_state = sys.modules.setdefault(f"{NAMESPACE}_state", types.ModuleType(f"{NAMESPACE}_state"))
+if not hasattr(_state, "lock"):
+    _state.lock = threading.RLock()
+    _state.folders = [Path(__file__).resolve().parent]
+    _state.loaded = None  # whether the native kernels are; None: not tried yet
+    _state.reason = None  # why they are not
+    _state.path = None
+    _state.load_cuda = None  # registers kernels for GPUs
+    _state.cuda = None  # what they are, or why there are none; None: not tried yet
+    _state.defined = False
+    _state.library = None
+    if "FRAGMENT" in (torch.library.Library.__doc__ or ""):  # torch up to 2.0 has none: the references run
+        _state.library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+# name: schema, reference, what it returns for tensors without data
+OPERATIONS = {
+    "linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor",
+        linear_reference,
+        lambda x, weight, *args: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    ),
+    "decode_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scaling, bool causal) -> Tensor",
+        decode_attention_reference,
+        lambda q, *args: q.new_empty(q.transpose(1, 2).shape),
+    ),
+    "quantize_append": (
+        "(Tensor(a!) codes, Tensor(b!) params, Tensor x, SymInt position) -> ()",
+        quantize_append_reference,
+        lambda *args: None,
+    ),
+    "quantized_decode_attention": (
+        "(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, Tensor? mask, float scaling, "
+        "bool causal) -> Tensor",
+        quantized_decode_attention_reference,
+        lambda q, *args: q.new_empty(q.transpose(1, 2).shape),
+    ),
+    "rms_norm": (
+        "(Tensor x, Tensor weight, float eps) -> Tensor",
+        rms_norm_reference,
+        lambda x, *args: x.new_empty(x.shape),
+    ),
+    "rotary": (
+        "(Tensor x, Tensor cos, Tensor sin, Tensor? scale) -> Tensor",
+        rotary_reference,
+        lambda x, *args: x.new_empty(x.shape),
+    ),
+}
+
+
+def _define(name, schema, reference, empty):
+    def kernel(x, *args):
+        if _load_for(x.device.type):
+            return getattr(_OPERATORS, name)(x, *args)  # native from now on
+        return reference(x, *args)
+
+    _state.library.define(name + schema)
+    _state.library.impl(name, kernel, "CompositeExplicitAutograd")
+    _state.library.impl(name, empty, "Meta")
+
+
+if _state.library is None:
+    _OPERATORS = types.SimpleNamespace(**{_name: _parts[1] for _name, _parts in OPERATIONS.items()})
+else:
+    _OPERATORS = getattr(torch.ops, NAMESPACE)
+
+with _state.lock:
+    if _state.library is not None and not _state.defined:
+        for _name, _parts in OPERATIONS.items():
+            _define(_name, *_parts)
+        _state.defined = True
+
+
+# --- Building and loading ----------------------------------------------------------------------------------------
+
+
+class _Unavailable(Exception):
+    """Why native kernels can't be had, and what to do about it."""
+
+
+def set_source_folder(folder) -> None:
+    """
+    Look for `cpp_kernels.cpp` in this folder too: transformers copies only .py files of a checkpoint's code.
+
+    Loading a model calls this with the checkpoint's folder or hub snapshot. Nothing is compiled that is not the very
+    source this module was written for.
+    """
+    with _state.lock:
+        folder = Path(folder)
+        if folder not in _state.folders:
+            _state.folders.append(folder)
+            if _state.loaded is False:
+                _state.loaded = None  # try once more
+
+
+def copy_source(folder) -> None:
+    """Put `cpp_kernels.cpp` into a folder that a model is saved to, so that the saved code is whole."""
+    try:
+        source = _source()
+    except _Unavailable as error:
+        logger.info(f"cpp_kernels.cpp is not saved with the code: {error}")
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "cpp_kernels.cpp").write_bytes(source)
+
+
+def set_cuda_kernels(load) -> None:
+    """
+    Have `load(library)` called when the first tensor on a GPU comes.
+
+    It registers implementations of `OPERATIONS` for the dispatch key CUDA with the torch.library.Library that it gets,
+    and returns their name; RuntimeError says why not.
+    """
+    _state.load_cuda = load
+
+
+def _load_for(device: str) -> bool:
+    """Whether kernels for this type of device were loaded just now."""
+    if device == "cpu":
+        return not _state.loaded and load()
+    if device != "cuda" or _state.cuda is not None or _state.load_cuda is None:
+        return False
+    with _state.lock:
+        if _state.cuda is not None:
+            return False
+        try:
+            _state.cuda = _state.load_cuda(_state.library)
+        except RuntimeError as error:
+            _state.cuda = f"PyTorch ({error})"
+            logger.warning(f"Kernels for GPUs are not in use; PyTorch computes the same, more slowly. {error}")
+            return False
+    logger.info(f"Kernels for GPUs are in use: {_state.cuda}")
+    return True
+
+
+def implementation(device) -> str:
+    """What computes the operations on this device, in words; nothing is built for the answer."""
+    kind = torch.device(device).type
+    if kind == "cpu" and _state.loaded:
+        return f"native, {_OPERATORS.cpu_level('')}"
+    if kind == "cpu" and _state.loaded is None:
+        return "native kernels, not built yet"
+    if kind == "cuda" and (_state.cuda or _state.load_cuda is not None):
+        return _state.cuda or "Triton, not compiled yet"
+    return "PyTorch" if kind != "cpu" else f"PyTorch ({_state.reason})"
+
+
+def load() -> bool:
+    """Whether the native kernels are in use; the first call builds and loads them, and says if it can't."""
+    if _state.loaded is None:
+        with _state.lock:
+            if _state.loaded is None:
+                _state.loaded = _load()
+    return _state.loaded
+
+
+def kernels_in_use() -> dict:
+    """
+    What runs on a CPU: "native" (bool), "instructions" ("avx512_bf16", "avx512", "avx2", "portable" or None),
+    "library" (path or None) and "reason" (why not native, or None). Builds if nothing was built yet.
+    """
+    native = load()
+    return {
+        "native": native,
+        "instructions": _OPERATORS.cpu_level("") if native else None,
+        "library": _state.path,
+        "reason": _state.reason,
+    }
+
+
+def set_instructions(name: str) -> str:
+    """
+    Use the native kernels of this instruction set from now on, for tests and benchmarks; returns its name.
+
+    Raises RuntimeError, which says what there is, if this CPU does not have it.
+    """
+    return _OPERATORS.cpu_level(name)
+
+
+def _load() -> bool:
+    if os.environ.get("QWEN_NATIVE_KERNELS", "1") == "0":
+        _state.reason = "QWEN_NATIVE_KERNELS=0 switches them off."
+        logger.info(f"Native CPU kernels are not in use: {_state.reason}")
+        return False
+    if _state.library is None:
+        _state.reason = f"They need PyTorch 2.1 or newer, this is {torch.__version__}."
+        logger.info(f"Native CPU kernels are not in use: {_state.reason}")
+        return False
+    try:
+        began = time.monotonic()
+        _state.path = _library()
+        try:
+            torch.ops.load_library(str(_state.path))
+        except OSError as error:
+            raise _Unavailable(f"{_state.path} can't be loaded ({error}). Delete it, and it is built again.") from error
+    except _Unavailable as error:
+        if _state.reason is None:  # once
+            logger.warning(f"Native CPU kernels are not in use; PyTorch computes the same, more slowly. {error}")
+        _state.path, _state.reason = None, str(error)
+        return False
+    _state.reason = None
+    logger.info(
+        f"Native CPU kernels are in use ({_OPERATORS.cpu_level('')}), ready after {time.monotonic() - began:.1f} s: "
+        f"{_state.path}"
+    )
+    return True
+
+
+def _library() -> Path:
+    """The compiled library, built now if it is not in the cache."""
+    if os.name != "posix":
+        raise _Unavailable(f"They are built on Linux and macOS only, this is {platform.system()}.")
+    folder = _cache_folder() / NAMESPACE
+    flags = _flags()
+    key = _digest(torch.__version__, platform.machine(), *flags)
+    compiler = (
+        shlex.split(os.environ.get("CXX", ""))
+        or [found for found in map(shutil.which, ("g++", "c++", "clang++")) if found][:1]
+    )
+    try:
+        version = subprocess.run([*compiler, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+    except OSError:  # built where there was a compiler, used where there is none
+        built = sorted(folder.glob(f"{key}-*.so"))
+        if built:
+            return built[-1]
+        named = f"CXX names {compiler[0]}" if compiler else "none of g++, c++ and clang++ is on the PATH"
+        raise _Unavailable(f"There is no C++ compiler: {named}. Install g++, or set CXX to a compiler.") from None
+    library = folder / f"{key}-{_digest(*compiler, version)}.so"
+    if library.exists():
+        return library
+    source = _source()
+    # What g++ compiles calls the OpenMP library that PyTorch has loaded, with its threads; clang's needs another one.
+    own_openmp = ["-fopenmp"] if "-fopenmp" in flags and b"clang" in version else []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_process(library.with_suffix(".lock")):
+            if not library.exists():
+                _build(source, compiler, flags, own_openmp, library)
+    except OSError as error:
+        raise _Unavailable(
+            f"The folder {folder} can't be written ({error}). Set TORCH_EXTENSIONS_DIR to one that can."
+        ) from error
+    return library
+
+
+def _cache_folder() -> Path:
+    """Where torch.utils.cpp_extension keeps what it builds on Linux."""
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    except RuntimeError as error:
+        raise _Unavailable("This user has no home folder. Set TORCH_EXTENSIONS_DIR to a folder.") from error
+
+
+def _digest(*parts) -> str:
+    text = b"\0".join(part if isinstance(part, bytes) else str(part).encode() for part in parts)
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def _flags() -> list:
+    settings = torch.__config__.show()
+    return [
+        "-O3",
+        "-fPIC",
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-w",
+        f"-std={'c++20' if 'C++ Version: 202' in settings else 'c++17'}",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+        f"-DQWEN_NAMESPACE={NAMESPACE}",
+        *(["-fopenmp"] if "parallel backend: OpenMP" in torch.__config__.parallel_info() else []),
+    ]
+
+
+def _source() -> bytes:
+    """The source, checked against the pin."""
+    others = []
+    for folder in _state.folders:
+        try:
+            source = (folder / "cpp_kernels.cpp").read_bytes()
+        except OSError:
+            continue
+        if hashlib.sha256(source).hexdigest() == SOURCE_SHA256:
+            return source
+        others.append(str(folder))
+    if others:
+        raise _Unavailable(
+            f"cpp_kernels.cpp in {' and '.join(others)} belongs to another version of cpp_kernels.py. "
+            f"Copy both files from one version."
+        )
+    searched = " and ".join(map(str, _state.folders))
+    raise _Unavailable(f"cpp_kernels.cpp is not in {searched}. Copy it beside the model's other code.")
+
+
+@contextlib.contextmanager
+def _only_process(path: Path):
+    """One process at a time; the system lets go of the lock of a process that dies."""
+    # Not an import statement: transformers refuses code that imports what Windows lacks.
+    fcntl = importlib.import_module("fcntl")
+    with open(path, "w") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: two may build, which does no harm
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(source: bytes, compiler: list, flags: list, own_openmp: list, library: Path) -> None:
+    """Compile in a folder of its own; the library appears in one step, complete."""
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError as error:
+        raise _Unavailable(f"torch.utils.cpp_extension can't be imported ({error}): pip install setuptools.") from error
+
+    logger.info("Building the native CPU kernels, once for this machine; this takes about 20 seconds.")
+    for left in library.parent.glob(f"{library.stem}.*.building"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{library.stem}.", suffix=".building", dir=library.parent) as folder:
+        file, object_file, built = (Path(folder) / name for name in ("cpp_kernels.cpp", "kernels.o", "kernels.so"))
+        file.write_bytes(source)
+        paths = [f"-I{path}" for path in include_paths()]
+        libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
+        log = library.with_suffix(".log")
+        _run([*compiler, *flags, *paths, "-c", str(file), "-o", str(object_file)], log)
+        _run([*compiler, "-shared", str(object_file), "-o", str(built), *libraries, *own_openmp], log)
+        os.replace(built, library)
+
+
+def _run(command: list, log: Path) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        log.write_bytes(shlex.join(command).encode() + b"\n" + done.stdout)
+        lines = done.stdout.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+        first = next((line for line in lines if "error" in line), lines[-1])
+        raise _Unavailable(f"{command[0]} can't compile them: {first.strip()}. Everything it says is in {log}.")

@@ -1,0 +1,1 @@
+../cpp_kernels.py

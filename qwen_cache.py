@@ -1,0 +1,246 @@
+"""
+Caches of keys and values that grow in blocks and attend where they store: full precision, int8 and int4.
+
+A step that adds few tokens to a filled cache is computed over the storage itself by the operations of cpp_kernels.py,
+which have native kernels for CPUs and GPUs. Everything else, a prompt above all, goes through the attention function
+that the model is configured with: the cache hands over keys and values as every transformers cache does.
+
+In the shapes below B is the batch, T the new tokens, S the tokens attended to, nh the heads and hd the width of one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .cpp_kernels import (
+    decode_attention,
+    dequantize,
+    implementation,
+    quantize_append,
+    quantized_decode_attention,
+    quantized_sizes,
+    rotate,
+)
+from .transformers_compat import LayeredCache, is_compiling
+
+BLOCK = 256  # tokens by which storage grows
+
+
+def _plain() -> bool:
+    """Whether to do what a DynamicCache does: what is written in place is not differentiated, nor traced well."""
+    return torch.is_grad_enabled() or is_compiling()
+
+
+class _Store:
+    """Keys or values of a layer: tensors (B, nh, capacity, width), of which the first `length` tokens are written."""
+
+    def __init__(self, bits: int | None, device):
+        self.bits = bits
+        self.device = device
+        self.tensors: list[torch.Tensor] = []
+        self.length = 0
+
+    def append(self, x: torch.Tensor) -> None:
+        """x: (B, nh, T, hd)."""
+        x = x.to(self.device or x.device)
+        end = self.length + x.shape[2]
+        if self.bits is None and _plain():
+            self.tensors = [torch.cat((*self.written(), x), dim=2)]
+        else:
+            self._reserve(x, end)
+            if self.bits is None:
+                self.tensors[0][:, :, self.length : end] = x
+            else:
+                quantize_append(*self.tensors, x, self.length)
+        self.length = end
+
+    def _reserve(self, x: torch.Tensor, needed: int) -> None:
+        """
+        Room for `needed` tokens. Growing copies what is there, one layer after the other, so that the peak is one
+        layer above the total; every `BLOCK` tokens that is, which costs a few hundredths of the reading between.
+        """
+        if self.length and self.tensors[0].shape[:2] != x.shape[:2]:
+            rows, heads = self.tensors[0].shape[:2]
+            raise ValueError(f"This cache holds {rows} rows of {heads} heads, the new tokens are {tuple(x.shape[:2])}.")
+        if self.tensors and self.tensors[0].shape[:2] == x.shape[:2] and needed <= self.tensors[0].shape[2]:
+            return
+        if self.bits is None:
+            widths, dtype = (x.shape[-1],), x.dtype
+        else:
+            widths, dtype = quantized_sizes(x.shape[-1], self.bits), torch.uint8
+        capacity = -(-needed // BLOCK) * BLOCK
+        old = self.written() if self.length else []
+        with torch.inference_mode(False):  # the cache may be filled inside and used outside of it
+            self.tensors = [torch.empty(*x.shape[:2], capacity, n, dtype=dtype, device=x.device) for n in widths]
+        for tensor, before in zip(self.tensors, old):
+            tensor[:, :, : self.length] = before
+
+    def written(self) -> list[torch.Tensor]:
+        """Views of the tensors, (B, nh, length, width)."""
+        return [t[:, :, : self.length] for t in self.tensors]
+
+    def read(self, dtype: torch.dtype, device) -> torch.Tensor:
+        """Everything as (B, nh, length, hd)."""
+        if self.bits is None:
+            (x,) = self.written()
+            return x.to(device=device, dtype=dtype)
+        codes, params = self.written()
+        hd = codes.shape[-1] * 8 // self.bits
+        rotation = rotate(torch.eye(hd, device=codes.device))
+        return (dequantize(codes, params, hd) @ rotation).to(device=device, dtype=dtype)
+
+    def extend(self, x: torch.Tensor) -> torch.Tensor:
+        """Append x, and give everything for an attention function; what is new is still exact."""
+        if self.length == 0 or self.bits is not None:
+            before = [self.read(x.dtype, x.device)] if self.length else []
+            self.append(x)
+            return torch.cat((*before, x), dim=2) if before else x
+        self.append(x)
+        return self.read(x.dtype, x.device)
+
+
+class _Layer:
+    def __init__(self, bits: int | None, device):
+        self.keys, self.values = _Store(bits, device), _Store(bits, device)
+
+    @property
+    def length(self) -> int:
+        return self.keys.length
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.tensors[0].shape[0]
+
+    def crop(self, length: int) -> None:
+        for store in (self.keys, self.values):
+            store.length = min(store.length, length)
+
+    def select(self, rows: torch.Tensor) -> None:
+        for store in (self.keys, self.values):
+            with torch.inference_mode(False):  # as in `_reserve`
+                store.tensors = [t[rows.to(t.device)] for t in store.tensors]
+
+
+class QWenCache(LayeredCache):
+    """
+    Keys and values in the model's precision, for `past_key_values`; `generate` takes it on a CPU by itself.
+
+    Args:
+        device: where to keep keys and values, and to attend over them: "cpu" leaves the memory of a GPU to the
+            weights. Default: each layer's own.
+
+    Attributes:
+        nbytes: bytes of all tensors held.
+
+    Example:
+        >>> output = model.generate(ids, past_key_values=QWenCache())
+    """
+
+    bits: int | None = None
+    kernel = True
+    MAX_NEW_TOKENS = 16  # from there on an attention function is as fast
+
+    def __init__(self, *, device=None):
+        super().__init__()
+        self.device = device
+
+    def _layer(self, layer_idx: int) -> _Layer:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(_Layer(self.bits, self.device))
+        return self.layers[layer_idx]
+
+    def attends(self, new_tokens: int) -> bool:
+        """Whether this step is for `attend`: few new tokens behind a filled cache, outside of training."""
+        return self.kernel and new_tokens <= self.MAX_NEW_TOKENS and self.get_seq_length() > 0 and not _plain()
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer_idx: int,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """
+        Append the keys and values of new tokens, and compute their attention over all.
+
+        query, key, value: (B, nh, T, hd). mask: boolean, True is attended to: None or (B, S), the tokens that are
+        real, or (B, 1 or nh, T, S), which says everything. Returns (B, T, nh, hd).
+        """
+        layer = self._layer(layer_idx)
+        layer.keys.append(key)
+        layer.values.append(value)
+        stored = (*layer.keys.written(), *layer.values.written())
+        device = stored[0].device
+        attention = decode_attention if self.bits is None else quantized_decode_attention
+        mask = None if mask is None else mask.to(device)
+        return attention(query.to(device), *stored, mask, scaling).to(query.device)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """
+        Append the keys and values (B, nh, T, hd) of new tokens; all of them for an attention function, (B, nh, S, hd)
+        each.
+        """
+        layer = self._layer(layer_idx)
+        return layer.keys.extend(key_states), layer.values.extend(value_states)
+
+    def __getitem__(self, layer_idx: int):
+        stores = (self.layers[layer_idx].keys, self.layers[layer_idx].values)
+        return tuple(store.read(store.tensors[0].dtype, store.tensors[0].device) for store in stores)
+
+    @property
+    def nbytes(self) -> int:
+        stores = [store for layer in self.layers for store in (layer.keys, layer.values)]
+        return sum(t.numel() * t.element_size() for store in stores for t in store.tensors)
+
+    def _settings(self) -> str:
+        return "" if self.device is None else f"device={str(self.device)!r}"
+
+    def __repr__(self) -> str:
+        name = f"{type(self).__name__}({self._settings()})"
+        if not self.nbytes:
+            return name
+        return (
+            f"{name}: {self.get_seq_length()} tokens, {len(self.layers)} layers, {self.nbytes / 1e6:.1f} MB, "
+            f"attention: {implementation(self.layers[0].keys.tensors[0].device) if self.kernel else 'the model’s'}"
+        )
+
+
+class QWenQuantizedCache(QWenCache):
+    """
+    Keys and values in 8 or 4 bits: 0.52 or 0.30 of the memory that bfloat16 takes at a head size of 128.
+
+    Every token and head has scales of its own (cpp_kernels.py describes the format). A prompt attends to its own keys
+    and values before they are rounded. No gradient flows through what is stored.
+
+    Args:
+        bits: 8 or 4.
+        kernel: attend over the stored codes where that is possible; False reads them back at every step instead, which
+            is slow, and leaves all attention to the attention function that the model is configured with.
+        device: as of `QWenCache`.
+
+    Raises ValueError for other bits.
+
+    Example:
+        >>> output = model.generate(ids, past_key_values=QWenQuantizedCache(bits=4))
+    """
+
+    MAX_NEW_TOKENS = 64  # reading back everything costs more than that many tokens
+
+    def __init__(self, bits: int = 8, *, kernel: bool = True, device=None):
+        if bits not in (4, 8):
+            raise ValueError(f"A quantised cache has 8 or 4 bits, found bits={bits!r}.")
+        super().__init__(device=device)
+        self.bits = bits
+        self.kernel = kernel
+
+    def _settings(self) -> str:
+        settings = [f"bits={self.bits}", f"kernel={self.kernel}", super()._settings()]
+        return ", ".join(filter(None, settings))
+
+    def __getitem__(self, layer_idx: int):
+        raise ValueError(
+            "This release of transformers reads keys and values out of the cache to take draft tokens back, and a "
+            "quantised cache would be lost by it. Use transformers 4.42 or newer, or past_key_values=QWenCache()."
+        )

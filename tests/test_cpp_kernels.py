@@ -1,0 +1,838 @@
+"""The native kernels against formulas in float64, and what happens where they can't be built."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import itertools
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+kernels = importlib.import_module("qwen.cpp_kernels")
+operators = kernels._OPERATORS
+
+COMPILER = next((found for found in map(shutil.which, ("c++", "g++", "clang++")) if found), None)
+WHAT_IS_NEEDED = "needs a C++ compiler, and torch 2.1"
+if kernels._state.library is None:
+    COMPILER = None
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason=WHAT_IS_NEEDED)
+needs_operators = pytest.mark.skipif(kernels._state.library is None, reason="needs the operators of torch 2.1")
+
+
+@pytest.fixture(scope="session")
+def native():
+    if COMPILER is None:
+        pytest.skip(WHAT_IS_NEEDED)
+    found = kernels.kernels_in_use()
+    assert found["native"], found["reason"]
+    return found["instructions"]
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+def level(native, request):
+    """Each instruction set that this CPU has."""
+    try:
+        kernels.set_instructions(request.param)
+    except RuntimeError:
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    kernels.set_instructions(native)
+
+
+def assert_close(y, expected, dtype, what=""):
+    """y in dtype is the float64 `expected` but for float32 sums and one rounding."""
+    assert y.dtype == dtype
+    assert y.shape == expected.shape
+    size = expected.abs().max().item() if expected.numel() else 0
+    unit = 2**-8 if dtype == torch.bfloat16 else 0
+    torch.testing.assert_close(y.double(), expected, rtol=unit, atol=3e-6 * max(size, 1), msg=lambda m: f"{what}: {m}")
+
+
+# --- Linear ------------------------------------------------------------------------------------------------------
+
+
+def linear_cases(count):
+    pick = random.Random(0)
+    for _ in range(count):
+        yield {
+            "rows": pick.randint(1, 8),
+            "inputs": pick.choice([1, 5, 16, 31, 32, 33, 64, 100, 257, 1031]),
+            "outputs": pick.choice([1, 2, 3, 8, 17, 70]),
+            "dtype": pick.choice([torch.float32, torch.bfloat16]),
+            "bias": pick.random() < 0.5,
+            "offset": pick.choice([0, 1, 3]),  # elements by which the weight is out of line
+            "transposed": pick.random() < 0.3,
+        }
+
+
+def out_of_line(t, offset):
+    """A copy whose rows begin `offset` elements into their storage and are longer than they show."""
+    storage = torch.zeros(t.shape[0], t.shape[1] + 2 * offset, dtype=t.dtype)
+    storage[:, offset : offset + t.shape[1]] = t
+    return storage[:, offset : offset + t.shape[1]]
+
+
+def test_linear(level):
+    torch.manual_seed(0)
+    for case in linear_cases(60):
+        x = torch.randn(case["rows"], case["inputs"], dtype=case["dtype"])
+        if case["transposed"]:
+            x = x.T.contiguous().T
+        weight = out_of_line(torch.randn(case["outputs"], case["inputs"]).bfloat16(), case["offset"])
+        bias = torch.randn(case["outputs"]).bfloat16() if case["bias"] else None
+        expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        assert_close(operators.linear(x, weight, bias, None), expected, case["dtype"], case)
+
+
+@pytest.mark.parametrize("groups", [None, 1, 4])
+def test_linear_int8(level, groups):
+    torch.manual_seed(0)
+    for rows, inputs, outputs in ((1, 64, 5), (3, 260, 3), (8, 36, 2), (1, 1028, 9)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(rows, inputs, dtype=dtype)
+            weight = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
+            scale = torch.rand(outputs) if groups is None else torch.rand(outputs, groups)
+            bias = torch.randn(outputs)
+            full = weight.double() * scale.double().view(outputs, -1).repeat_interleave(inputs // (groups or 1), 1)
+            expected = F.linear(x.double(), full, bias.double())
+            assert_close(kernels.linear(x, weight, bias, scale), expected, dtype)
+            reference = kernels.linear_reference(x, weight, bias, scale)
+            unit = 2**-7 if dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(reference.double(), expected, rtol=unit, atol=unit * expected.abs().max())
+
+
+def test_linear_keeps_leading_dimensions_and_empty_batches(native):
+    weight = torch.randn(6, 10).bfloat16()
+    assert kernels.linear(torch.randn(2, 1, 10).bfloat16(), weight).shape == (2, 1, 6)
+    assert kernels.linear(torch.randn(10).bfloat16(), weight).shape == (6,)
+    assert kernels.linear(torch.randn(0, 10).bfloat16(), weight).shape == (0, 6)
+    assert operators.linear(torch.randn(0, 10).bfloat16(), weight, None, None).shape == (0, 6)
+    assert kernels.linear(torch.randn(2, 0).bfloat16(), torch.randn(3, 0).bfloat16()).tolist() == [[0.0] * 3] * 2
+
+
+def test_linear_leaves_the_rest_to_pytorch(native, monkeypatch):
+    """Many rows, other dtypes, training and subclasses of tensors never reach the operator."""
+
+    class Operators:
+        def __getattr__(self, name):
+            raise AssertionError("the operator was called")
+
+    weight = torch.randn(6, 10).bfloat16()
+    x = torch.randn(1, 10).bfloat16()
+    few = kernels.linear(x, weight)
+    monkeypatch.setattr(kernels, "_OPERATORS", Operators())
+    with pytest.raises(AssertionError):
+        kernels.linear(x, weight)
+    many = x.expand(9, -1)
+    assert torch.equal(kernels.linear(many, weight), F.linear(many, weight))
+    assert torch.equal(kernels.linear(x.float(), weight.float()), F.linear(x.float(), weight.float()))
+
+    class Other(torch.Tensor):
+        pass
+
+    torch.testing.assert_close(kernels.linear(x, weight.as_subclass(Other)).as_subclass(torch.Tensor), few)
+    parameter = torch.nn.Parameter(weight)
+    kernels.linear(x, parameter).sum().backward()
+    torch.testing.assert_close(parameter.grad, x.expand(6, -1))
+
+
+# --- Attention ---------------------------------------------------------------------------------------------------
+
+
+def attention(q, k, v, mask=None):
+    """The definition in float64: (B, T, nh, hd)."""
+    q, k, v = q.double(), k.double(), v.double()
+    B, nh, T, hd = q.shape
+    S = k.shape[2]
+    seen = torch.ones(B, nh, T, S, dtype=torch.bool)
+    if mask is None or mask.dim() == 2:
+        seen &= torch.arange(S) <= torch.arange(T)[:, None] + S - T
+    if mask is not None:
+        seen &= mask[:, None, None] if mask.dim() == 2 else mask
+    scores = torch.einsum("bhtd,bhsd->bhts", q, k) / hd**0.5
+    weights = torch.where(seen, (scores - scores.masked_fill(~seen, -1e9).amax(-1, keepdim=True)).exp(), 0)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
+    return torch.einsum("bhts,bhsd->bthd", weights, v)
+
+
+def attention_cases(count):
+    pick = random.Random(1)
+    for _ in range(count):
+        yield {
+            "B": pick.randint(1, 3),
+            "nh": pick.randint(1, 4),
+            "T": pick.choice([1, 1, 2, 5, 8, 11]),
+            "S": pick.choice([11, 12, 63, 64, 65, 200, 700]),
+            "hd": pick.choice([32, 40, 64, 80, 128, 256]),
+            "mask": pick.choice([None, "keys", "all", "broadcast"]),
+            "dtype": pick.choice([torch.float32, torch.bfloat16]),
+            "stored": pick.choice([torch.float32, torch.bfloat16]),
+        }
+
+
+def random_mask(case):
+    """Some keys are padding; the first row of the batch sees nothing at all."""
+    B, nh, T, S = (case[name] for name in ("B", "nh", "T", "S"))
+    shape = {"keys": (B, S), "all": (B, nh, T, S), "broadcast": (B, 1, 1, S)}.get(case["mask"])
+    if shape is None:
+        return None
+    mask = torch.rand(shape) < 0.7
+    mask[0] = False
+    return mask
+
+
+def in_storage(t):
+    """The same keys as a view into a longer storage."""
+    storage = torch.full((t.shape[0], t.shape[1], t.shape[2] + 9, t.shape[3]), float("nan"), dtype=t.dtype)
+    storage[:, :, : t.shape[2]] = t
+    return storage[:, :, : t.shape[2]]
+
+
+def test_decode_attention(level):
+    torch.manual_seed(0)
+    for case in attention_cases(40):
+        B, nh, T, S, hd = (case[name] for name in ("B", "nh", "T", "S", "hd"))
+        q = torch.randn(B, T, nh, hd, dtype=case["dtype"]).transpose(1, 2) * 2
+        k, v = (in_storage(torch.randn(B, nh, S, hd, dtype=case["stored"])) for _ in range(2))
+        mask = random_mask(case)
+        y = kernels.decode_attention(q, k, v, mask)
+        assert_close(y, attention(q, k, v, mask), case["dtype"], case)
+        if mask is not None:
+            assert not y[0].any()
+
+
+def test_decode_attention_agrees_with_its_reference(native):
+    torch.manual_seed(0)
+    for S, T in ((1, 1), (5, 5), (3, 8), (0, 1), (5000, 1), (5000, 3)):
+        q, k, v = torch.randn(2, 3, T, 64), torch.randn(2, 3, S, 64), torch.randn(2, 3, S, 64)
+        mask = torch.rand(2, S) < 0.9
+        for m in (None, mask):
+            y = kernels.decode_attention(q, k, v, m)
+            m, causal = kernels._check_mask(m)
+            reference = kernels.decode_attention_reference(q, k, v, m, 64**-0.5, causal)
+            assert not y.isnan().any()
+            torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_keys_are_split_over_threads(level, threads):
+    """Fewer heads than threads: parts of the keys are merged, also where one is padding altogether."""
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        q, k, v = torch.randn(1, 2, 2, 64) * 3, torch.randn(1, 2, 2000, 64), torch.randn(1, 2, 2000, 64)
+        for mask in (None, torch.arange(2000)[None] >= 1500, torch.zeros(1, 2000, dtype=torch.bool)):
+            assert_close(kernels.decode_attention(q, k, v, mask), attention(q, k, v, mask), torch.float32)
+            for bits in (8, 4):
+                stored = store(k, bits) + store(v, bits)
+                expected = attention(q, restored(stored[:2], 64), restored(stored[2:], 64), mask)
+                assert_close(kernels.quantized_decode_attention(q, *stored, mask), expected, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_large_scores_and_infinities_do_not_overflow(level):
+    q = torch.full((1, 1, 1, 32), 100.0)
+    k = torch.linspace(-3, 3, 70)[:, None].expand(70, 32)[None, None].contiguous() * 100
+    v = torch.randn(1, 1, 70, 32)
+    torch.testing.assert_close(kernels.decode_attention(q, k, v)[0, 0, 0], v[0, 0, -1])
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 4), torch.ones(4, dtype=torch.bool), torch.zeros(1, 1, 1, 4)])
+def test_other_masks_are_refused(mask):
+    q = k = torch.randn(1, 1, 4, 32)
+    with pytest.raises(ValueError, match="mask must be boolean"):
+        kernels.decode_attention(q[:, :, :1], k, k, mask)
+
+
+def test_attention_can_be_differentiated():
+    q, k = torch.randn(1, 2, 1, 16, requires_grad=True), torch.randn(1, 2, 5, 16)
+    kernels.decode_attention(q, k, k).sum().backward()
+    assert q.grad.abs().sum() > 0
+
+
+# --- Quantised keys and values -----------------------------------------------------------------------------------
+
+
+def empty_store(B, nh, capacity, hd, bits):
+    return [torch.full((B, nh, capacity, n), 255, dtype=torch.uint8) for n in kernels.quantized_sizes(hd, bits)]
+
+
+def store(x, bits, extra=3):
+    """x quantised into a longer storage; codes and parameters of its tokens."""
+    codes, params = empty_store(*x.shape[:2], x.shape[2] + extra, x.shape[3], bits)
+    kernels.quantize_append(codes, params, x, 0)
+    return [codes[:, :, : x.shape[2]], params[:, :, : x.shape[2]]]
+
+
+def restored(stored, hd):
+    return kernels.rotate(kernels.dequantize(*stored, hd))
+
+
+HEADS = [(8, 32), (8, 40), (8, 80), (8, 96), (8, 128), (8, 256), (4, 16), (4, 32), (4, 64), (4, 80), (4, 128), (4, 256)]
+
+
+def test_rotation_is_the_walsh_hadamard_transform():
+    matrix = torch.ones(1, 1)
+    while len(matrix) < 16:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    x = torch.randn(3, 80)
+    expected = (x.view(3, 5, 16) @ matrix / 4).flatten(1)
+    torch.testing.assert_close(kernels.rotate(x), expected)
+    torch.testing.assert_close(kernels.rotate(kernels.rotate(x)), x)
+
+
+@pytest.mark.parametrize(("bits", "hd"), HEADS)
+def test_codes_are_those_of_the_reference(level, bits, hd):
+    """Bit for bit, also where a row is zero, constant, huge or tiny, and nothing else is written."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 3, hd).transpose(1, 2)  # (B, nh, T, hd)
+    x[0, 0, 0], x[0, 0, 1], x[0, 0, 2], x[0, 0, 3] = 0, 3.7, x[0, 0, 2] * 1e30, x[0, 0, 3] * 1e-30
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = empty_store(2, 3, 12, hd, bits), empty_store(2, 3, 12, hd, bits)
+        kernels.quantize_append(*ours, x.to(dtype), 4)
+        kernels.quantize_append_reference(*theirs, x.to(dtype), 4)
+        for a, b in zip(ours, theirs):
+            assert torch.equal(a, b)
+            assert (a[:, :, :4] == 255).all()
+            assert (a[:, :, 11:] == 255).all()
+    assert torch.equal(restored(theirs, hd)[0, 0, 4], torch.zeros(hd))
+
+
+@pytest.mark.parametrize(("bits", "hd"), HEADS)
+def test_quantised_attention_agrees_with_its_reference(level, bits, hd):
+    torch.manual_seed(0)
+    for B, nh, T, S, mask in ((1, 2, 1, 1, None), (2, 3, 1, 130, "keys"), (1, 1, 5, 67, "all"), (2, 1, 3, 70, None)):
+        q, k, v = torch.randn(B, nh, T, hd), torch.randn(B, nh, S, hd), torch.randn(B, nh, S, hd)
+        mask = random_mask({"B": B, "nh": nh, "T": T, "S": S, "mask": mask})
+        stored = store(k, bits) + store(v, bits)
+        y = kernels.quantized_decode_attention(q, *stored, mask)
+        expected = attention(q, restored(stored[:2], hd), restored(stored[2:], hd), mask)
+        assert_close(y, expected, torch.float32)
+        mask, causal = kernels._check_mask(mask)
+        reference = kernels.quantized_decode_attention_reference(q, *stored, mask, hd**-0.5, causal)
+        assert_close(reference, expected, torch.float32)
+        half = kernels.quantized_decode_attention(q.bfloat16(), *stored, mask if not causal else None)
+        assert half.dtype == torch.bfloat16
+
+
+def test_quantised_attention_over_nothing(level):
+    for bits, S in itertools.product((8, 4), (0, 1)):
+        stored = store(torch.randn(1, 2, S, 64), bits) * 2
+        y = kernels.quantized_decode_attention(torch.randn(1, 2, 1, 64), *stored, torch.zeros(1, S, dtype=torch.bool))
+        assert y.shape == (1, 1, 2, 64)
+        assert not y.any()
+
+
+def test_quantised_attention_over_a_long_cache(native):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 1, 128), torch.randn(1, 2, 5000, 128), torch.randn(1, 2, 5000, 128)
+    for bits in (8, 4):
+        stored = store(k, bits) + store(v, bits)
+        reference = kernels.quantized_decode_attention_reference(q, *stored, None, 128**-0.5, True)
+        torch.testing.assert_close(kernels.quantized_decode_attention(q, *stored), reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "memory", "error"), [(8, 0.53, 0.01), (4, 0.30, 0.08)])
+def test_memory_and_error_of_quantisation(native, bits, memory, error):
+    """Of a token at head size 128 relative to bfloat16; of the output relative to float64 on random data."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 8, 8, 128), torch.randn(1, 8, 1000, 128), torch.randn(1, 8, 1000, 128)
+    stored = store(k, bits, extra=0) + store(v, bits, extra=0)
+    assert sum(t.nbytes for t in stored) <= memory * 2 * (k.nbytes + v.nbytes) / 4
+    expected = attention(q, k, v)
+    y = kernels.quantized_decode_attention(q, *stored)
+    assert (y.double() - expected).norm() <= error * expected.norm()
+
+
+def test_a_few_large_channels_do_not_spoil_the_others(native):
+    """As the keys of real models have them: what the rotation is for."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 8, 128), torch.randn(1, 4, 500, 128), torch.randn(1, 4, 500, 128)
+    k[..., [3, 40, 77]] *= 6
+    q[..., [3, 40, 77]] *= 0.3
+    expected = attention(q, k, v)
+    y = kernels.quantized_decode_attention(q, *store(k, 4), *store(v, 4))
+    assert (y.double() - expected).norm() <= 0.1 * expected.norm()
+
+
+def test_what_does_not_fit_a_store_is_refused():
+    codes, params = empty_store(1, 1, 4, 64, 8)
+    x = torch.randn(1, 1, 3, 64)
+    with pytest.raises(ValueError, match="at position 2 don't fit a store of 4"):
+        kernels.quantize_append(codes, params, x, 2)
+    with pytest.raises(ValueError, match="don't fit a head of 32"):
+        kernels.quantize_append(codes, params, x[..., :32], 0)
+    with pytest.raises(ValueError, match="don't fit a head of 64"):
+        kernels.quantized_decode_attention(x, codes, params[..., :2], codes, params)
+    with pytest.raises(ValueError, match="bits=3"):
+        kernels.quantized_sizes(64, 3)
+    with pytest.raises(ValueError, match="multiple of 16 channels, found 40"):
+        kernels.quantized_sizes(40, 4)
+
+
+# --- Norm and rotary embedding -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm(level, dtype):
+    torch.manual_seed(0)
+    for shape in ((1, 1, 64), (3, 5, 77), (40, 128), (0, 16), (5,)):
+        x, weight = torch.randn(shape, dtype=dtype) * 2e-3, torch.randn(shape[-1], dtype=dtype)  # so that eps counts
+        normed = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        y = kernels.rms_norm(x, weight, 1e-6)
+        unit = 2**-7 if dtype == torch.bfloat16 else 1e-6
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), normed * weight.double(), rtol=unit, atol=1e-30)
+        reference = kernels.rms_norm_reference(x, weight, 1e-6)
+        torch.testing.assert_close(y, reference, rtol=unit, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rotated", [80, 72, 20])
+def test_rotary(level, dtype, rotated):
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 4, 80, dtype=dtype).transpose(1, 2)
+    angles = torch.rand(2, 1, 7, rotated // 2) * 100
+    cos, sin = (f(torch.cat((angles, angles), -1)) for f in (torch.cos, torch.sin))
+    scale = torch.rand(1, 1, 7, 1) + 1
+    pairs = torch.complex(*x[..., :rotated].double().chunk(2, -1)) * torch.polar(
+        torch.ones(()).double(), angles.double()
+    )
+    expected = torch.cat((pairs.real, pairs.imag, x[..., rotated:].double()), -1)
+    assert_close(kernels.rotary(x, cos, sin), expected, dtype)
+    assert_close(kernels.rotary(x, cos, sin, scale), expected * scale.double(), dtype)
+    assert torch.equal(kernels.rotary(x, cos, sin, scale), kernels.rotary_reference(x, cos, sin, scale))
+    one = kernels.rotary(x, cos[:1], sin[:1])  # the same angles for every sequence
+    assert torch.equal(one, kernels.rotary_reference(x, cos[:1], sin[:1]))
+
+
+# --- Operators ---------------------------------------------------------------------------------------------------
+
+
+def operator_inputs():
+    q, k, v = (torch.randn(2, 3, n, 32) for n in (2, 40, 40))
+    codes, params = empty_store(2, 3, 45, 32, 4)
+    stored = store(k, 8) + store(v, 8)
+    x = torch.randn(2, 1, 20).bfloat16()
+    angles = torch.rand(1, 1, 40, 32)
+    return {
+        "linear": (x, torch.randn(5, 20).bfloat16(), torch.randn(5), None),
+        "decode_attention": (q, k, v, torch.rand(2, 1, 2, 40) < 0.5, 0.2, False),
+        "quantize_append": (codes, params, k, 5),
+        "quantized_decode_attention": (q, *stored, None, 0.2, True),
+        "rms_norm": (x, torch.randn(20).bfloat16(), 1e-6),
+        "rotary": (k, angles.cos(), angles.sin(), None),
+    }
+
+
+@pytest.mark.skipif(not hasattr(torch.library, "opcheck"), reason="needs torch.library.opcheck, torch 2.4")
+@pytest.mark.parametrize("name", list(operator_inputs()) if COMPILER else [])
+def test_opcheck(native, name):
+    torch.library.opcheck(getattr(operators, name).default, operator_inputs()[name])
+
+
+def decode_step(x, weight, norm, cos, sin, k, v, stores):
+    q = kernels.linear(kernels.rms_norm(x, norm, 1e-6), weight).view(x.shape[0], 1, 2, 32).transpose(1, 2)
+    q = kernels.rotary(q, cos, sin)
+    kernels.quantize_append(*stores, q, 6)
+    y = kernels.decode_attention(q, k, v)
+    return y + kernels.quantized_decode_attention(q, *(t[:, :, :7] for t in stores * 2))
+
+
+def decode_inputs():
+    torch.manual_seed(0)
+    return (
+        torch.randn(2, 1, 64).bfloat16(),
+        torch.randn(64, 64).bfloat16(),
+        torch.randn(64).bfloat16(),
+        *(torch.rand(1, 1, 1, 32) for _ in range(2)),
+        *(torch.randn(2, 2, 10, 32).bfloat16() for _ in range(2)),
+        [torch.zeros(2, 2, 8, n, dtype=torch.uint8) for n in kernels.quantized_sizes(32, 4)],
+    )
+
+
+def test_compiles_without_graph_breaks(native):
+    expected_inputs, inputs = decode_inputs(), decode_inputs()
+    with torch.no_grad():
+        expected = decode_step(*expected_inputs)
+        y = torch.compile(decode_step, fullgraph=True, backend="aot_eager")(*inputs)
+    assert torch.equal(y, expected)
+    for a, b in zip(inputs[-1], expected_inputs[-1]):
+        assert torch.equal(a, b)
+
+
+def test_exports(native):
+    class Step(torch.nn.Module):
+        def forward(self, *inputs):
+            return decode_step(*inputs)
+
+    with torch.no_grad():
+        program = torch.export.export(Step(), decode_inputs())
+        called = {str(node.target).split(".")[1] for node in program.graph.nodes if "qwen_" in str(node.target)}
+        assert called == set(operator_inputs()) - {"linear"}  # that is exported as the layer that it is
+        torch.testing.assert_close(program.module()(*decode_inputs()), decode_step(*decode_inputs()))
+
+
+# --- Building ----------------------------------------------------------------------------------------------------
+
+# A source that compiles fast and registers no kernel: the references run, `cpu_level` tells which source it is.
+SMALL = """
+#include <torch/library.h>
+TORCH_LIBRARY_FRAGMENT(QWEN_NAMESPACE, m) {
+  m.def("cpu_level(str name) -> str", [](std::string) { return std::string("WHICH"); });
+}
+"""
+
+
+def write_version(folder, source):
+    """cpp_kernels.py as if written for this source, in a folder with it; a namespace of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pin = hashlib.sha256(source.encode()).hexdigest()
+    code = (ROOT / "cpp_kernels.py").read_text(encoding="utf-8").replace(kernels.SOURCE_SHA256, pin)
+    (folder / "cpp_kernels.py").write_text(code, encoding="utf-8")
+    (folder / "cpp_kernels.cpp").write_text(source)
+    return folder
+
+
+class Version:
+    """Such a module, and what it logs."""
+
+    def __init__(self, folder, source):
+        spec = importlib.util.spec_from_file_location(
+            f"kernels_{folder.name}", write_version(folder, source) / "cpp_kernels.py"
+        )
+        self.module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+        self.records = []
+        handler = logging.Handler()
+        handler.emit = self.records.append
+        self.module.logger.addHandler(handler)
+        self.module.logger.setLevel(logging.INFO)
+
+    def warnings(self):
+        return [record.getMessage() for record in self.records if record.levelno >= logging.WARNING]
+
+    def answers_right(self):
+        """Two calls, so that something said twice would show."""
+        x, weight = torch.randn(2, 8).bfloat16(), torch.randn(3, 8).bfloat16()
+        for _ in range(2):
+            torch.testing.assert_close(self.module.linear(x, weight), F.linear(x, weight))
+        stored = [torch.zeros(1, 1, 4, n, dtype=torch.uint8) for n in self.module.quantized_sizes(32, 8)]
+        k = torch.randn(1, 1, 4, 32)
+        self.module.quantize_append(*stored, k, 0)
+        y = self.module.quantized_decode_attention(k[:, :, :1], *stored, *stored)
+        torch.testing.assert_close(y, self.module.decode_attention(k[:, :, :1], k, k), rtol=0.05, atol=0.05)
+        return True
+
+
+@pytest.fixture
+def make_version(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("QWEN_NATIVE_KERNELS", raising=False)
+    numbers = itertools.count()
+
+    def make(source=SMALL):
+        number = next(numbers)
+        return Version(tmp_path / f"version{number}", f"{source}\n// {tmp_path} {number}\n")
+
+    return make
+
+
+def test_the_pin_is_that_of_the_source():
+    found = hashlib.sha256((ROOT / "cpp_kernels.cpp").read_bytes()).hexdigest()
+    assert found == kernels.SOURCE_SHA256, "renew it: python tools/build_kernels.py --pin"
+
+
+def test_importing_does_nothing(make_version, tmp_path):
+    version = make_version()
+    assert version.module._state.loaded is None
+    assert not (tmp_path / "cache").exists()
+    assert not version.records
+
+
+@needs_compiler
+def test_builds_quietly_and_once(make_version, tmp_path):
+    version = make_version(SMALL.replace("WHICH", "first"))
+    assert version.answers_right()
+    assert not version.warnings()
+    assert version.module.kernels_in_use()["instructions"] == "first"
+    assert version.module.kernels_in_use()["reason"] is None
+    built = version.module._library()
+    assert [path.suffix for path in sorted(built.parent.iterdir())] == [".lock", ".so"]
+    modified = built.stat().st_mtime_ns
+    assert version.module._library() == built
+    assert built.stat().st_mtime_ns == modified
+
+
+@needs_compiler
+def test_a_changed_source_is_built_anew_and_both_live(make_version):
+    old = make_version(SMALL.replace("WHICH", "old"))
+    assert old.module.kernels_in_use()["instructions"] == "old"
+    new = make_version(SMALL.replace("WHICH", "new"))
+    assert new.module.kernels_in_use()["instructions"] == "new"
+    assert old.module.kernels_in_use()["instructions"] == "old"
+    assert new.answers_right()
+
+
+@needs_compiler
+def test_what_was_built_is_used_where_there_is_no_compiler(make_version, monkeypatch):
+    version = make_version()
+    built = version.module._library()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert version.module._library() == built
+
+
+@needs_operators
+def test_without_a_compiler(make_version, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    version = make_version()
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert "no C++ compiler" in warning
+    assert "Install g++" in warning
+    assert version.module.kernels_in_use()["native"] is False
+    assert "no C++ compiler" in version.module.kernels_in_use()["reason"]
+
+
+@needs_compiler
+def test_without_setuptools(make_version, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", None)
+    version = make_version()
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert "pip install setuptools" in warning
+
+
+@needs_operators
+def test_without_a_home(make_version, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    version = make_version()
+    monkeypatch.setattr(version.module.Path, "home", home)
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert "Set TORCH_EXTENSIONS_DIR" in warning
+
+
+@needs_compiler
+def test_a_library_that_cannot_be_loaded(make_version):
+    version = make_version()
+    library = version.module._library()
+    library.write_bytes(b"not a library")
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert f"{library} can't be loaded" in warning
+    assert "Delete it" in warning
+
+
+@needs_operators
+def test_with_a_compiler_that_is_not_there(make_version, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    version = make_version()
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert "CXX names no-such-compiler" in warning
+
+
+@needs_compiler
+def test_a_compile_error(make_version, tmp_path):
+    version = make_version("#error these are not the kernels")
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert "these are not the kernels" in warning
+    (log,) = tmp_path.glob("cache/*/*.log")
+    assert str(log) in warning
+    assert log.read_text().count("these are not the kernels") >= 1
+    assert not list(tmp_path.glob("cache/*/*.building"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["no folder", "read-only"])
+def test_a_cache_that_cannot_be_written(make_version, tmp_path, monkeypatch, kind):
+    place = tmp_path / "cache"
+    if kind == "no folder":
+        place.write_text("a file")
+    else:
+        place.mkdir(mode=0o500)
+        if os.access(place, os.W_OK):
+            pytest.skip("this user may write everywhere")
+    version = make_version()
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert str(place) in warning
+    assert "TORCH_EXTENSIONS_DIR" in warning
+
+
+@needs_compiler
+def test_the_source_is_found_in_the_checkpoint(make_version, tmp_path):
+    """transformers copies cpp_kernels.py only; the model's loading says where the rest is."""
+    version = make_version(SMALL.replace("WHICH", "found"))
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    source = next(tmp_path.glob("version*/cpp_kernels.cpp"))
+    source.rename(checkpoint / "cpp_kernels.cpp")
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert "cpp_kernels.cpp is not in" in warning
+    version.module.set_source_folder(tmp_path)  # not there either
+    assert version.answers_right()
+    assert version.warnings() == [warning]
+    version.module.set_source_folder(str(checkpoint))
+    assert version.module.kernels_in_use()["instructions"] == "found"
+
+
+@needs_compiler
+def test_a_source_that_was_tampered_with_is_not_compiled(make_version, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(counting_compiler(tmp_path)))
+    version = make_version()
+    source = next(tmp_path.glob("version*/cpp_kernels.cpp"))
+    source.write_text(source.read_text() + "// more\n")
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert "belongs to another version" in warning
+    assert not (tmp_path / "compiled").exists()
+
+
+def test_an_old_torch_runs_the_references(make_version, monkeypatch):
+    monkeypatch.setattr(torch.library.Library, "__doc__", "A class with two kinds.")
+    version = make_version()
+    assert version.module._state.library is None
+    assert version.answers_right()
+    assert not version.warnings()
+    assert "need PyTorch 2.1 or newer" in version.module.kernels_in_use()["reason"]
+
+
+@needs_operators
+def test_switched_off(make_version, monkeypatch):
+    monkeypatch.setenv("QWEN_NATIVE_KERNELS", "0")
+    version = make_version()
+    assert version.answers_right()
+    assert not version.warnings()
+    assert len(version.records) == 1
+    assert "QWEN_NATIVE_KERNELS=0" in version.module.kernels_in_use()["reason"]
+
+
+def counting_compiler(folder, before=""):
+    """A compiler that writes down each time it compiles."""
+    script = folder / "compiler"
+    script.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -c "*) echo compiling >> {folder}/compiled; {before} ;; esac\n'
+        f'exec {COMPILER} "$@"\n'
+    )
+    script.chmod(0o755)
+    return script
+
+
+BUILD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("kernels", sys.argv[1] + "/cpp_kernels.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.kernels_in_use())
+"""
+
+
+def build_elsewhere(folder, **environment):
+    """Build in a process of its own, which leads a group of processes."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(BUILD), str(folder)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@needs_compiler
+def test_two_processes_build_once(make_version, tmp_path):
+    folder = write_version(tmp_path / "version", SMALL + f"// {tmp_path}\n")
+    compiler = str(counting_compiler(tmp_path))
+    for process in [build_elsewhere(folder, CXX=compiler) for _ in range(2)]:
+        output, _ = process.communicate(timeout=300)
+        assert "'native': True" in output
+        assert "not in use" not in output
+    assert (tmp_path / "compiled").read_text() == "compiling\n"
+
+
+@needs_compiler
+def test_a_builder_that_was_killed_does_not_block_the_next(make_version, tmp_path, monkeypatch):
+    version = make_version(SMALL.replace("WHICH", "second"))
+    folder = next(tmp_path.glob("version*"))
+    monkeypatch.setenv("CXX", str(counting_compiler(tmp_path, before=f"[ -e {tmp_path}/again ] || sleep 600")))
+    process = build_elsewhere(folder)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "compiled").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert len(list(tmp_path.glob("cache/*/*.lock"))) == 1
+    assert len(list(tmp_path.glob("cache/*/*.building"))) == 1
+    (tmp_path / "again").touch()
+    assert version.module.kernels_in_use()["instructions"] == "second"
+    assert not version.warnings()
+    assert not list(tmp_path.glob("cache/*/*.building"))
+
+
+# --- The command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """tools/build_kernels.py, which imports a second copy of the module, as transformers does for every checkpoint."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    spec = importlib.util.spec_from_file_location("build_kernels", ROOT / "tools" / "build_kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.modules.pop("cpp_kernels", None)
+
+
+def test_the_command_reports_what_runs(native, command, capsys):
+    assert command.report() == 0
+    printed = capsys.readouterr().out
+    for name in operator_inputs():
+        assert f"{name:28} native, {native}" in printed
+    assert str(kernels.kernels_in_use()["library"]) in printed
+    copy = sys.modules["cpp_kernels"]
+    assert copy is not kernels
+    assert copy._state is kernels._state
+
+
+def test_the_command_reports_why_not(command, capsys, monkeypatch):
+    import cpp_kernels
+
+    without = {"native": False, "reason": "There is no C++ compiler."}
+    monkeypatch.setattr(cpp_kernels, "kernels_in_use", lambda: without)
+    assert command.report() == 1
+    printed = capsys.readouterr().out
+    assert printed.count("PyTorch\n") == len(operator_inputs())
+    assert "why not native: There is no C++ compiler." in printed
+
+
+def test_the_command_pins_a_changed_source(command, tmp_path, capsys):
+    folder = write_version(tmp_path, SMALL)
+    (folder / "cpp_kernels.cpp").write_text(SMALL + "// changed\n")
+    found = command.pin(folder)
+    assert found == hashlib.sha256((SMALL + "// changed\n").encode()).hexdigest()
+    assert (folder / "cpp_kernels.py").read_text().count(f'SOURCE_SHA256 = "{found}"') == 1

@@ -1,0 +1,203 @@
+"""The kernels for GPUs against float64 and the references, on a GPU or in the interpreter of Triton."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+import pytest
+import torch
+from conftest import TRITON_DEVICE as DEVICE
+from test_cpp_kernels import attention, empty_store, in_storage, kernels, random_mask, restored, store
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs the package triton", allow_module_level=True)
+if kernels._state.library is None:
+    pytest.skip("needs torch 2.1", allow_module_level=True)
+triton_kernels = importlib.import_module("qwen.triton_kernels")
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs an NVIDIA GPU")
+
+HEADS = [(bits, hd) for bits in (8, 4) for hd in triton_kernels.HEAD_SIZES]
+# B, nh, T, S, mask: keys shared out unevenly, more queries than keys in a block, padding, rows that see nothing
+CASES = [
+    (1, 2, 1, 1, None),
+    (2, 3, 1, 130, "keys"),
+    (1, 1, 5, 67, "all"),
+    (2, 1, 3, 300, None),
+    (2, 2, 2, 129, "broadcast"),
+]
+
+
+def on_device(*tensors):
+    """Views keep their strides: storage moves whole."""
+    return [t._base.to(DEVICE)[:, :, : t.shape[2]] if t._is_view() and t.dim() == 4 else t.to(DEVICE) for t in tensors]
+
+
+def close(y, expected, share):
+    """The error is at most this share of the largest number."""
+    assert y.shape == expected.shape
+    assert not y.isnan().any()
+    error = (y.cpu().double() - expected).abs().max().item() if y.numel() else 0
+    assert error <= share * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize(("bits", "hd"), HEADS)
+def test_codes_are_those_of_the_reference(bits, hd):
+    """Bit for bit, also where a row is zero, constant, huge or tiny, and nothing else is written."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 7, 2, hd).transpose(1, 2)  # (B, nh, T, hd)
+    x[0, 0, 0], x[0, 0, 1], x[0, 0, 2], x[0, 0, 3] = 0, 3.7, x[0, 0, 2] * 1e30, x[0, 0, 3] * 1e-30
+    for dtype, T in ((torch.float32, 7), (torch.bfloat16, 1)):
+        ours, theirs = empty_store(1, 2, 12, hd, bits), empty_store(1, 2, 12, hd, bits)
+        new = x[:, :, :T].to(dtype)
+        ours = on_device(*ours)
+        triton_kernels.quantize_append(*ours, new.to(DEVICE), 4)
+        kernels.quantize_append_reference(*theirs, new, 4)
+        for a, b in zip(ours, theirs):
+            assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize(("bits", "hd"), HEADS)
+def test_quantised_attention(bits, hd):
+    torch.manual_seed(0)
+    for B, nh, T, S, kind in CASES:
+        q, k, v = torch.randn(B, nh, T, hd) * 2, torch.randn(B, nh, S, hd), torch.randn(B, nh, S, hd)
+        mask = random_mask({"B": B, "nh": nh, "T": T, "S": S, "mask": kind})
+        stored = store(k, bits) + store(v, bits)
+        expected = attention(q, restored(stored[:2], hd), restored(stored[2:], hd), mask)
+        on_gpu = on_device(*stored)
+        mask, causal = kernels._check_mask(mask)
+        mask = None if mask is None else mask.to(DEVICE)
+        for dtype, share in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):
+            query = q.to(dtype)
+            y = triton_kernels.quantized_decode_attention(query.to(DEVICE), *on_gpu, mask, hd**-0.5, causal)
+            assert y.dtype == dtype
+            close(y, expected if dtype == torch.float32 else attention_of(query, stored, mask, causal, hd), share)
+            if mask is not None:
+                assert not y[0].any()
+
+
+def attention_of(q, stored, mask, causal, hd):
+    mask = None if mask is None else mask.cpu()
+    if causal and mask is not None:
+        mask = mask[:, 0, 0]
+    return attention(q, restored(stored[:2], hd), restored(stored[2:], hd), mask)
+
+
+@pytest.mark.parametrize("hd", triton_kernels.HEAD_SIZES)
+def test_attention_over_floats(hd):
+    torch.manual_seed(0)
+    for B, nh, T, S, kind in CASES:
+        q = torch.randn(B, T, nh, hd).transpose(1, 2) * 2
+        mask = random_mask({"B": B, "nh": nh, "T": T, "S": S, "mask": kind})
+        checked, causal = kernels._check_mask(mask)
+        checked = None if checked is None else checked.to(DEVICE)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            k, v = (in_storage(torch.randn(B, nh, S, hd).to(dtype)) for _ in range(2))
+            y = triton_kernels.decode_attention(q.to(DEVICE), *on_device(k, v), checked, hd**-0.5, causal)
+            close(y, attention(q, k, v, mask), 1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_long_cache_is_shared_out(bits):
+    """Several programs take parts of the keys; one part is padding altogether."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 1, 128) * 2, torch.randn(1, 2, 5000, 128), torch.randn(1, 2, 5000, 128)
+    stored = store(k, bits) + store(v, bits)
+    for mask in (None, torch.arange(5000)[None] >= 3000, torch.zeros(1, 5000, dtype=torch.bool)):
+        checked, causal = kernels._check_mask(mask)
+        checked = None if checked is None else checked.to(DEVICE)
+        y = triton_kernels.quantized_decode_attention(q.to(DEVICE), *on_device(*stored), checked, 128**-0.5, causal)
+        close(y, attention(q, restored(stored[:2], 128), restored(stored[2:], 128), mask), 1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 16])
+def test_attention_over_nothing(bits):
+    k = torch.randn(1, 2, 0, 64, device=DEVICE)
+    q = torch.randn(1, 2, 1, 64, device=DEVICE)
+    if bits == 16:
+        y = triton_kernels.decode_attention(q, k, k, None, 1.0, True)
+    else:
+        stored = on_device(*empty_store(1, 2, 0, 64, bits))
+        y = triton_kernels.quantized_decode_attention(q, *stored, *stored, None, 1.0, True)
+    assert y.shape == (1, 1, 2, 64)
+    assert not y.any()
+    assert triton_kernels.decode_attention(q[:0], k[:0], k[:0], None, 1.0, True).shape == (0, 1, 2, 64)
+
+
+def test_large_scores_do_not_overflow():
+    q = torch.full((1, 1, 1, 32), 100.0)
+    k = torch.linspace(-3, 3, 70)[:, None].expand(70, 32)[None, None].contiguous() * 100
+    v = torch.randn(1, 1, 70, 32)
+    y = triton_kernels.decode_attention(*(t.to(DEVICE) for t in (q, k, v)), None, 32**-0.5, True)
+    torch.testing.assert_close(y[0, 0, 0].cpu(), v[0, 0, -1])
+
+
+def test_heads_of_other_sizes_run_the_reference():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 1, 80), torch.randn(1, 2, 9, 80), torch.randn(1, 2, 9, 80)
+    stored = [t.to(DEVICE) for t in empty_store(1, 2, 9, 80, 8) + empty_store(1, 2, 9, 80, 8)]
+    triton_kernels.quantize_append(*stored[:2], k.to(DEVICE), 0)
+    triton_kernels.quantize_append(*stored[2:], v.to(DEVICE), 0)
+    y = triton_kernels.quantized_decode_attention(q.to(DEVICE), *stored, None, 80**-0.5, True)
+    expected = attention(q, k, v)
+    assert (y.cpu() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_kernels_that_do_not_run_are_not_taken(monkeypatch):
+    """Where Triton can't compile, its error is the reason, and the references stay."""
+
+    class Library:
+        def impl(self, *args):
+            raise AssertionError("registered")
+
+    def broken(*args, **kwargs):
+        raise OSError("no C compiler")
+
+    monkeypatch.setattr(triton_kernels, "quantize_append", broken)
+    with pytest.raises(RuntimeError, match="no C compiler"):
+        triton_kernels.register(Library(), DEVICE)
+
+
+# --- On a GPU ----------------------------------------------------------------------------------------------------
+
+
+def gpu_inputs():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 64) for n in (2, 40, 40))
+    stored = on_device(*store(k, 8), *store(v, 8))
+    codes, params = on_device(*empty_store(2, 3, 45, 64, 4))
+    q, k, v = (t.to(DEVICE) for t in (q, k, v))
+    return {
+        "decode_attention": (q, k, v, torch.rand(2, 1, 2, 40, device=DEVICE) < 0.5, 0.2, False),
+        "quantize_append": (codes, params, k, 5),
+        "quantized_decode_attention": (q, *stored, None, 0.2, True),
+    }
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["decode_attention", "quantize_append", "quantized_decode_attention"])
+def test_opcheck(name):
+    arguments = gpu_inputs()[name]
+    getattr(kernels._OPERATORS, name)(*arguments)  # registers the kernels
+    assert kernels.implementation("cuda").startswith("Triton")
+    torch.library.opcheck(getattr(kernels._OPERATORS, name).default, arguments)
+
+
+@needs_gpu
+def test_compiles_without_graph_breaks():
+    def step(q, codes, params, x):
+        kernels.quantize_append(codes, params, x, 3)
+        stored = codes[:, :, :7], params[:, :, :7]
+        return kernels.quantized_decode_attention(q, *stored, *stored) + kernels.decode_attention(q, x, x)
+
+    def inputs():
+        torch.manual_seed(0)
+        q, x = torch.randn(1, 2, 1, 64, device=DEVICE), torch.randn(1, 2, 4, 64, device=DEVICE)
+        codes, params = (torch.zeros(1, 2, 9, n, dtype=torch.uint8, device=DEVICE) for n in (64, 4))
+        kernels.quantize_append(codes, params, x[:, :, :3], 0)
+        return q, codes, params, x
+
+    with torch.no_grad():
+        expected = step(*inputs())
+        torch.testing.assert_close(torch.compile(step, fullgraph=True)(*inputs()), expected)

@@ -1,0 +1,516 @@
+"""
+The operations on caches for GPUs, in Triton; cpp_kernels.py says what they compute and describes the format.
+
+modeling_qwen.py imports this module when the first tensor on a GPU comes. One kernel attends: every program takes one
+query and a share of the keys, so that a single sequence fills the card; a second one puts the shares together. It has
+two ways to multiply. Element by element it works in float32 throughout. With `DOT` it uses tensor cores: codes are
+exact in float16, and a float32 factor, less than 1, is the sum of `TERMS` float16 numbers: two are as exact as float32,
+one is as exact as float16. They are rows of one matrix for 8 bits and make a matrix each for 4 bits, where the rows are
+the groups of channels that share a step.
+
+In the shapes below N is a block of keys, hd the width of a head, G the groups of channels of int4.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+import torch
+
+from .cpp_kernels import (
+    CENTRES,
+    STEPS,
+    decode_attention_reference,
+    quantize_append_reference,
+    quantized_decode_attention_reference,
+)
+
+# No import statements: transformers refuses code that imports what is not installed.
+triton = importlib.import_module("triton")
+tl = importlib.import_module("triton.language")
+
+# What is launched for a store of so many bits: keys in a block, warps, blocks read ahead, programs for each
+# multiprocessor that the keys are shared out to, tensor cores or not (4 bits are made for them, floats not).
+TUNING = {
+    4: {"N": 128, "num_warps": 4, "STAGES": 2, "programs": 8, "DOT": True},
+    8: {"N": 128, "num_warps": 4, "STAGES": 2, "programs": 8, "DOT": True},
+    16: {"N": 64, "num_warps": 4, "STAGES": 2, "programs": 8, "DOT": False},
+    32: {"N": 64, "num_warps": 4, "STAGES": 1, "programs": 8, "DOT": False},
+}
+MAX_SPLITS = 64
+_HAS_PTX = torch.version.cuda is not None  # AMD's cards are of the device type cuda too
+HEAD_SIZES = (32, 64, 128, 256)
+
+STEP, STEP_BY = map(tl.constexpr, (STEPS[0], STEPS[1] - STEPS[0]))  # both are equally spaced
+CENTRE, CENTRE_BY = map(tl.constexpr, (CENTRES[0], CENTRES[1] - CENTRES[0]))
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _hadamard(x, ROWS: tl.constexpr, HD: tl.constexpr, LOG_HD: tl.constexpr):
+    """cpp_kernels.rotate of (ROWS, HD), in the same order of additions."""
+    for i in tl.static_range(LOG_HD):
+        pairs = tl.permute(tl.reshape(x, (ROWS * HD // (2 << i), 2, 1 << i)), (0, 2, 1))
+        a, b = tl.split(pairs)
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS, HD))
+    return x * HD**-0.5
+
+
+@triton.jit
+def _round(x):
+    """To the nearest integer, halves to even."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _bf16_bits(x):
+    """x rounded to bfloat16, halves to even, in the low half of an int32."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+
+
+@triton.jit
+def _from_bf16_bits(bits):
+    return (bits << 16).to(tl.float32, bitcast=True)
+
+
+# --- Quantising --------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["T", "position"])
+def _append_kernel(
+    x, codes, scales, x_b, x_h, x_t, c_b, c_h, c_t, p_b, p_h, p_t, nh, T, position,
+    HD: tl.constexpr, LOG_HD: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // nh, head % nh
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    valid = rows < T
+    channels = tl.arange(0, HD)
+    x += b * x_b + h * x_h + rows[:, None] * x_t + channels[None, :]
+    value = tl.load(x, mask=valid[:, None], other=0).to(tl.float32)
+    value = _hadamard(value, ROWS, HD, LOG_HD)  # (ROWS, HD)
+    codes += b * c_b + h * c_h + (position + rows[:, None]) * c_t
+    scales += b * p_b + h * p_h + (position + rows) * p_t
+    if BITS == 8:
+        low, high = tl.min(value, 1), tl.max(value, 1)
+        centre_bits = _bf16_bits(low * 0.5 + high * 0.5)
+        centre = _from_bf16_bits(centre_bits)
+        step_bits = _bf16_bits(tl.div_rn(tl.maximum(high - centre, centre - low), 127.0))
+        step = _from_bf16_bits(step_bits)
+        divisor = tl.where(step > 0, step, 1.0)
+        code = _round(tl.div_rn(value - centre[:, None], tl.broadcast_to(divisor[:, None], (ROWS, HD))))
+        code = tl.minimum(tl.maximum(code, -128.0), 127.0)
+        tl.store(codes + channels[None, :], code.to(tl.int8).to(tl.uint8, bitcast=True), mask=valid[:, None])
+        for i in tl.static_range(2):
+            tl.store(scales + i, (step_bits >> 8 * i).to(tl.uint8), mask=valid)
+            tl.store(scales + 2 + i, (centre_bits >> 8 * i).to(tl.uint8), mask=valid)
+    else:
+        G: tl.constexpr = HD // 8
+        base_bits = _bf16_bits(tl.max(tl.abs(value), 1) * (1 / 15))
+        base = _from_bf16_bits(base_bits)
+        divisor = tl.where(base > 0, base, 1.0)
+        value = tl.div_rn(value, tl.broadcast_to(divisor[:, None], (ROWS, HD)))
+        value = tl.reshape(value, (ROWS, 8, G))
+        best = tl.full((ROWS, G), float("inf"), tl.float32)
+        choice = tl.zeros((ROWS, G), tl.int32)
+        code = tl.zeros((ROWS, 8, G), tl.float32)
+        for i in tl.static_range(4):
+            step = STEP + i * STEP_BY
+            scaled = value * (1 / step)
+            for j in tl.static_range(8):
+                zero = CENTRE + j * CENTRE_BY - 7.5
+                rounded = tl.minimum(tl.maximum(_round(scaled - zero), 0.0), 15.0)
+                error = ((rounded + zero) - scaled) * step
+                error = _sum_of_eight(error * error, ROWS, G)
+                better = error < best
+                best = tl.where(better, error, best)
+                choice = tl.where(better, i * 8 + j, choice)
+                code = tl.where(better[:, None, :], rounded, code)
+        packed = tl.reshape(code.to(tl.int32), (ROWS, 2, HD // 2))
+        packed = tl.sum(packed << (4 * tl.arange(0, 2))[None, :, None], 1)  # (ROWS, HD / 2)
+        tl.store(codes + tl.arange(0, HD // 2)[None, :], packed.to(tl.uint8), mask=valid[:, None])
+        for i in tl.static_range(2):
+            tl.store(scales + i, (base_bits >> 8 * i).to(tl.uint8), mask=valid)
+        # choice = 8 * step + 4 * sign + centre
+        fours = (choice >> 3) * 4 + (choice & 3)
+        pairs = tl.reshape(fours, (ROWS, G // 2, 2)) << (4 * tl.arange(0, 2))[None, None, :]
+        where = 2 + tl.arange(0, G // 2)
+        tl.store(scales[:, None] + where[None, :], tl.sum(pairs, 2).to(tl.uint8), mask=valid[:, None])
+        BYTES: tl.constexpr = (G + 7) // 8
+        eights = tl.reshape((choice >> 2) & 1, (ROWS, BYTES, G // BYTES)) << tl.arange(0, G // BYTES)[None, None, :]
+        where = 2 + G // 2 + tl.arange(0, BYTES)
+        tl.store(scales[:, None] + where[None, :], tl.sum(eights, 2).to(tl.uint8), mask=valid[:, None])
+
+
+@triton.jit
+def _sum_of_eight(x, ROWS: tl.constexpr, G: tl.constexpr):
+    """(ROWS, 8, G) to (ROWS, G), in the order of cpp_kernels.py."""
+    for i in tl.static_range(3):
+        halves = tl.reshape(x, (ROWS, 2, 4 >> i, G))
+        a, b = tl.split(tl.permute(halves, (0, 2, 3, 1)))
+        x = a + b
+    return tl.reshape(x, (ROWS, G))
+
+
+def quantize_append(codes, params, x, position):
+    B, nh, T, hd = x.shape
+    if hd not in HEAD_SIZES:
+        return quantize_append_reference(codes, params, x, position)
+    bits = 8 if codes.shape[-1] == hd else 4
+    x = x if x.stride(3) == 1 else x.contiguous()
+    rows = 1 if T == 1 else 8
+    with torch.cuda.device_of(x):
+        _append_kernel[(B * nh, triton.cdiv(T, rows))](
+            x, codes, params, *x.stride()[:3], *codes.stride()[:3], *params.stride()[:3], nh, T, position,
+            HD=hd, LOG_HD=hd.bit_length() - 1, BITS=bits, ROWS=rows, num_warps=1 if T == 1 else 4,
+            enable_fp_fusion=False,  # the codes are those of a CPU, bit for bit
+        )  # fmt: skip
+    return None
+
+
+# --- Attention ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _nth_term(x, i: tl.constexpr):
+    """The i-th of the float16 numbers whose sum is x."""
+    term = x.to(tl.float16)
+    for _ in tl.static_range(i):
+        x = x - term.to(tl.float32)
+        term = x.to(tl.float16)
+    return term
+
+
+@triton.jit
+def _terms(x, row, TERMS: tl.constexpr):
+    """Row i of the result is the i-th of the TERMS float16 numbers whose sum is x; the others are zero."""
+    terms = tl.where(row == 0, _nth_term(x, 0), 0.0)
+    for i in tl.static_range(1, TERMS):
+        terms = tl.where(row == i, _nth_term(x, i), terms)
+    return terms
+
+
+# Codes become float16 without a conversion: 0x6400 is 1024, whose last bit counts one. In assembly four at a time,
+# which the compiler does not do by itself.
+
+
+def _assembly(codes: str, less: int):
+    """Four bytes, made of those in $2 by `codes`, to float16 less 1024 or 1152, in $0 and $1."""
+    minus = f"0x{(0xE000 | less):04X}" * 2
+    return tl.constexpr(
+        f"{{ .reg .b32 t, z; {codes} mov.b32 z, 0x{minus.replace('0x', '')};"
+        "prmt.b32 $0, t, 0x64646464, 0x4140; prmt.b32 $1, t, 0x64646464, 0x4342;"
+        "add.f16x2 $0, $0, z; add.f16x2 $1, $1, z; }"
+    )
+
+
+LOW = _assembly("and.b32 t, $2, 0x0F0F0F0F;", 0x400)
+HIGH = _assembly("shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F;", 0x400)
+SIGNED = _assembly("xor.b32 t, $2, 0x80808080;", 0x480)
+
+
+# `PURE` is false for values: else the compiler turns the bytes, one by one, to where they are multiplied, and converts
+# them there; keys lie as they are needed.
+
+
+@triton.jit
+def _half(codes, ASM: tl.constexpr, PURE: tl.constexpr):
+    return tl.inline_asm_elementwise(ASM, "=r,=r,r", [codes], dtype=tl.float16, is_pure=PURE, pack=4)
+
+
+@triton.jit
+def _low(codes, ASM: tl.constexpr, PURE: tl.constexpr):
+    """The low 4 bits in float16."""
+    if ASM:
+        return _half(codes, LOW, PURE)
+    return ((codes & 15).to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+
+
+@triton.jit
+def _high(codes, ASM: tl.constexpr, PURE: tl.constexpr):
+    """The high 4 bits in float16."""
+    if ASM:
+        return _half(codes, HIGH, PURE)
+    return ((codes >> 4).to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+
+
+@triton.jit
+def _signed(codes, ASM: tl.constexpr, PURE: tl.constexpr):
+    """All 8 bits, which are those of an int8, in float16."""
+    if ASM:
+        return _half(codes, SIGNED, PURE)
+    return ((codes ^ 0x80).to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+
+
+@triton.jit
+def _float(x, BITS: tl.constexpr):
+    """Codes of 8 bits, or floats, in float32."""
+    if BITS == 8:
+        return x.to(tl.int8, bitcast=True).to(tl.float32)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _largest(x):
+    """The largest of x, or 1 if nothing is larger than 0."""
+    largest = tl.max(x)
+    return tl.where(largest > 0, largest, 1.0)
+
+
+@triton.jit
+def _scales8(params, n, p_t, valid):
+    """Steps and centres of keys n, float32 (N)."""
+    words = tl.load((params + n * p_t).to(tl.pointer_type(tl.int32)), mask=valid, other=0)
+    return _from_bf16_bits(words), (words & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scales4(params, n, p_t, valid, g, G: tl.constexpr):
+    """Base of keys n, float32 (N); steps relative to it, and centres less 7.5, of groups g, float32 (rows, N)."""
+    params += n * p_t
+    if G == 16:  # 12 bytes
+        words = params.to(tl.pointer_type(tl.int32))
+        first = tl.load(words, mask=valid, other=0)
+        second = tl.load(words + 1, mask=valid, other=0)
+        third = tl.load(words + 2, mask=valid, other=0)
+        base = first
+        choice = tl.where(
+            (g < 4)[:, None], first[None, :], tl.where((g < 12)[:, None], second[None, :], third[None, :])
+        )
+        choice = choice >> (4 * ((g + 4) % 8))[:, None]
+        last = third[None, :] >> (16 + g)[:, None]
+    else:
+        base = tl.load(params, mask=valid, other=0).to(tl.int32)
+        base |= tl.load(params + 1, mask=valid, other=0).to(tl.int32) << 8
+        there = valid[None, :] & (g < G)[:, None]
+        choice = tl.load(params[None, :] + 2 + (g // 2)[:, None], mask=there, other=0).to(tl.int32)
+        choice = choice >> (4 * (g % 2))[:, None]
+        last = tl.load(params[None, :] + 2 + G // 2 + (g // 8)[:, None], mask=there, other=0).to(tl.int32)
+        last = last >> (g % 8)[:, None]
+    # The numbers are put into the fraction of a float, as 1 + i / 4 and 1 + i / 8, which saves the conversion.
+    step = (((choice >> 2) & 3) << 21 | 0x3F800000).to(tl.float32, bitcast=True) * (4 * STEP_BY) + (STEP - 4 * STEP_BY)
+    centre = ((choice & 3) << 20 | (last & 1) << 22 | 0x3F800000).to(tl.float32, bitcast=True)
+    return _from_bf16_bits(base), step, centre * (8 * CENTRE_BY) + (CENTRE - 8 * CENTRE_BY - 7.5)
+
+
+@triton.jit(do_not_specialize=["S", "T", "splits", "blocks", "m_b", "m_h", "m_t"])
+def _attend_kernel(
+    q, k, k_params, v, v_params, mask, partial, stats, scaling,
+    q_b, q_h, q_t, k_b, k_h, k_t, kp_b, kp_h, kp_t, v_b, v_h, v_t, vp_b, vp_h, vp_t, m_b, m_h, m_t,
+    nh, T, S, splits, blocks,
+    BITS: tl.constexpr, HD: tl.constexpr, LOG_HD: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, TERMS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """
+    One query over `blocks` blocks of N keys. partial: float32 (B * nh * T, splits, HD), the weighted sum of the values;
+    stats: float32 (B * nh * T, splits, 2), the largest score in powers of two and the sum of the weights.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    b, h, t = row // T // nh, row // T % nh, row % T
+    channels = tl.arange(0, HD)
+    query = tl.load(q + b * q_b + h * q_h + t * q_t + channels).to(tl.float32)
+    if BITS < 16:
+        query = tl.reshape(_hadamard(tl.reshape(query, (1, HD)), 1, HD, LOG_HD), (HD,))
+    query *= scaling * LOG2_E
+    k += b * k_b + h * k_h
+    v += b * v_b + h * v_h
+    k_params += b * kp_b + h * kp_h
+    v_params += b * vp_b + h * vp_h
+    mask += b * m_b + h * m_h + t * m_t
+    end = S - T + t + 1 if CAUSAL else S
+    end = tl.minimum(end, (split + 1) * blocks * N)
+
+    ROWS: tl.constexpr = HD // 8 if BITS == 4 and HD > 128 else 16  # of a matrix product, 16 at least
+    r = tl.arange(0, ROWS)
+    query_sum = tl.sum(query, 0)
+    if BITS == 4:
+        G: tl.constexpr = HD // 8
+        half = tl.arange(0, HD // 2)
+        own = half[None, :] % G == r[:, None]  # (ROWS, HD / 2), whether a channel is of the group
+        q_low, q_high = tl.split(tl.permute(tl.reshape(query, (2, HD // 2)), (1, 0)))
+        unit = _largest(tl.abs(query))
+        q_low, q_high = tl.where(own, q_low[None, :] / unit, 0.0), tl.where(own, q_high[None, :] / unit, 0.0)
+        group_sum = tl.sum(q_low + q_high, 1)  # (ROWS), 0 where there is no such group
+        low = tl.zeros((ROWS, HD // 2), tl.float32)
+        high = tl.zeros((ROWS, HD // 2), tl.float32)
+        offset = tl.zeros((ROWS,), tl.float32)
+    elif DOT:
+        unit = _largest(tl.abs(query))
+        q_rows = _terms(tl.broadcast_to(query[None, :] / unit, (ROWS, HD)), r[:, None], TERMS)
+        acc = tl.zeros((ROWS, HD), tl.float32)
+        offset = 0.0
+    else:
+        acc = tl.zeros((HD,), tl.float32)
+        offset = 0.0
+    largest = -float("inf")
+    total = 0.0
+
+    for start in tl.range(split * blocks * N, end, N, num_stages=STAGES):
+        n = start + tl.arange(0, N)
+        valid = n < end
+        at = n.to(tl.int64)
+        # keys
+        if BITS == 4:
+            bytes = tl.load(k + at[:, None] * k_t + half[None, :], mask=valid[:, None], other=0)  # (N, HD / 2)
+            base, step, zero = _scales4(k_params, at, kp_t, valid, r, G)  # (ROWS, N)
+            codes_low, codes_high = tl.trans(_low(bytes, ASM, True)), tl.trans(_high(bytes, ASM, True))
+            products = tl.zeros((ROWS, N), tl.float32)
+            for i in tl.static_range(TERMS):
+                products = tl.dot(_nth_term(q_low, i), codes_low, products)
+                products = tl.dot(_nth_term(q_high, i), codes_high, products)
+            score = tl.sum(step * (products + zero * group_sum[:, None]), 0) * (base * unit)  # (N)
+        else:
+            codes = tl.load(k + at[:, None] * k_t + channels[None, :], mask=valid[:, None], other=0)  # (N, HD)
+            if DOT:
+                score = tl.sum(tl.dot(q_rows, tl.trans(_signed(codes, ASM, True))), 0) * unit
+            else:
+                score = tl.sum(_float(codes, BITS) * query[None, :], 1)
+            if BITS == 8:
+                step, centre = _scales8(k_params, at, kp_t, valid)
+                score = step * score + centre * query_sum
+        # softmax
+        if MASKED:
+            valid = valid & (tl.load(mask + n, mask=valid, other=0) != 0)
+        score = tl.where(valid, score, -float("inf"))
+        new_largest = tl.maximum(largest, tl.max(score, 0))
+        reference = tl.where(new_largest == -float("inf"), 0.0, new_largest)
+        weight = tl.exp2(score - reference)  # (N)
+        shrink = tl.exp2(largest - reference)
+        largest = new_largest
+        total = total * shrink + tl.sum(weight, 0)
+        # values
+        valid = n < end
+        offset = offset * shrink
+        if BITS == 4:
+            bytes = tl.load(v + at[:, None] * v_t + half[None, :], mask=valid[:, None], other=0)
+            base, step, zero = _scales4(v_params, at, vp_t, valid, r, G)
+            unit_v = _largest(base)
+            step = step * (weight * (base / unit_v))[None, :]  # less than 2
+            offset = offset + tl.sum(step * zero, 1) * unit_v
+            codes_low, codes_high = _low(bytes, ASM, False), _high(bytes, ASM, False)
+            low, high = low * shrink, high * shrink
+            for i in tl.static_range(TERMS):
+                low += tl.dot(_nth_term(step, i), codes_low) * unit_v
+                high += tl.dot(_nth_term(step, i), codes_high) * unit_v
+        else:
+            codes = tl.load(v + at[:, None] * v_t + channels[None, :], mask=valid[:, None], other=0)
+            if BITS == 8:
+                step, centre = _scales8(v_params, at, vp_t, valid)
+                offset += tl.sum(weight * centre, 0)
+                weight = weight * step
+            if DOT:
+                unit_v = _largest(step)
+                rows = _terms(tl.broadcast_to((weight / unit_v)[None, :], (ROWS, N)), r[:, None], TERMS)
+                acc = acc * shrink + tl.dot(rows, _signed(codes, ASM, False)) * unit_v
+            else:
+                acc = acc * shrink + tl.sum(_float(codes, BITS) * weight[:, None], 0)
+
+    place = row * splits + split
+    partial += place * HD
+    if BITS == 4:
+        tl.store(partial + half, tl.sum(tl.where(own, low + offset[:, None], 0.0), 0))
+        tl.store(partial + HD // 2 + half, tl.sum(tl.where(own, high + offset[:, None], 0.0), 0))
+    elif DOT:
+        tl.store(partial + channels, tl.sum(acc, 0) + offset)
+    else:
+        tl.store(partial + channels, acc + offset)
+    tl.store(stats + place * 2, largest)
+    tl.store(stats + place * 2 + 1, total)
+
+
+@triton.jit(do_not_specialize=["T", "splits"])
+def _merge_kernel(
+    partial, stats, y, nh, T, splits,
+    ROTATED: tl.constexpr, HD: tl.constexpr, LOG_HD: tl.constexpr, MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """y: (B, T, nh, HD)."""
+    row = tl.program_id(0).to(tl.int64)
+    b, h, t = row // T // nh, row // T % nh, row % T
+    split, channels = tl.arange(0, MAX_SPLITS), tl.arange(0, HD)
+    there = split < splits
+    place = row * splits + split
+    largest = tl.load(stats + place * 2, mask=there, other=-float("inf"))
+    total = tl.load(stats + place * 2 + 1, mask=there, other=0.0)
+    sums = tl.load(partial + place[:, None] * HD + channels[None, :], mask=there[:, None], other=0.0)
+    reference = tl.max(largest, 0)
+    scale = tl.exp2(largest - tl.where(reference == -float("inf"), 0.0, reference))
+    total = tl.sum(total * scale, 0)
+    value = tl.sum(sums * scale[:, None], 0) / tl.where(total == 0, 1.0, total)  # zeros where nothing is seen
+    if ROTATED:
+        value = tl.reshape(_hadamard(tl.reshape(value, (1, HD)), 1, HD, LOG_HD), (HD,))
+    y += ((b * T + t) * nh + h) * HD
+    tl.store(y + channels, value.to(y.dtype.element_ty))
+
+
+@functools.lru_cache(maxsize=None)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _attend(q, k, k_params, v, v_params, bits, mask, scaling, causal):
+    B, nh, T, hd = q.shape
+    S = k.shape[2]
+    tuning = dict(TUNING[bits])
+    if bits == 8 and k_params.stride(2) % 4:
+        raise ValueError(f"the parameters of a token must be 4 bytes side by side, found {k_params.stride()}.")
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    rows, blocks = B * nh * T, triton.cdiv(S, tuning["N"])
+    splits = triton.cdiv(_multiprocessors(q.device) * tuning.pop("programs"), max(rows, 1))
+    blocks_each = triton.cdiv(blocks, max(1, min(splits, MAX_SPLITS, blocks)))
+    splits = max(1, triton.cdiv(blocks, max(1, blocks_each)))
+    y = q.new_empty(B, T, nh, hd)
+    if rows == 0:
+        return y
+    partial = torch.empty(rows, splits, hd, dtype=torch.float32, device=q.device)
+    stats = torch.empty(rows, splits, 2, dtype=torch.float32, device=q.device)
+    seen = q if mask is None else mask.expand(B, nh, T, S)
+    if mask is not None and seen.stride(3) != 1:
+        seen = mask.contiguous().expand(B, nh, T, S)
+    with torch.cuda.device_of(q):
+        _attend_kernel[(rows, splits)](
+            q, k, k_params, v, v_params, seen.view(torch.uint8) if mask is not None else seen, partial, stats, scaling,
+            *q.stride()[:3], *k.stride()[:3], *k_params.stride()[:3], *v.stride()[:3], *v_params.stride()[:3],
+            *seen.stride()[:3], nh, T, S, splits, blocks_each,
+            BITS=bits, HD=hd, LOG_HD=hd.bit_length() - 1, CAUSAL=causal and T > 1, MASKED=mask is not None,
+            TERMS=1 if bits == 4 and q.dtype != torch.float32 else 2, ASM=_HAS_PTX and q.is_cuda, **tuning,
+        )  # fmt: skip
+        _merge_kernel[(rows,)](
+            partial, stats, y, nh, T, splits,
+            ROTATED=bits < 16, HD=hd, LOG_HD=hd.bit_length() - 1, MAX_SPLITS=MAX_SPLITS, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+def decode_attention(q, k, v, mask, scaling, causal):
+    if q.shape[-1] not in HEAD_SIZES:
+        return decode_attention_reference(q, k, v, mask, scaling, causal)
+    return _attend(q, k, k, v, v, 8 * k.element_size(), mask, scaling, causal)
+
+
+def quantized_decode_attention(q, k_codes, k_params, v_codes, v_params, mask, scaling, causal):
+    hd = q.shape[-1]
+    if hd not in HEAD_SIZES:
+        return quantized_decode_attention_reference(q, k_codes, k_params, v_codes, v_params, mask, scaling, causal)
+    bits = 8 if k_codes.shape[-1] == hd else 4
+    return _attend(q, k_codes, k_params, v_codes, v_params, bits, mask, scaling, causal)
+
+
+def register(library, device="cuda") -> str:
+    """
+    Make these the operators' kernels on GPUs; their name.
+
+    Raises RuntimeError, which says why, if Triton can't compile and run one here.
+    """
+    codes, params, x = (torch.zeros(1, 1, 1, n, device=device) for n in (32, 4, 32))
+    try:
+        quantize_append(codes.byte(), params.byte(), x, 0)
+    except Exception as error:  # whatever a missing compiler, an old card or an old driver cause
+        raise RuntimeError(
+            f"Triton {triton.__version__} does not work here: {type(error).__name__}: {error}"
+        ) from error
+    for operation in (decode_attention, quantize_append, quantized_decode_attention):
+        library.impl(operation.__name__, operation, "CUDA")
+    return f"Triton {triton.__version__}"
