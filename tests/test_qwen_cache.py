@@ -500,7 +500,7 @@ def test_training_with_a_cache_gives_the_gradients_of_transformers_own(make):
 
 
 @pytest.mark.skipif(not hasattr(torch.library, "opcheck"), reason="needs the compiler of torch 2.4")
-@every_cache
+@pytest.mark.parametrize("make", [CACHES["full"], CACHES["int8"]], ids=["full", "int8"])
 def test_a_compiled_model_gives_the_same(model, make):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")

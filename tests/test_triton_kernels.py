@@ -69,6 +69,8 @@ def test_quantised_attention(bits, hd):
         mask, causal = kernels._check_mask(mask)
         mask = None if mask is None else mask.to(DEVICE)
         for dtype, share in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):
+            if dtype == torch.bfloat16 and DEVICE == "cpu" and hd != 64:  # the interpreter is slow
+                continue
             query = q.to(dtype)
             y = triton_kernels.quantized_decode_attention(query.to(DEVICE), *on_gpu, mask, hd**-0.5, causal)
             assert y.dtype == dtype
