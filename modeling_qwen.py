@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import cached_file, logging
 
 from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
-from .cpp_kernels import copy_source, set_cuda_kernels, set_source_folder
+from .cpp_kernels import copy_source, implementation, set_cuda_kernels, set_source_folder
 from .qwen_cache import QWenCache, QWenQuantizedCache
 from .qwen_generation_utils import (
     StopAtText,
@@ -883,12 +883,10 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
                 f"cache_implementation={named!r}. Pass one of them, or past_key_values=QWenQuantizedCache({bits})."
             )
         drafts = kwargs.get("assistant_model") or setting("prompt_lookup_num_tokens") or setting("penalty_alpha")
-        # On a CPU transformers' own cache copies everything for every token, and SDPA reads bfloat16 slowly.
+        # transformers' own cache copies everything for every token. On a CPU SDPA reads bfloat16 slowly; on new GPUs it
+        # takes cuDNN, which plans anew for every length.
         is_faster = (
-            self.device.type == "cpu"
-            and self.dtype in (torch.float32, torch.bfloat16)
-            and self.config._attn_implementation == "sdpa"
-            and (DRAFTS_CROP_CACHES or not drafts)
+            self._has_fast_cache() and self.config._attn_implementation == "sdpa" and (DRAFTS_CROP_CACHES or not drafts)
         )
         if unwanted:
             return kwargs
@@ -904,6 +902,14 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             return kwargs
         _announce(f"generate keeps keys and values in {cache}")
         return {**kwargs, "past_key_values": cache, **({} if named is None else {"cache_implementation": None})}
+
+    def _has_fast_cache(self) -> bool:
+        """Whether there are kernels that attend over a `QWenCache` in this precision, where the first layer is."""
+        if self.device.type == "cpu":
+            return self.dtype in (torch.float32, torch.bfloat16)
+        if self.device.type != "cuda" or torch.version.cuda is None:
+            return False
+        return torch.cuda.get_device_capability(self.device) >= (8, 0) and "Triton" in implementation(self.device)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As inherited; notes the length of the prompt, int64 (B,), on a cache that is still empty."""

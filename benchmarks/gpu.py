@@ -212,6 +212,8 @@ def filled_cache(model, batch: int, length: int, kind: str, room: int):
     heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
     if kind == "dynamic":
         cache = DynamicCache()
+    elif kind == "QWenCache":
+        cache = modeling_qwen.QWenCache()
     else:
         cache = transformers.StaticCache(config=config, max_cache_len=length + room)
     for layer in range(config.num_hidden_layers):
@@ -225,17 +227,18 @@ def filled_cache(model, batch: int, length: int, kind: str, room: int):
 
 
 @torch.inference_mode()
-def decodes(ours, theirs, cases, kinds, copy_rate: float, steps: int) -> None:
+def decodes(ours, theirs, cases, copy_rate: float, steps: int) -> None:
     """Time of one step, from steps in a row behind a full cache."""
     table = Table("decode", "batch", "attention, cache", "ours ms", "Qwen2 ms", "ours / Qwen2", "of the bandwidth")
-    for length, batch in cases:
+    for length, batch, kinds in cases:
         for attention, kind in kinds:
             taken = {}
             # The longer texts are ours: cuDNN plans anew for every length, and Qwen2 must not profit from our plans.
             for name, model, begin in (("theirs", theirs, length), ("ours", ours, length + 6 * steps)):
                 model.set_attn_implementation(attention)
+                own_kind = "dynamic" if name == "theirs" and kind == "QWenCache" else kind
                 try:
-                    taken[name] = decode_time(model, batch, begin, kind, steps)
+                    taken[name] = decode_time(model, batch, begin, own_kind, steps)
                 except torch.OutOfMemoryError:
                     taken[name] = float("nan")
                 gc.collect()
@@ -257,7 +260,7 @@ COMPILED = {
 def decode_time(model, batch: int, length: int, kind: str, steps: int) -> float:
     """Seconds of a step, the median of five rounds."""
     ids = torch.randint(0, model.config.vocab_size, (batch, 1), device=DEVICE)
-    cache = filled_cache(model, batch, length, "dynamic" if kind == "dynamic" else "static", 6 * steps)
+    cache = filled_cache(model, batch, length, "static" if "static" in kind else kind, 6 * steps)
     forward = model
     if kind in COMPILED:
         torch._dynamo.reset()
@@ -294,13 +297,16 @@ def main() -> None:
     flash = ["flash_attention_2"] if transformers.utils.is_flash_attn_2_available() else []
     attentions = ["sdpa", *flash]
     lengths = [64, 128] if arguments.quick else [2048, 8192, 32000]
-    cases = [(64, 1), (64, 4)] if arguments.quick else [(2048, 1), (2048, 16), (32000, 1)]
-    kinds = [(name, kind) for name in attentions for kind in ("dynamic", "static")]
-    kinds += [("sdpa", kind) for kind in COMPILED]
+    eager = [(name, kind) for name in attentions for kind in ("QWenCache", "dynamic", "static")]
+    compiled, tuned = ([("sdpa", kind)] for kind in COMPILED)
+    if arguments.quick:
+        cases = [(64, 1, eager), (64, 4, compiled), (64, 1, tuned)]
+    else:
+        cases = [(n, batch, eager + compiled) for n, batch in ((2048, 1), (2048, 16), (32000, 1))] + [(2048, 1, tuned)]
     failed = False
     for section in (
-        lambda: prefills(ours, theirs, lengths, attentions, rate, 3 if arguments.quick else 7),
-        lambda: decodes(ours, theirs, cases, kinds, copy_rate, 4 if arguments.quick else 16),
+        lambda: prefills(ours, theirs, lengths, attentions, rate, 3 if arguments.quick else 5),
+        lambda: decodes(ours, theirs, cases, copy_rate, 4 if arguments.quick else 8),
     ):
         try:
             section()
