@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import cached_file, logging
 
 from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
-from .cpp_kernels import copy_source, implementation, set_cuda_kernels, set_source_folder
+from .cpp_kernels import copy_source, implementation, linear, set_cuda_kernels, set_source_folder
 from .qwen_cache import QWenCache, QWenQuantizedCache
 from .qwen_generation_utils import (
     StopAtText,
@@ -80,6 +80,20 @@ def _load_triton(library) -> str:
 
 
 set_cuda_kernels(_load_triton)
+
+
+class Linear(nn.Linear):
+    """
+    `nn.Linear`, which reads bfloat16 weights at the speed of memory where a CPU has few rows to multiply: decoding.
+
+    Everything else (training, compilation, other precisions and devices, weights that a quantiser or tensor
+    parallelism put in place) is `nn.Linear`.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if is_compiling() or x.dtype != self.weight.dtype:
+            return super().forward(x)
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -194,9 +208,9 @@ class QWenAttention(nn.Module):
         self.head_dim = config.kv_channels
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         self.is_causal = True
-        self.c_attn = nn.Linear(config.hidden_size, 3 * projection_size)
+        self.c_attn = Linear(config.hidden_size, 3 * projection_size)
         self.c_attn.num_heads = config.num_attention_heads  # for tensor parallelism
-        self.c_proj = nn.Linear(projection_size, config.hidden_size, bias=not config.no_bias)
+        self.c_proj = Linear(projection_size, config.hidden_size, bias=not config.no_bias)
         self.c_proj.into_residual = True  # for the initial weights
 
     def forward(
@@ -255,9 +269,9 @@ class QWenMLP(nn.Module):
     def __init__(self, config: QWenConfig):
         super().__init__()
         width = config.intermediate_size // 2
-        self.w1 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
-        self.w2 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
-        self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+        self.w1 = Linear(config.hidden_size, width, bias=not config.no_bias)
+        self.w2 = Linear(config.hidden_size, width, bias=not config.no_bias)
+        self.c_proj = Linear(width, config.hidden_size, bias=not config.no_bias)
         self.c_proj.into_residual = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -745,7 +759,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # transformers would guess it from the class's name
         self.transformer = QWenModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -246,7 +246,7 @@ def decodes(ours, theirs, cases, copy_rate: float, steps: int) -> None:
                 gc.collect()
                 if CUDA:
                     torch.cuda.empty_cache()
-            cached = 2 * batch * length * ours.config.num_hidden_layers * ours.config.hidden_size * 2
+            cached = 2 * batch * begin * ours.config.num_hidden_layers * ours.config.hidden_size * 2
             share = (weight_bytes(ours) + cached) / taken["ours"] / copy_rate
             ratio = taken["theirs"] / taken["ours"]
             name = f"{attention}, {kind}"

@@ -19,7 +19,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, modeling_qwen, random_ids, tiny_model
 
 kernels = importlib.import_module("qwen.cpp_kernels")
 operators = kernels._OPERATORS
@@ -112,6 +112,40 @@ def test_linear_int8(level, groups):
             reference = kernels.linear_reference(x, weight, bias, scale)
             unit = 2**-7 if dtype == torch.bfloat16 else 1e-5
             torch.testing.assert_close(reference.double(), expected, rtol=unit, atol=unit * expected.abs().max())
+
+
+def test_layers_of_a_model_take_it_where_it_decodes_on_a_cpu(native, monkeypatch):
+    """One call a layer in a step in bfloat16; none in a prompt, in float32 or in training. They are linear layers."""
+    calls = []
+    original = kernels._OPERATORS.linear
+    monkeypatch.setattr(kernels._OPERATORS, "linear", lambda *args: calls.append(1) or original(*args), raising=False)
+    model = tiny_model(vocab_size=320)
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(layers) == 5 * model.config.num_hidden_layers + 1
+
+    def count(tokens, **kwargs):
+        calls.clear()
+        output = model(random_ids(1, tokens), **kwargs)
+        return len(calls), output
+
+    assert count(1)[0] == 0
+    model.bfloat16()
+    with torch.no_grad():
+        assert count(1)[0] == len(layers)
+        assert count(9)[0] == 0
+        found, output = count(8)
+        assert found == len(layers)
+        monkeypatch.setattr(modeling_qwen, "linear", F.linear)
+        plain = model(random_ids(1, 8)).logits
+    assert (output.logits - plain).float().norm() < 0.02 * plain.float().norm()
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels._OPERATORS, "linear", lambda *args: calls.append(1) or original(*args), raising=False)
+    found, output = count(8, labels=random_ids(1, 8))
+    assert found == 0
+    output.loss.backward()
+    assert layers[0].weight.grad is not None
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):  # as nn.Linear
+        layers[0](torch.randn(1, layers[0].in_features))
 
 
 def test_linear_keeps_leading_dimensions_and_empty_batches(native):
