@@ -1,8 +1,9 @@
 """
 Run the test suite with other releases of transformers, and with other versions of Python and PyTorch.
 
-    python tests/matrix.py                   every release in RELEASES, with the Python and the torch that run this
-    python tests/matrix.py 4.32.0 4.57.6     these, printing the table only
+    python tests/matrix.py                   every release in RELEASES, with the Python and the torch that run this: the
+                                             files of ACCEPTANCE
+    python tests/matrix.py 4.32.0 4.57.6     the whole suite with these, printing the table only
     python tests/matrix.py --others          OTHERS: other Pythons and PyTorches; downloads several GB
 
 Every run has an environment of its own in `.cache/`, made once. Those of releases see the packages of the current
@@ -52,6 +53,15 @@ OTHERS = (
     ("3.9", "2.8.0", "4.57.6"),
     ("3.12", "2.6.0", "4.52.4"),
     ("3.13", "2.13.0", "5.23.0"),
+)
+
+# What every release must pass: loading, the network, caches, generation, chat, tokenizer, hub, and the card's commands.
+ACCEPTANCE = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        *("configuration_qwen", "loading", "hub", "model_card", "flash_attention", "modeling_qwen", "combinations"),
+        *("qwen_cache", "generation", "chat", "qwen_generation_utils", "tokenization_qwen", "tokenization_interface"),
+    )
 )
 
 
@@ -121,8 +131,8 @@ class Result:
     output: str
 
 
-def test(name: tuple[str, ...], jobs: int) -> Result:
-    """Run the suite with a release (its name alone), or with (Python, torch, transformers)."""
+def test(name: tuple[str, ...], files: tuple[str, ...], jobs: int) -> Result:
+    """Run files of tests (none: all) with a release (its name alone), or with (Python, torch, transformers)."""
     try:
         python = install(*name) if len(name) == 1 else install_other(*name)
     except (LookupError, subprocess.CalledProcessError) as error:
@@ -133,7 +143,7 @@ def test(name: tuple[str, ...], jobs: int) -> Result:
     environment["PATH"] = os.pathsep.join([str(python.parent), os.environ["PATH"]])
     environment["HF_MODULES_CACHE"] = str(report.with_name("modules"))  # releases would overwrite each other's
     environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    command = [python, "-m", "pytest", f"--junitxml={report}", "-p", "no:cacheprovider"]
+    command = [python, "-m", "pytest", f"--junitxml={report}", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = done.stdout.decode(errors="replace")
     if not report.exists():  # the suite did not even begin
@@ -171,9 +181,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     arguments = parser.parse_args()
     names = OTHERS if arguments.others else [(release,) for release in arguments.releases or RELEASES]
+    files = () if arguments.releases else ACCEPTANCE
     results = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for result in tqdm(pool.map(lambda name: test(name, arguments.jobs), names), total=len(names)):
+        for result in tqdm(pool.map(lambda name: test(name, files, arguments.jobs), names), total=len(names)):
             results.append(result)
             if result.failed:
                 print(f"\n{' '.join(result.name)}\n{result.output}", flush=True)
