@@ -44,6 +44,7 @@ SOURCE_SHA256 = "4e5d53cb821acaff1e410e07d676175c161855bf11eafcf926c094c46458278
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
 MAX_ROWS = 8  # of `linear`; from there on PyTorch's matrix product is faster
+GPU_HEAD_SIZES = (32, 64, 128, 256)  # widths of a head that triton_kernels.py takes; others run the references there
 
 _FLOATS = (torch.float32, torch.bfloat16)
 # torch up to 2.0 has no fused attention with a scale of its own

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import cached_file, logging
 
 from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
-from .cpp_kernels import copy_source, implementation, linear, set_cuda_kernels, set_source_folder
+from .cpp_kernels import GPU_HEAD_SIZES, copy_source, implementation, linear, set_cuda_kernels, set_source_folder
 from .qwen_cache import QWenCache, QWenQuantizedCache
 from .qwen_generation_utils import (
     StopAtText,
@@ -921,7 +921,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         """Whether there are kernels that attend over a `QWenCache` in this precision, where the first layer is."""
         if self.device.type == "cpu":
             return self.dtype in (torch.float32, torch.bfloat16)
-        if self.device.type != "cuda" or torch.version.cuda is None:
+        if self.device.type != "cuda" or torch.version.cuda is None or self.config.kv_channels not in GPU_HEAD_SIZES:
             return False
         return torch.cuda.get_device_capability(self.device) >= (8, 0) and "Triton" in implementation(self.device)
 

@@ -123,7 +123,8 @@ class _Layer:
 
 class QWenCache(LayeredCache):
     """
-    Keys and values in the model's precision, for `past_key_values`; `generate` takes it on a CPU by itself.
+    Keys and values in the model's precision, for `past_key_values`; `generate` takes it by itself on a CPU
+    and on an NVIDIA GPU.
 
     Args:
         device: where to keep keys and values, and to attend over them: "cpu" leaves the memory of a GPU to the

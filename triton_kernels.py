@@ -20,6 +20,7 @@ import torch
 
 from .cpp_kernels import (
     CENTRES,
+    GPU_HEAD_SIZES,
     STEPS,
     decode_attention_reference,
     quantize_append_reference,
@@ -40,7 +41,6 @@ TUNING = {
 }
 MAX_SPLITS = 64
 _HAS_PTX = torch.version.cuda is not None  # AMD's cards are of the device type cuda too
-HEAD_SIZES = (32, 64, 128, 256)
 
 STEP, STEP_BY = map(tl.constexpr, (STEPS[0], STEPS[1] - STEPS[0]))  # both are equally spaced
 CENTRE, CENTRE_BY = map(tl.constexpr, (CENTRES[0], CENTRES[1] - CENTRES[0]))
@@ -156,7 +156,7 @@ def _sum_of_eight(x, ROWS: tl.constexpr, G: tl.constexpr):
 
 def quantize_append(codes, params, x, position):
     B, nh, T, hd = x.shape
-    if hd not in HEAD_SIZES:
+    if hd not in GPU_HEAD_SIZES:
         return quantize_append_reference(codes, params, x, position)
     bits = 8 if codes.shape[-1] == hd else 4
     x = x if x.stride(3) == 1 else x.contiguous()
@@ -485,14 +485,14 @@ def _attend(q, k, k_params, v, v_params, bits, mask, scaling, causal):
 
 
 def decode_attention(q, k, v, mask, scaling, causal):
-    if q.shape[-1] not in HEAD_SIZES:
+    if q.shape[-1] not in GPU_HEAD_SIZES:
         return decode_attention_reference(q, k, v, mask, scaling, causal)
     return _attend(q, k, k, v, v, 8 * k.element_size(), mask, scaling, causal)
 
 
 def quantized_decode_attention(q, k_codes, k_params, v_codes, v_params, mask, scaling, causal):
     hd = q.shape[-1]
-    if hd not in HEAD_SIZES:
+    if hd not in GPU_HEAD_SIZES:
         return quantized_decode_attention_reference(q, k_codes, k_params, v_codes, v_params, mask, scaling, causal)
     bits = 8 if k_codes.shape[-1] == hd else 4
     return _attend(q, k_codes, k_params, v_codes, v_params, bits, mask, scaling, causal)

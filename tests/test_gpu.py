@@ -76,3 +76,13 @@ def test_caches_compute_what_they_do_on_the_cpu(settings):
     found = logits(model.cuda(), settings)
     assert (found - expected).norm() < 5e-3 * expected.norm()
     assert kernels.implementation("cuda").startswith("Triton")
+
+
+def test_generate_takes_the_cache_that_has_kernels():
+    settings = {"return_dict_in_generate": True}
+    model = tiny_model(kv_channels=32).cuda().bfloat16()
+    taken = generate(model, random_ids(1, 9).cuda(), **settings).past_key_values
+    assert type(taken).__name__ == "QWenCache"
+    assert taken.get_seq_length() == 9 + 23
+    other = tiny_model().cuda().bfloat16()  # heads of 16 channels
+    assert type(generate(other, random_ids(1, 9).cuda(), **settings).past_key_values).__name__ == "DynamicCache"

@@ -17,7 +17,7 @@ if kernels._state.library is None:
 triton_kernels = importlib.import_module("qwen.triton_kernels")
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs an NVIDIA GPU")
 
-HEADS = [(bits, hd) for bits in (8, 4) for hd in triton_kernels.HEAD_SIZES]
+HEADS = [(bits, hd) for bits in (8, 4) for hd in triton_kernels.GPU_HEAD_SIZES]
 # B, nh, T, S, mask: keys shared out unevenly, more queries than keys in a block, padding, rows that see nothing
 CASES = [
     (1, 2, 1, 1, None),
@@ -86,7 +86,7 @@ def attention_of(q, stored, mask, causal, hd):
     return attention(q, restored(stored[:2], hd), restored(stored[2:], hd), mask)
 
 
-@pytest.mark.parametrize("hd", triton_kernels.HEAD_SIZES)
+@pytest.mark.parametrize("hd", triton_kernels.GPU_HEAD_SIZES)
 def test_attention_over_floats(hd):
     torch.manual_seed(0)
     for B, nh, T, S, kind in CASES:
