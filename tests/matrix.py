@@ -60,7 +60,7 @@ ACCEPTANCE = tuple(
     f"tests/test_{name}.py"
     for name in (
         *("configuration_qwen", "loading", "hub", "model_card", "flash_attention", "modeling_qwen", "combinations"),
-        *("qwen_cache", "generation", "chat", "qwen_generation_utils", "tokenization_qwen", "tokenization_interface"),
+        *("qwen_cache", "generation", "chat", "qwen_generation_utils", "tokenization_qwen"),
     )
 )
 
