@@ -122,8 +122,9 @@ def test_peak_of_a_prefill(shape, dtype, cache):
         logits = model(ids, past_key_values=store, logits_to_keep=1).logits[:, -1]
         logits.to(copy=True, dtype=torch.float32)  # as `generate` does
     need = tool.memory(model.config, dtype, 512, 2, cache)
-    second_copy = hasattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS")  # of attention's output, from 4.48
-    assert (0.97 if second_copy else 0.8) < live.peak / (need["cache"] + need["activations"]) < 1.03
+    # Up to 4.47 the projection of attention's output has one more copy of it beside it.
+    limit = 1.03 if hasattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS") else 1.1
+    assert 0.97 < live.peak / (need["cache"] + need["activations"]) < limit
 
 
 @pytest.mark.parametrize(("context", "peak"), [(2048, 16.74), (8192, 20.52), (32000, 35.17)])
