@@ -212,3 +212,27 @@ def test_bad_arguments(arguments, message, tmp_path, capsys):
         tool.main([re.sub(r"\{(.*)\}", rf"{tmp_path}/\1", argument) for argument in arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_figures_of_the_page():
+    """docs/loading.md: the table of memory, and which devices are enough."""
+    page = (ROOT / "docs" / "loading.md").read_text(encoding="utf-8")
+    columns = [(2048, "full"), (8192, "full"), (32768, "full"), (32768, "int8")]
+    for size in tool.SIZES:
+        needs = [tool.memory(published(size), "bf16", context, 1, cache) for context, cache in columns]
+        figures = [needs[0]["weights"], *(sum(need.values()) for need in needs)]
+        assert f"| Qwen-{size} | " + " | ".join(f"{n / GB:.2f}" for n in figures) + " |" in page
+
+    def fitting(size: str, gigabytes: int, number: int = 1, context: int = 8192, cache: str = "full") -> bool:
+        return tool.fits(published(size), "bf16", context, 1, cache, [gigabytes * GB] * number)
+
+    assert fitting("14B", 80, context=32768)
+    assert fitting("1.8B", 16, context=32768)
+    assert fitting("7B", 24)
+    assert fitting("14B", 24, 8)
+    assert not fitting("7B", 16, context=256, cache="int4")
+    assert [number for number in (1, 2, 3) if fitting("72B", 80, number)] == [3]
+    assert [cache for cache in tool.CACHES if fitting("72B", 80, 2, cache=cache)] == ["int4"]
+    assert [cache for cache in tool.CACHES if fitting("72B", 24, 8, cache=cache)] == ["int8", "int4"]
+    assert fitting("72B", 80, 2, context=2048)
+    assert fitting("72B", 24, 8, context=2048)
