@@ -92,7 +92,7 @@ def place(config, dtype: str, need: dict[str, int], devices: list[int]) -> tuple
         model = QWenLMHeadModel(config).to(DTYPES[dtype])
     layers, share = config.num_hidden_layers, need["weights"] / (need["weights"] + need["cache"])
     rooms = [n - RESERVE - need["activations"] for n in devices]
-    rooms = [rooms[0] - need["cache"]] if len(devices) == 1 else [int(room * share) for room in rooms]
+    rooms = [rooms[0] - need["cache"]] if len(devices) == 1 else [int(room * share / 10**6) * 10**6 for room in rooms]
     room = {**{i: max(n, 0) for i, n in enumerate(rooms)}, "cpu": 10**15}
     blocks = {"no_split_module_classes": list(model._no_split_modules)}
     balanced = get_balanced_memory(model, max_memory=dict(room), low_zero=False, **blocks)
@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
         of = "for weights that have no room" if device == "cpu" else f"of {args.devices[device] / GB:g}"
         print(f"  {f'device {device}':12}{n / GB:9.2f} GB {of}")
     if len(used) > 1:
-        limits = ", ".join(f"{device}: '{int(room[device] / GB * 10) / 10}GB'" for device in range(len(args.devices)))
+        limits = ", ".join(f"{device}: '{room[device] // 10**6}MB'" for device in range(len(args.devices)))
         print(
             f'device_map="auto", max_memory={{{limits}}}, and "cpu" with what it has'
             if "cpu" in used
