@@ -6,13 +6,15 @@ import re
 
 import pytest
 import transformers
-from conftest import ROOT, lacks
+from conftest import HAS_STATIC, ROOT, lacks
 
 
-@pytest.mark.parametrize("name", ["chat", "caches"])
+@pytest.mark.parametrize("name", ["chat", "caches", "loading"])
 def test_snippets(name, capsys, monkeypatch):
     if not hasattr(transformers, "DynamicCache"):
         lacks("has no DynamicCache for the pages of docs/")
+    if name == "loading" and not HAS_STATIC:
+        lacks("has no static cache for all layers")
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -1,0 +1,212 @@
+"""
+How much memory a Qwen takes, where device_map="auto" puts it, and what to do if there is too little.
+
+    python tools/estimate_memory.py CHECKPOINT                   a folder, or its config.json
+    python tools/estimate_memory.py --size 72B --context 8192 --batch 4 --cache int8 --devices "80GB x 2"
+
+GB are 10^9 bytes. The activations are those of a prefill of the whole context at once with SDPA or flash attention and
+without padding, as `generate` does it. The tool reads no weights and needs no GPU. Exit status: 0 it fits, 1 it does
+not, 2 something is wrong with the arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import get_balanced_memory, infer_auto_device_map
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+ROOT = Path(__file__).resolve().parent.parent
+QWenConfig = get_class_from_dynamic_module("configuration_qwen.QWenConfig", str(ROOT))
+QWenLMHeadModel = get_class_from_dynamic_module("modeling_qwen.QWenLMHeadModel", str(ROOT))
+qwen_cache = sys.modules[get_class_from_dynamic_module("qwen_cache.QWenCache", str(ROOT)).__module__]
+
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+SIZES = {
+    "1.8B": (2048, 24, 16, 11008, 151936),
+    "7B": (4096, 32, 32, 22016, 151936),
+    "14B": (5120, 40, 40, 27392, 152064),
+    "72B": (8192, 80, 64, 49152, 152064),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CACHES = {"full": None, "int8": 8, "int4": 4}
+GB = 10**9
+RESERVE = GB  # of each device, for the driver, PyTorch's own and gaps between tensors
+
+
+def parameters(config) -> int:
+    """Number of parameters of a model with its output layer."""
+    h, p, w = config.hidden_size, config.kv_channels * config.num_attention_heads, config.intermediate_size // 2
+    biases = 3 * p + (0 if config.no_bias else 2 * h + 2 * w)
+    block = 4 * h * p + 3 * h * w + biases + 2 * h
+    return config.num_hidden_layers * block + 2 * config.vocab_size * h + h
+
+
+def memory(config, dtype: str = "bf16", context: int = 8192, batch: int = 1, cache: str = "full") -> dict[str, int]:
+    """
+    Bytes of weights, of keys and values, and of the activations of a prefill, at its peak.
+
+    dtype: "bf16", "fp16" or "fp32"; context: tokens of a row, prompt and answer; cache: "full", "int8" or "int4".
+
+    Example:
+        >>> memory(QWenConfig(), "bf16", 8192)  # Qwen-7B
+        {'weights': 15442649088, 'cache': 4294967296, 'activations': 742391808}
+    """
+    size = 4 if dtype == "fp32" else 2
+    h, nh, hd, w = config.hidden_size, config.num_attention_heads, config.kv_channels, config.intermediate_size // 2
+    p, V = nh * hd, config.vocab_size
+    capacity = -(-context // qwen_cache.BLOCK) * qwen_cache.BLOCK  # as QWenCache grows
+    head = size * hd if CACHES[cache] is None else sum(qwen_cache.quantized_sizes(hd, CACHES[cache]))
+    layer = 2 * batch * capacity * nh * head
+    # What a block holds of a token, at the three times when that is most: while queries and keys are rotated in
+    # float32, the keys and values of the last layer not being in the cache yet; in attention (queries, keys and
+    # values, rotated, scaled by LogN, the output in two orders); in the MLP (the block's input, the
+    # residual and its norm; both halves and their product).
+    rotating = (2 * h + 5 * p) * size + 2 * p * 4 + (2 * p * size if size < 4 else 0)
+    attending = (2 * h + 8 * p) * size
+    multiplying = (3 * h + 3 * w) * size
+    tokens = batch * context
+    activations = max(tokens * rotating - layer, tokens * max(attending, multiplying), batch * V * (size + 4))
+    return {
+        "weights": parameters(config) * size,
+        "cache": config.num_hidden_layers * layer,
+        "activations": activations,
+    }
+
+
+def place(config, dtype: str, need: dict[str, int], devices: list[int]) -> tuple[dict, dict]:
+    """
+    What device_map="auto" does on `devices` (bytes each) with a `max_memory` that leaves room for all but the weights.
+
+    Returns that max_memory and the bytes that each device holds then: weights, and beside them on a device the cache of
+    its layers and activations. What has no room is on "cpu", computes on the first device, and has its cache there.
+    """
+    with init_empty_weights():
+        model = QWenLMHeadModel(config).to(DTYPES[dtype])
+    layers, share = config.num_hidden_layers, need["weights"] / (need["weights"] + need["cache"])
+    rooms = [n - RESERVE - need["activations"] for n in devices]
+    rooms = [rooms[0] - need["cache"]] if len(devices) == 1 else [int(room * share / 10**6) * 10**6 for room in rooms]
+    room = {**{i: max(n, 0) for i, n in enumerate(rooms)}, "cpu": 10**15}
+    blocks = {"no_split_module_classes": list(model._no_split_modules)}
+    balanced = get_balanced_memory(model, max_memory=dict(room), low_zero=False, **blocks)
+    used = dict.fromkeys(range(len(devices)), need["activations"])
+    for name, device in infer_auto_device_map(model, max_memory=balanced, **blocks).items():
+        part = model.get_submodule(name) if name else model
+        used[device] = used.get(device, 0) + sum(p.numel() * p.element_size() for p in part.parameters())
+        own_layers = sum(type(module).__name__ in model._no_split_modules for module in part.modules())
+        used[0 if device == "cpu" else device] += own_layers * need["cache"] // layers
+    return room, used
+
+
+def fits(config, dtype: str, context: int, batch: int, cache: str, devices: list[int]) -> bool:
+    """Whether everything is on the devices, with `RESERVE` left of each."""
+    used = place(config, dtype, memory(config, dtype, context, batch, cache), devices)[1]
+    return "cpu" not in used and all(n <= devices[device] - RESERVE for device, n in used.items())
+
+
+def advice(config, dtype: str, context: int, batch: int, cache: str, devices: list[int]) -> list[str]:
+    """What fits in place of what does not, one change at a time."""
+    found = []
+    if dtype == "fp32" and fits(config, "bf16", context, batch, cache, devices):
+        found.append("bf16=True, half the weights and keys and values")
+    for bits in CACHES:
+        if CACHES[cache] is None and CACHES[bits] and fits(config, dtype, context, batch, bits, devices):
+            found.append(f"a quantised cache: generate(..., cache_bits={CACHES[bits]})")
+            break
+    fitting, not_fitting = 0, -(-context // qwen_cache.BLOCK)  # in blocks of the cache
+    while not_fitting - fitting > 1:
+        n = (fitting + not_fitting) // 2
+        if fits(config, dtype, n * qwen_cache.BLOCK, batch, cache, devices):
+            fitting = n
+        else:
+            not_fitting = n
+    if fitting:
+        found.append(f"a context of {fitting * qwen_cache.BLOCK:,} tokens")
+    for n in range(len(devices) + 1, 17):
+        if fits(config, dtype, context, batch, cache, [devices[0]] * n):
+            return [*found, f"{n} such devices"]
+    return found
+
+
+def read_config(path: str):
+    """The configuration of a checkpoint folder or a config.json; ArgumentTypeError if it is not a Qwen's."""
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or values.get("model_type") != "qwen":
+            raise ValueError('it has no "model_type": "qwen"')
+        return QWenConfig.from_dict(values)
+    except (OSError, TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{file} is not the config.json of a Qwen checkpoint: {error}") from None
+
+
+def read_devices(text: str) -> list[int]:
+    """
+    Bytes of each device.
+
+    Example:
+        >>> read_devices("80GB x 2")
+        [80000000000, 80000000000]
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*GB(?:\s*x\s*([1-9]\d?))?\s*", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f'devices are given as "80GB" or "80GB x 2", found {text!r}')
+    return [int(float(match[1]) * GB)] * int(match[2] or 1)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number of at least 1 is wanted, found {text!r}")
+    return int(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("config", nargs="?", type=read_config, metavar="PATH", help="checkpoint folder, or config.json")
+    which.add_argument("--size", choices=SIZES, help="a published size, in place of PATH")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="precision of the weights")
+    parser.add_argument("--context", type=count, default=8192, help="tokens of a row, prompt and answer")
+    parser.add_argument("--batch", type=count, default=1, help="rows")
+    parser.add_argument("--cache", choices=CACHES, default="full", help="keys and values: as the weights, or quantised")
+    parser.add_argument("--devices", type=read_devices, metavar='"80GB x 2"', help="memory of the devices")
+    args = parser.parse_args(arguments)
+    config = args.config or QWenConfig(**dict(zip(SHAPE, SIZES[args.size])))
+    asked = (config, args.dtype, args.context, args.batch, args.cache)
+    try:
+        need = memory(*asked)
+    except ValueError as error:  # a head that can't be quantised
+        parser.error(str(error))
+    print(f"{parameters(config) / 1e9:.2f} billion parameters in {args.dtype}; {args.batch} x {args.context:,} tokens")
+    for what, n in {**need, "together": sum(need.values())}.items():
+        print(f"  {what:12}{n / GB:9.2f} GB")
+    if args.devices is None:
+        return 0
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it looks for the devices here
+    room, used = place(config, args.dtype, need, args.devices)
+    for device, n in used.items():
+        of = "for weights that have no room" if device == "cpu" else f"of {args.devices[device] / GB:g}"
+        print(f"  {f'device {device}':12}{n / GB:9.2f} GB {of}")
+    if len(used) > 1:
+        limits = ", ".join(f"{device}: '{room[device] // 10**6}MB'" for device in range(len(args.devices)))
+        print(
+            f'device_map="auto", max_memory={{{limits}}}, and "cpu" with what it has'
+            if "cpu" in used
+            else f'device_map="auto", max_memory={{{limits}}}'
+        )
+    if fits(*asked, args.devices):
+        print("It fits.")
+        return 0
+    print("It does not fit. What does:", *advice(*asked, args.devices) or ["nothing tried"], sep="\n  ")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
