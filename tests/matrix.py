@@ -3,8 +3,8 @@ Run the test suite with other releases of transformers, and with other versions 
 
     python tests/matrix.py                   every release in RELEASES, with the Python and the torch that run this: the
                                              files of ACCEPTANCE
-    python tests/matrix.py 4.32.0 4.57.6     the whole suite with these, printing the table only
-    python tests/matrix.py --others          OTHERS: other Pythons and PyTorches; downloads several GB
+    python tests/matrix.py 4.32.0 4.57.6     all but INDEPENDENT with these, printing the table only
+    python tests/matrix.py --others          the whole suite with OTHERS: other Pythons and PyTorches; downloads several GB
 
 Every run has an environment of its own in `.cache/`, made once. Those of releases see the packages of the current
 environment, torch among them, behind their own. The full runs write their table into docs/compatibility.md. The exit
@@ -55,13 +55,18 @@ OTHERS = (
     ("3.13", "2.13.0", "5.23.0"),
 )
 
-# What every release must pass: loading, the network, caches, generation, chat, tokenizer, hub, and the card's commands.
+# What every release must pass: the card's commands, the network, caches, generation, chat, tokenizer. Loading by every
+# route, hubs, tools and examples besides where releases are named.
 ACCEPTANCE = tuple(
     f"tests/test_{name}.py"
     for name in (
-        *("configuration_qwen", "loading", "hub", "model_card", "flash_attention", "modeling_qwen", "combinations"),
-        *("qwen_cache", "generation", "chat", "qwen_generation_utils", "tokenization_qwen"),
+        *("configuration_qwen", "model_card", "flash_attention", "modeling_qwen", "combinations", "qwen_cache"),
+        *("generation", "chat", "qwen_generation_utils", "tokenization_qwen"),
     )
+)
+# What knows nothing of transformers.
+INDEPENDENT = tuple(
+    f"--ignore=tests/test_{name}.py" for name in ("code", "cpp_kernels", "triton_kernels", "demo_facts")
 )
 
 
@@ -132,7 +137,7 @@ class Result:
 
 
 def test(name: tuple[str, ...], files: tuple[str, ...], jobs: int) -> Result:
-    """Run files of tests (none: all) with a release (its name alone), or with (Python, torch, transformers)."""
+    """Run tests, as `files` tells pytest, with a release (its name alone), or with (Python, torch, transformers)."""
     try:
         python = install(*name) if len(name) == 1 else install_other(*name)
     except (LookupError, subprocess.CalledProcessError) as error:
@@ -181,7 +186,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     arguments = parser.parse_args()
     names = OTHERS if arguments.others else [(release,) for release in arguments.releases or RELEASES]
-    files = () if arguments.releases else ACCEPTANCE
+    files = () if arguments.others else INDEPENDENT if arguments.releases else ACCEPTANCE
     results = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for result in tqdm(pool.map(lambda name: test(name, files, arguments.jobs), names), total=len(names)):
