@@ -4,7 +4,7 @@ Run the test suite with other releases of transformers, and with other versions 
     python tests/matrix.py                   every release in RELEASES, with the Python and the torch that run this: the
                                              files of ACCEPTANCE
     python tests/matrix.py 4.32.0 4.57.6     all but INDEPENDENT with these, printing the table only
-    python tests/matrix.py --others          the whole suite with OTHERS: other Pythons and PyTorches; downloads several GB
+    python tests/matrix.py --others          OTHERS, the whole suite: other Pythons and PyTorches; downloads several GB
 
 Every run has an environment of its own in `.cache/`, made once. Those of releases see the packages of the current
 environment, torch among them, behind their own. The full runs write their table into docs/compatibility.md. The exit
