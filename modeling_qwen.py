@@ -619,7 +619,8 @@ class QWenModel(QWenPreTrainedModel):
         if output_attentions and self.config._attn_implementation != "eager" and not is_compiling():
             logger.warning_once(
                 f"output_attentions=True: attention by {self.config._attn_implementation} has no weights to return, so "
-                f"the eager one is used, which takes memory for all of them. attn_implementation='eager' says so too."
+                f"the eager kernel is used, which takes memory for all of them; attn_implementation='eager' at loading "
+                f"chooses it for good."
             )
         attend = None
         plain_mask = attention_mask is None or attention_mask.dim() == 2 or attention_mask.dtype == torch.bool
