@@ -42,6 +42,7 @@ from .qwen_generation_utils import (
 from .transformers_compat import (
     DRAFTS_CROP_CACHES,
     DTYPE,
+    FLASH_MIXES_ROWS,
     DynamicCache,
     GradientCheckpointingLayer,
     PreTrainedModel,
@@ -528,6 +529,8 @@ def flash_attention_lacks(dtype) -> list[str]:
     elif torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         found = ".".join(map(str, torch.cuda.get_device_capability()))
         lacks.append(f"a GPU of compute capability 8.0 or higher (found {found})")
+    if FLASH_MIXES_ROWS:
+        lacks.append("another release of transformers (this one mixes up the rows of a batch)")
     if dtype not in (torch.float16, torch.bfloat16, "auto"):
         lacks.append(f"half precision (found {dtype}; pass bf16=True or fp16=True)")
     return lacks
@@ -624,7 +627,9 @@ class QWenModel(QWenPreTrainedModel):
             )
         attend = None
         plain_mask = attention_mask is None or attention_mask.dim() == 2 or attention_mask.dtype == torch.bool
-        if not output_attentions and plain_mask and hasattr(past_key_values, "attend") and past_key_values.attends(T):
+        # A cache of ours, maybe of another copy of this code; while compiling it never attends.
+        ours = not is_compiling() and hasattr(past_key_values, "attend")
+        if ours and not output_attentions and plain_mask and past_key_values.attends(T):
             attend = past_key_values.attend
             mask = None if attention_mask is None else attention_mask[..., : past_length + T].bool()
         else:

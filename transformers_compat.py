@@ -405,6 +405,14 @@ except ImportError:  # up to 4.47
     ALL_ATTENTION_FUNCTIONS = {"sdpa": _sdpa_attention, "flash_attention_2": _flash_attention}
 
 
+try:
+    from transformers import modeling_flash_attention_utils as _flash
+except ImportError:  # up to 4.41
+    _flash = None
+# 4.54 takes all positions for those of packed rows, and mixes up the rows of a batch.
+FLASH_MIXES_ROWS = hasattr(_flash, "_prepare_from_posids") and not hasattr(_flash, "_is_packed_sequence")
+
+
 def attention_function(name: str):
     """transformers' attention function of this name; for SDPA one that takes `PaddedRows` too."""
     return _sdpa if name == "sdpa" else ALL_ATTENTION_FUNCTIONS[name]
@@ -771,6 +779,11 @@ def named_attention(config, kwargs: dict):
 
 def set_attention(config, kwargs: dict, choice: str | None) -> None:
     """Hand the attention implementation `choice` (None: transformers') to the `from_pretrained` that gets `kwargs`."""
+    if FLASH_MIXES_ROWS and str(choice).startswith("flash_attention"):
+        raise ImportError(
+            "Flash attention of this release of transformers mixes up the rows of a batch. Take another release, or "
+            "attn_implementation='sdpa'."
+        )
     if _CONFIG_NAMES_ATTENTION:
         if choice is not None:
             kwargs["attn_implementation"] = choice

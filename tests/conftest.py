@@ -82,6 +82,13 @@ def needs_offsets() -> None:
         lacks("brings tokenizers 0.19, whose offsets are wrong")
 
 
+def needs_prefill_in_chunks() -> None:
+    if not hasattr(transformers.GenerationConfig(), "prefill_chunk_size"):
+        lacks("has no prefill in chunks")
+    if transformers.__version__.startswith("5.2."):
+        lacks("computes a prefill in chunks wrongly, with Qwen2 too")
+
+
 StaticCache = getattr(transformers, "StaticCache", None)
 HAS_STATIC = hasattr(StaticCache, "reset")  # from 4.41; before that it holds a single layer
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import transformers
-from conftest import HAS_STATIC, lacks, random_ids, static_cache, tiny_model
+from conftest import HAS_STATIC, lacks, needs_prefill_in_chunks, random_ids, static_cache, tiny_model
 from qwen.qwen_generation_utils import StopWordsLogitsProcessor
 from qwen.transformers_compat import DynamicCache
 from reference import greedy as reference_greedy
@@ -206,8 +206,7 @@ def test_prompt_lookup_gives_the_greedy_ids(model, length):
 
 
 def test_prefill_in_chunks_equals_whole(model):
-    if not hasattr(GenerationConfig(), "prefill_chunk_size"):
-        lacks("has no prefill in chunks")
+    needs_prefill_in_chunks()
     ids = random_ids(2, 100)
     expected = generate(model, ids, max_new_tokens=6)
     try:

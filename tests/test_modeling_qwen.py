@@ -376,6 +376,8 @@ def test_resizing_the_vocabulary():
 def test_compiled_forward_and_decoding_step_without_breaks_or_recompiles(switches):
     if not hasattr(torch, "compiler"):
         pytest.skip("needs the compiler of torch 2.1")
+    if transformers.__version__.startswith(("4.54.", "4.55.")):
+        lacks("makes no cache inside of a compiled call")
     model = tiny_model(**switches)
     ids = random_ids(2, 48)
     torch._dynamo.reset()

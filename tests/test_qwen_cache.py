@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 import transformers
-from conftest import ROOT, lacks, needs_sdpa, random_ids, run, tiny_config, tiny_model
+from conftest import ROOT, lacks, needs_prefill_in_chunks, needs_sdpa, random_ids, run, tiny_config, tiny_model
 from qwen.transformers_compat import DynamicCache
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -120,7 +120,8 @@ def test_storage_grows_in_blocks_and_stays_in_place_between():
     places = set()
     for i in range(10, 600):
         keys, _ = cache.update(k[:, :, i : i + 1], k[:, :, i : i + 1], 0)
-        places.add(cache.layers[0].keys.tensors[0].data_ptr())
+        storage = cache.layers[0].keys.tensors[0]
+        places.add((storage.data_ptr(), storage.shape[2]))
     assert len(places) == 3
     assert torch.equal(keys, k)
 
@@ -341,18 +342,21 @@ def test_many_threads_get_what_they_get_alone(model):
 
 
 def test_a_prompt_in_chunks(model):
-    if not hasattr(GenerationConfig(), "prefill_chunk_size"):
-        lacks("has no prefill in chunks")
+    needs_prefill_in_chunks()
+    if transformers.__version__.startswith("4.51."):
+        lacks("always compiles a prefill in chunks, which does not attend to what is stored")
     ids = random_ids(2, 100)
     for bits in (8, 4):
         cache = QWenQuantizedCache(bits)
         chunked = {"prefill_chunk_size": 16, "disable_compile": True}
         output = generate(model, ids, max_new_tokens=6, past_key_values=cache, **chunked)
-        parts = [*ids.split(16, 1), *output[:, 100:-1].split(1, 1)]
-        reference = RoundedCache(bits)
-        reference.prompt_lengths = torch.tensor([100, 100])
-        expected = logits(model, parts, reference)[:, 99:].argmax(-1)
-        assert torch.equal(output[:, 100:], expected)
+        found = []
+        for prompt in (ids.split(16, 1), [*ids[:, :-1].split(16, 1), ids[:, -1:]]):  # the second in some releases
+            reference = RoundedCache(bits)
+            reference.prompt_lengths = torch.tensor([100, 100])
+            parts = [*prompt, *output[:, 100:-1].split(1, 1)]
+            found.append(torch.equal(output[:, 100:], logits(model, parts, reference)[:, 99:].argmax(-1)))
+        assert any(found)
 
 
 # --- How it is asked for -----------------------------------------------------------------------------------------
