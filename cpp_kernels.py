@@ -542,6 +542,20 @@ def implementation(device) -> str:
     return "PyTorch" if kind != "cpu" else f"PyTorch ({_state.reason})"
 
 
+def has_decode_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """
+    Whether `decode_attention` over keys of this dtype is worth more than PyTorch's own attention on this device.
+
+    Nothing is built for the answer. On a CPU that can't build the kernels it is still true: the reference is PyTorch's
+    attention, over storage that is not copied. On a GPU that takes an NVIDIA one that multiplies bfloat16.
+    """
+    if device.type == "cpu":
+        return dtype in (torch.float32, torch.bfloat16)
+    if device.type != "cuda" or torch.version.cuda is None or head_dim not in GPU_HEAD_SIZES:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0) and "Triton" in implementation(device)
+
+
 def load() -> bool:
     """Whether the native kernels are in use; the first call builds and loads them, and says if it can't."""
     if _state.loaded is None:

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import cached_file, logging
 
 from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
-from .cpp_kernels import GPU_HEAD_SIZES, copy_source, implementation, linear, set_cuda_kernels, set_source_folder
+from .cpp_kernels import copy_source, has_decode_kernel, linear, set_cuda_kernels, set_source_folder
 from .qwen_cache import QWenCache, QWenQuantizedCache
 from .qwen_generation_utils import (
     StopAtText,
@@ -906,7 +906,9 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         # transformers' own cache copies everything for every token. On a CPU SDPA reads bfloat16 slowly; on new GPUs it
         # takes cuDNN, which plans anew for every length.
         is_faster = (
-            self._has_fast_cache() and self.config._attn_implementation == "sdpa" and (DRAFTS_CROP_CACHES or not drafts)
+            has_decode_kernel(self.device, self.dtype, self.config.kv_channels)
+            and self.config._attn_implementation == "sdpa"
+            and (DRAFTS_CROP_CACHES or not drafts)
         )
         if unwanted:
             return kwargs
@@ -922,14 +924,6 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
             return kwargs
         _announce(f"generate keeps keys and values in {cache}")
         return {**kwargs, "past_key_values": cache, **({} if named is None else {"cache_implementation": None})}
-
-    def _has_fast_cache(self) -> bool:
-        """Whether there are kernels that attend over a `QWenCache` in this precision, where the first layer is."""
-        if self.device.type == "cpu":
-            return self.dtype in (torch.float32, torch.bfloat16)
-        if self.device.type != "cuda" or torch.version.cuda is None or self.config.kv_channels not in GPU_HEAD_SIZES:
-            return False
-        return torch.cuda.get_device_capability(self.device) >= (8, 0) and "Triton" in implementation(self.device)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As inherited; notes the length of the prompt, int64 (B,), on a cache that is still empty."""

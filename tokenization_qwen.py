@@ -573,6 +573,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         given = {"tools": tools, "documents": documents}
         kwargs.update({name: value for name, value in given.items() if value is not None})
         if tokenize:
+            kwargs.pop("sanitize_control_tokens", None)  # done here, of itself
             marks = _unused_characters([conversation, kwargs])
             conversation = _mark(conversation, *marks, whole_contents=is_default)
             kwargs = _mark(kwargs, *marks)

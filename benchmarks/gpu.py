@@ -13,26 +13,19 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import inspect
 import itertools
 import statistics
 import sys
 import time
 import traceback
-import types
-from pathlib import Path
 
 import torch
 import transformers
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from kv_cache import modeling, qwen2_of
+from transformers import DynamicCache
 
-ROOT = Path(__file__).resolve().parent.parent
-package = types.ModuleType("qwen")
-package.__path__ = [str(ROOT)]
-sys.modules["qwen"] = package
-configuration_qwen = importlib.import_module("qwen.configuration_qwen")
-modeling_qwen = importlib.import_module("qwen.modeling_qwen")
+QWenConfig = modeling.QWenConfig
 
 # hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, vocab_size
 SIZES = {
@@ -99,7 +92,7 @@ def arithmetic_rate() -> float:
 def make_models(size: str):
     """Ours and Qwen2 with the same random weights, in bfloat16 on the device."""
     hidden, layers, heads, intermediate, vocab = SIZES[size]
-    config = configuration_qwen.QWenConfig(
+    config = QWenConfig(
         vocab_size=vocab,
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -108,26 +101,11 @@ def make_models(size: str):
         intermediate_size=intermediate,
         seq_length=32768,
         max_position_embeddings=32768,
-        rotary_emb_base=1000000,
         use_dynamic_ntk=False,
         use_logn_attn=False,
     )
     with torch.device("meta"):
-        ours = modeling_qwen.QWenLMHeadModel(config).to(torch.bfloat16)
-        theirs = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=vocab,
-                hidden_size=hidden,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=heads,
-                intermediate_size=intermediate // 2,
-                rms_norm_eps=config.layer_norm_epsilon,
-                rope_theta=1000000.0,
-                max_position_embeddings=32768,
-                tie_word_embeddings=False,
-            )
-        ).to(torch.bfloat16)
+        ours = modeling.QWenLMHeadModel(config).to(torch.bfloat16)
     ours.to_empty(device=DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
     with torch.no_grad():
@@ -136,26 +114,7 @@ def make_models(size: str):
                 parameter.fill_(1)
             else:
                 parameter.normal_(std=0.02, generator=generator)
-    replace(theirs.model, "embed_tokens", ours.transformer.wte)
-    replace(theirs.model.norm, "weight", ours.transformer.ln_f.weight)
-    replace(theirs, "lm_head", ours.lm_head)
-    for block, layer in zip(ours.transformer.h, theirs.model.layers):
-        thirds = zip("qkv", block.attn.c_attn.weight.chunk(3), block.attn.c_attn.bias.chunk(3))
-        for name, weight, bias in thirds:
-            projection = getattr(layer.self_attn, f"{name}_proj")
-            replace(projection, "weight", torch.nn.Parameter(weight.detach()))
-            replace(projection, "bias", torch.nn.Parameter(bias.detach()))
-        layer.self_attn.o_proj, layer.mlp.up_proj = block.attn.c_proj, block.mlp.w1
-        layer.mlp.gate_proj, layer.mlp.down_proj = block.mlp.w2, block.mlp.c_proj
-        replace(layer.input_layernorm, "weight", block.ln_1.weight)
-        replace(layer.post_attention_layernorm, "weight", block.ln_2.weight)
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(DEVICE)  # its table was on meta
-    return ours.eval(), theirs.eval()
-
-
-def replace(module, name, value) -> None:
-    delattr(module, name)
-    setattr(module, name, value)
+    return ours.eval(), qwen2_of(ours)
 
 
 def weight_bytes(model) -> int:
@@ -214,7 +173,7 @@ def filled_cache(model, batch: int, length: int, kind: str, room: int):
     if kind == "dynamic":
         cache = DynamicCache()
     elif kind == "QWenCache":
-        cache = modeling_qwen.QWenCache()
+        cache = modeling.QWenCache()
     else:
         cache = transformers.StaticCache(config=config, max_cache_len=length + room)
     for layer in range(config.num_hidden_layers):

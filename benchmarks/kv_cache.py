@@ -189,7 +189,7 @@ def random_model(device: str):
 
 
 def qwen2_of(model):
-    """transformers' Qwen2 on the very weights of `model`, which computes the same."""
+    """transformers' Qwen2, with layers of its own, on the very weights of `model`; it computes the same."""
     config = model.config
     with torch.device("meta"):
         other = transformers.Qwen2ForCausalLM(
@@ -218,7 +218,7 @@ def qwen2_of(model):
         weights[f"{prefix}input_layernorm.weight"] = block.ln_1.weight
         weights[f"{prefix}post_attention_layernorm.weight"] = block.ln_2.weight
     other.load_state_dict(weights, strict=True, assign=True)
-    other.model.rotary_emb = type(other.model.rotary_emb)(other.config)
+    other.model.rotary_emb = type(other.model.rotary_emb)(other.config).to(model.device)
     return other.eval()
 
 

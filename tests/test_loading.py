@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,26 @@ def test_attention_by_every_route(checkpoint, arguments, expected, caplog):
     lines = [record.message for record in caplog.records if "attention by" in record.message]
     assert len(lines) == 1
     assert f"attention by {expected}" in lines[0]
+
+
+def test_a_named_attention_overrules_the_saved_flag(checkpoint):
+    edit(checkpoint, use_flash_attn=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(ImportError, match="use_flash_attn=True needs"):
+            load(checkpoint)
+    assert load(checkpoint, attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_flash_attention_that_mixes_up_rows_is_refused(checkpoint, monkeypatch):
+    """As transformers 4.54 has it; by every way to ask for it."""
+    compat, config = sys.modules["qwen.transformers_compat"], tiny_config()
+    assert (version("transformers").startswith("4.54.")) == compat.FLASH_MIXES_ROWS
+    monkeypatch.setattr(compat, "FLASH_MIXES_ROWS", True)
+    monkeypatch.setattr(modeling_qwen, "FLASH_MIXES_ROWS", True)
+    assert any("another release of transformers" in what for what in modeling_qwen.flash_attention_lacks(torch.float16))
+    with pytest.raises(ImportError, match="mixes up the rows of a batch"):
+        QWenLMHeadModel.from_pretrained(checkpoint, attn_implementation="flash_attention_2", bf16=True)
+    compat.set_attention(config, {}, "sdpa")
 
 
 def test_contradictions_in_attention(checkpoint):
