@@ -5,8 +5,8 @@ modeling_qwen.py imports this module when the first tensor on a GPU comes. One k
 query and a share of the keys, so that a single sequence fills the card; a second one puts the shares together. It has
 two ways to multiply. Element by element it works in float32 throughout. With `DOT` it uses tensor cores: codes are
 exact in float16, and a float32 factor, less than 1, is the sum of `TERMS` float16 numbers: two are as exact as float32,
-one is as exact as float16. They are rows of one matrix for 8 bits and make a matrix each for 4 bits, where the rows are
-the groups of channels that share a step.
+one is as exact as float16. They are columns of one matrix for 8 bits and make a matrix each for 4 bits, where the
+columns are the groups of channels that share a step.
 
 In the shapes below N is a block of keys, hd the width of a head, G the groups of channels of int4.
 """
@@ -32,12 +32,14 @@ triton = importlib.import_module("triton")
 tl = importlib.import_module("triton.language")
 
 # What is launched for a store of so many bits: keys in a block, warps, blocks read ahead, programs for each
-# multiprocessor that the keys are shared out to, tensor cores or not (4 bits are made for them, floats not).
+# multiprocessor that the keys are shared out to, tensor cores or not (4 bits are made for them, floats not), registers.
+# Measured on an H100 with benchmarks/kv_cache.py --tune: for codes small programs of one warp or two, which wait for
+# nobody, as many as fit.
 TUNING = {
-    4: {"N": 128, "num_warps": 4, "STAGES": 2, "programs": 8, "DOT": True},
-    8: {"N": 128, "num_warps": 4, "STAGES": 2, "programs": 8, "DOT": True},
-    16: {"N": 64, "num_warps": 4, "STAGES": 2, "programs": 8, "DOT": False},
-    32: {"N": 64, "num_warps": 4, "STAGES": 1, "programs": 8, "DOT": False},
+    4: {"N": 32, "num_warps": 1, "STAGES": 3, "programs": 24, "DOT": True, "maxnreg": 168},
+    8: {"N": 64, "num_warps": 2, "STAGES": 3, "programs": 8, "DOT": True, "maxnreg": 168},
+    16: {"N": 64, "num_warps": 4, "STAGES": 3, "programs": 16, "DOT": False, "maxnreg": None},
+    32: {"N": 32, "num_warps": 4, "STAGES": 2, "programs": 16, "DOT": False, "maxnreg": None},
 }
 MAX_SPLITS = 64
 _HAS_PTX = torch.version.cuda is not None  # AMD's cards are of the device type cuda too
@@ -192,23 +194,22 @@ def _terms(x, row, TERMS: tl.constexpr):
     return terms
 
 
-# Codes become float16 without a conversion: 0x6400 is 1024, whose last bit counts one. In assembly four at a time,
-# which the compiler does not do by itself.
+# Codes become float16 without a conversion: they are put into the fraction of 64, or of 1024 for 8 bits, whose last bit
+# but four, or last bit, counts one. In assembly four at a time, which the compiler does not do by itself.
 
 
-def _assembly(codes: str, less: int):
-    """Four bytes, made of those in $2 by `codes`, to float16 less 1024 or 1152, in $0 and $1."""
-    minus = f"0x{(0xE000 | less):04X}" * 2
+def _assembly(codes: str, high: int, less: str = ""):
+    """Four bytes, made of those in $2 by `codes`, become the low bytes of float16 in $0 and $1."""
     return tl.constexpr(
-        f"{{ .reg .b32 t, z; {codes} mov.b32 z, 0x{minus.replace('0x', '')};"
-        "prmt.b32 $0, t, 0x64646464, 0x4140; prmt.b32 $1, t, 0x64646464, 0x4342;"
-        "add.f16x2 $0, $0, z; add.f16x2 $1, $1, z; }"
+        f"{{ .reg .b32 t, z; {codes} prmt.b32 $0, t, {high}, 0x4140; prmt.b32 $1, t, {high}, 0x4342; {less} }}"
     )
 
 
-LOW = _assembly("and.b32 t, $2, 0x0F0F0F0F;", 0x400)
-HIGH = _assembly("shr.u32 t, $2, 4; and.b32 t, t, 0x0F0F0F0F;", 0x400)
-SIGNED = _assembly("xor.b32 t, $2, 0x80808080;", 0x480)
+LOW = _assembly("shl.b32 t, $2, 4; and.b32 t, t, 0xF0F0F0F0;", 0x54545454)
+HIGH = _assembly("and.b32 t, $2, 0xF0F0F0F0;", 0x54545454)
+SIGNED = _assembly(
+    "xor.b32 t, $2, 0x80808080;", 0x64646464, "mov.b32 z, 0xE480E480; add.f16x2 $0, $0, z; add.f16x2 $1, $1, z;"
+)
 
 
 # `PURE` is false for values: else the compiler turns the bytes, one by one, to where they are multiplied, and converts
@@ -221,19 +222,19 @@ def _half(codes, ASM: tl.constexpr, PURE: tl.constexpr):
 
 
 @triton.jit
-def _low(codes, ASM: tl.constexpr, PURE: tl.constexpr):
-    """The low 4 bits in float16."""
+def _low(codes, PLUS: tl.constexpr, ASM: tl.constexpr, PURE: tl.constexpr):
+    """The low 4 bits in float16, plus PLUS."""
     if ASM:
-        return _half(codes, LOW, PURE)
-    return ((codes & 15).to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+        return _half(codes, LOW, PURE) - (64.0 - PLUS)
+    return ((codes & 15).to(tl.int16) << 4 | 0x5400).to(tl.float16, bitcast=True) - (64.0 - PLUS)
 
 
 @triton.jit
-def _high(codes, ASM: tl.constexpr, PURE: tl.constexpr):
-    """The high 4 bits in float16."""
+def _high(codes, PLUS: tl.constexpr, ASM: tl.constexpr, PURE: tl.constexpr):
+    """The high 4 bits in float16, plus PLUS."""
     if ASM:
-        return _half(codes, HIGH, PURE)
-    return ((codes >> 4).to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+        return _half(codes, HIGH, PURE) - (64.0 - PLUS)
+    return ((codes & 240).to(tl.int16) | 0x5400).to(tl.float16, bitcast=True) - (64.0 - PLUS)
 
 
 @triton.jit
@@ -242,6 +243,34 @@ def _signed(codes, ASM: tl.constexpr, PURE: tl.constexpr):
     if ASM:
         return _half(codes, SIGNED, PURE)
     return ((codes ^ 0x80).to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+
+
+@triton.jit
+def _add_dot(a, b, total, TERMS: tl.constexpr):
+    """Their product added to `total`; of several terms in float32, which tensor cores add less exactly."""
+    if TERMS == 1:
+        return tl.dot(a, b, total)
+    return total + tl.dot(a, b)
+
+
+@triton.jit
+def _rotate_left(x, by, ASM: tl.constexpr):
+    """The bits of int32 x moved up by `by`, 0 to 31, those that leave come in below."""
+    if ASM:
+        asm: tl.constexpr = "shf.l.wrap.b32 $0, $1, $1, $2;"
+        x, by = tl.broadcast(x, by)
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [x, by], dtype=tl.int32, is_pure=True, pack=1)
+    x = x.to(tl.uint32, bitcast=True)
+    return (x << by | (x >> 1) >> (31 - by)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _rounded(x, TERMS: tl.constexpr):
+    """The sum of the TERMS float16 numbers that x becomes."""
+    total = _nth_term(x, 0).to(tl.float32)
+    for i in tl.static_range(1, TERMS):
+        total += _nth_term(x, i).to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -260,39 +289,39 @@ def _largest(x):
 
 
 @triton.jit
-def _scales8(params, n, p_t, valid):
+def _scales8(params, n, p_t):
     """Steps and centres of keys n, float32 (N)."""
-    words = tl.load((params + n * p_t).to(tl.pointer_type(tl.int32)), mask=valid, other=0)
+    words = tl.load((params + n * p_t).to(tl.pointer_type(tl.int32)))
     return _from_bf16_bits(words), (words & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _scales4(params, n, p_t, valid, g, G: tl.constexpr):
-    """Base of keys n, float32 (N); steps relative to it, and centres less 7.5, of groups g, float32 (rows, N)."""
+def _scales4(params, n, p_t, g, G: tl.constexpr, PLUS: tl.constexpr, ASM: tl.constexpr):
+    """
+    Of keys n the base, float32 (N); of their groups g the steps relative to it, and an eighth of: the centres less 7.5
+    and PLUS; float32 (N, ROWS).
+    """
     params += n * p_t
     if G == 16:  # 12 bytes
         words = params.to(tl.pointer_type(tl.int32))
-        first = tl.load(words, mask=valid, other=0)
-        second = tl.load(words + 1, mask=valid, other=0)
-        third = tl.load(words + 2, mask=valid, other=0)
-        base = first
-        choice = tl.where(
-            (g < 4)[:, None], first[None, :], tl.where((g < 12)[:, None], second[None, :], third[None, :])
-        )
-        choice = choice >> (4 * ((g + 4) % 8))[:, None]
-        last = third[None, :] >> (16 + g)[:, None]
+        base = tl.load(words)
+        second = tl.load(words + 1)[:, None]
+        third = tl.load(words + 2)[:, None]
+        choice = tl.where((g // 2 < 2)[None, :], base[:, None], tl.where((g // 2 < 6)[None, :], second, third))
+        choice = _rotate_left(choice, ((3 - 4 * g) & 31)[None, :], ASM)
+        last = _rotate_left(third, ((5 - g) & 31)[None, :], ASM)
     else:
-        base = tl.load(params, mask=valid, other=0).to(tl.int32)
-        base |= tl.load(params + 1, mask=valid, other=0).to(tl.int32) << 8
-        there = valid[None, :] & (g < G)[:, None]
-        choice = tl.load(params[None, :] + 2 + (g // 2)[:, None], mask=there, other=0).to(tl.int32)
-        choice = choice >> (4 * (g % 2))[:, None]
-        last = tl.load(params[None, :] + 2 + G // 2 + (g // 8)[:, None], mask=there, other=0).to(tl.int32)
-        last = last >> (g % 8)[:, None]
-    # The numbers are put into the fraction of a float, as 1 + i / 4 and 1 + i / 8, which saves the conversion.
-    step = (((choice >> 2) & 3) << 21 | 0x3F800000).to(tl.float32, bitcast=True) * (4 * STEP_BY) + (STEP - 4 * STEP_BY)
-    centre = ((choice & 3) << 20 | (last & 1) << 22 | 0x3F800000).to(tl.float32, bitcast=True)
-    return _from_bf16_bits(base), step, centre * (8 * CENTRE_BY) + (CENTRE - 8 * CENTRE_BY - 7.5)
+        base = tl.load(params).to(tl.int32) | tl.load(params + 1).to(tl.int32) << 8
+        there = (g < G)[None, :]
+        choice = tl.load(params[:, None] + 2 + (g // 2)[None, :], mask=there, other=0).to(tl.int32)
+        choice = choice << (19 - 4 * (g % 2))[None, :]
+        last = tl.load(params[:, None] + 2 + G // 2 + (g // 8)[None, :], mask=there, other=0).to(tl.int32)
+        last = last << (21 - g % 8)[None, :]
+    # Two bits of the step are at 21 now, two of the centre at 19 and one at 21. As floats these are multiples of 2^-128
+    # and 2^-130, which saves a conversion.
+    step = (choice & 0x600000).to(tl.float32, bitcast=True) * (STEP_BY * 2.0**128) + STEP
+    centre = (choice & 0x180000 | last & 0x200000).to(tl.float32, bitcast=True)
+    return _from_bf16_bits(base), step, centre * (CENTRE_BY * 2.0**127) + (CENTRE - 7.5 - PLUS) / 8
 
 
 @triton.jit(do_not_specialize=["S", "T", "splits", "blocks", "m_b", "m_h", "m_t"])
@@ -328,53 +357,56 @@ def _attend_kernel(
     query_sum = tl.sum(query, 0)
     if BITS == 4:
         G: tl.constexpr = HD // 8
+        PLUS: tl.constexpr = 64 if TERMS == 1 else 0  # taking it off is exact and costs time, leaving it costs digits
         half = tl.arange(0, HD // 2)
-        own = half[None, :] % G == r[:, None]  # (ROWS, HD / 2), whether a channel is of the group
+        own = half[:, None] % G == r[None, :]  # (HD / 2, ROWS), whether a channel is of the group
         q_low, q_high = tl.split(tl.permute(tl.reshape(query, (2, HD // 2)), (1, 0)))
         unit = _largest(tl.abs(query))
-        q_low, q_high = tl.where(own, q_low[None, :] / unit, 0.0), tl.where(own, q_high[None, :] / unit, 0.0)
-        group_sum = tl.sum(q_low + q_high, 1)  # (ROWS), 0 where there is no such group
-        low = tl.zeros((ROWS, HD // 2), tl.float32)
-        high = tl.zeros((ROWS, HD // 2), tl.float32)
+        q_low, q_high = tl.where(own, q_low[:, None] / unit, 0.0), tl.where(own, q_high[:, None] / unit, 0.0)
+        group_sum = tl.sum(_rounded(q_low, TERMS) + _rounded(q_high, TERMS), 0)  # (ROWS)
+        low = tl.zeros((HD // 2, ROWS), tl.float32)
+        high = tl.zeros((HD // 2, ROWS), tl.float32)
         offset = tl.zeros((ROWS,), tl.float32)
     elif DOT:
         unit = _largest(tl.abs(query))
-        q_rows = _terms(tl.broadcast_to(query[None, :] / unit, (ROWS, HD)), r[:, None], TERMS)
-        acc = tl.zeros((ROWS, HD), tl.float32)
+        q_terms = _terms(tl.broadcast_to(query[:, None] / unit, (HD, ROWS)), r[None, :], TERMS)
+        acc = tl.zeros((HD, ROWS), tl.float32)
         offset = 0.0
     else:
         acc = tl.zeros((HD,), tl.float32)
         offset = 0.0
     largest = -float("inf")
     total = 0.0
+    unit_v = 1e-30  # what the sums of values are multiples of: the largest step so far, for float16
 
     for start in tl.range(split * blocks * N, end, N, num_stages=STAGES):
-        n = start + tl.arange(0, N)
-        valid = n < end
-        at = n.to(tl.int64)
+        # Keys after the last one are the last one once more, and don't count: addresses are cheaper than masks.
+        there = tl.arange(0, N) < end - start
+        n = tl.minimum(tl.arange(0, N), end - start - 1)
+        at = tl.cast(start, tl.int64)
         # keys
         if BITS == 4:
-            bytes = tl.load(k + at[:, None] * k_t + half[None, :], mask=valid[:, None], other=0)  # (N, HD / 2)
-            base, step, zero = _scales4(k_params, at, kp_t, valid, r, G)  # (ROWS, N)
-            codes_low, codes_high = tl.trans(_low(bytes, ASM, True)), tl.trans(_high(bytes, ASM, True))
-            products = tl.zeros((ROWS, N), tl.float32)
+            bytes = tl.load(k + at * k_t + n[:, None] * k_t + half[None, :])  # (N, HD / 2)
+            base, step, zero = _scales4(k_params + at * kp_t, n, kp_t, r, G, PLUS, ASM)
+            codes_low, codes_high = _low(bytes, PLUS, ASM, True), _high(bytes, PLUS, ASM, True)
+            products = tl.zeros((N, ROWS), tl.float32)
             for i in tl.static_range(TERMS):
-                products = tl.dot(_nth_term(q_low, i), codes_low, products)
-                products = tl.dot(_nth_term(q_high, i), codes_high, products)
-            score = tl.sum(step * (products + zero * group_sum[:, None]), 0) * (base * unit)  # (N)
+                products = tl.dot(codes_low, _nth_term(q_low, i), products)
+                products = tl.dot(codes_high, _nth_term(q_high, i), products)
+            score = tl.sum(step * (products + zero * (group_sum * 8)[None, :]), 1) * (base * unit)  # (N)
         else:
-            codes = tl.load(k + at[:, None] * k_t + channels[None, :], mask=valid[:, None], other=0)  # (N, HD)
+            codes = tl.load(k + at * k_t + n[:, None] * k_t + channels[None, :])  # (N, HD)
             if DOT:
-                score = tl.sum(tl.dot(q_rows, tl.trans(_signed(codes, ASM, True))), 0) * unit
+                score = tl.sum(tl.dot(_signed(codes, ASM, True), q_terms), 1) * unit
             else:
                 score = tl.sum(_float(codes, BITS) * query[None, :], 1)
             if BITS == 8:
-                step, centre = _scales8(k_params, at, kp_t, valid)
+                step, centre = _scales8(k_params + at * kp_t, n, kp_t)
                 score = step * score + centre * query_sum
         # softmax
         if MASKED:
-            valid = valid & (tl.load(mask + n, mask=valid, other=0) != 0)
-        score = tl.where(valid, score, -float("inf"))
+            there = there & (tl.load(mask + at + n) != 0)
+        score = tl.where(there, score, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(score, 0))
         reference = tl.where(new_largest == -float("inf"), 0.0, new_largest)
         weight = tl.exp2(score - reference)  # (N)
@@ -382,39 +414,49 @@ def _attend_kernel(
         largest = new_largest
         total = total * shrink + tl.sum(weight, 0)
         # values
-        valid = n < end
-        offset = offset * shrink
         if BITS == 4:
-            bytes = tl.load(v + at[:, None] * v_t + half[None, :], mask=valid[:, None], other=0)
-            base, step, zero = _scales4(v_params, at, vp_t, valid, r, G)
-            unit_v = _largest(base)
-            step = step * (weight * (base / unit_v))[None, :]  # less than 2
-            offset = offset + tl.sum(step * zero, 1) * unit_v
-            codes_low, codes_high = _low(bytes, ASM, False), _high(bytes, ASM, False)
-            low, high = low * shrink, high * shrink
+            bytes = tl.load(v + at * v_t + n[:, None] * v_t + half[None, :])
+            base, step, zero = _scales4(v_params + at * vp_t, n, vp_t, r, G, PLUS, ASM)
+            new_unit = tl.maximum(unit_v, tl.max(base, 0))
+            shrink *= unit_v / new_unit
+            unit_v = new_unit
+            weight = weight * (base * (1 / unit_v))
+            step = step * weight[:, None]  # less than 2
+            offset = offset * shrink + tl.sum(_rounded(step, TERMS) * zero, 0) * 8
+            if shrink != 1:
+                low, high = low * shrink, high * shrink
+            codes = tl.trans(_low(bytes, PLUS, ASM, False))
             for i in tl.static_range(TERMS):
-                low += tl.dot(_nth_term(step, i), codes_low) * unit_v
-                high += tl.dot(_nth_term(step, i), codes_high) * unit_v
+                low = _add_dot(codes, _nth_term(step, i), low, TERMS)
+            codes = tl.trans(_high(bytes, PLUS, ASM, False))
+            for i in tl.static_range(TERMS):
+                high = _add_dot(codes, _nth_term(step, i), high, TERMS)
         else:
-            codes = tl.load(v + at[:, None] * v_t + channels[None, :], mask=valid[:, None], other=0)
+            codes = tl.load(v + at * v_t + n[:, None] * v_t + channels[None, :])
+            offset = offset * shrink
             if BITS == 8:
-                step, centre = _scales8(v_params, at, vp_t, valid)
+                step, centre = _scales8(v_params + at * vp_t, n, vp_t)
                 offset += tl.sum(weight * centre, 0)
                 weight = weight * step
             if DOT:
-                unit_v = _largest(step)
-                rows = _terms(tl.broadcast_to((weight / unit_v)[None, :], (ROWS, N)), r[:, None], TERMS)
-                acc = acc * shrink + tl.dot(rows, _signed(codes, ASM, False)) * unit_v
+                new_unit = tl.maximum(unit_v, tl.max(step, 0))
+                weight = weight * (1 / new_unit)
+                terms = _terms(tl.broadcast_to(weight[:, None], (N, ROWS)), r[None, :], TERMS)
+                shrink *= unit_v / new_unit
+                unit_v = new_unit
+                if shrink != 1:
+                    acc = acc * shrink
+                acc += tl.dot(tl.trans(_signed(codes, ASM, False)), terms)
             else:
                 acc = acc * shrink + tl.sum(_float(codes, BITS) * weight[:, None], 0)
 
     place = row * splits + split
     partial += place * HD
     if BITS == 4:
-        tl.store(partial + half, tl.sum(tl.where(own, low + offset[:, None], 0.0), 0))
-        tl.store(partial + HD // 2 + half, tl.sum(tl.where(own, high + offset[:, None], 0.0), 0))
+        tl.store(partial + half, tl.sum(tl.where(own, low + offset[None, :], 0.0), 1) * unit_v)
+        tl.store(partial + HD // 2 + half, tl.sum(tl.where(own, high + offset[None, :], 0.0), 1) * unit_v)
     elif DOT:
-        tl.store(partial + channels, tl.sum(acc, 0) + offset)
+        tl.store(partial + channels, tl.sum(acc, 1) * unit_v + offset)
     else:
         tl.store(partial + channels, acc + offset)
     tl.store(stats + place * 2, largest)
@@ -454,11 +496,16 @@ def _attend(q, k, k_params, v, v_params, bits, mask, scaling, causal):
     B, nh, T, hd = q.shape
     S = k.shape[2]
     tuning = dict(TUNING[bits])
+    if not (_HAS_PTX and q.is_cuda):
+        tuning.pop("maxnreg", None)
     if bits == 8 and k_params.stride(2) % 4:
         raise ValueError(f"the parameters of a token must be 4 bytes side by side, found {k_params.stride()}.")
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    if hd > 128:  # else a block would not fit some cards' shared memory, nor the sums a warp's registers
+        tuning["N"] //= 2
+        tuning["num_warps"] = 4
     rows, blocks = B * nh * T, triton.cdiv(S, tuning["N"])
-    splits = triton.cdiv(_multiprocessors(q.device) * tuning.pop("programs"), max(rows, 1))
+    splits = _multiprocessors(q.device) * tuning.pop("programs") // max(rows, 1)
     blocks_each = triton.cdiv(blocks, max(1, min(splits, MAX_SPLITS, blocks)))
     splits = max(1, triton.cdiv(blocks, max(1, blocks_each)))
     y = q.new_empty(B, T, nh, hd)

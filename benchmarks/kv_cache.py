@@ -43,7 +43,7 @@ SHAPES = {
 }
 ATTENTION = {"cpu": [(1, 512), (1, 4096), (1, 8192)], "cuda": [(1, 4096), (1, 32768), (16, 32768)]}  # batch, tokens
 CONTEXTS = {"cpu": [512, 4096], "cuda": [4096, 32768]}
-AT_LEAST = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes of keys and values in bfloat16 that a measurement goes through
+AT_LEAST = {"cpu": 1 << 28, "cuda": 1 << 33}  # bytes of keys and values in bfloat16 that a measurement goes through
 
 
 def measure(cases: dict, rounds: int, device: str) -> dict:
@@ -152,25 +152,32 @@ def attention(device: str, rounds: int) -> None:
 def tune(rounds: int) -> None:
     """The fastest ways to launch the attention kernels, over 32k tokens of 64 heads at batch 1 and 16."""
     triton_kernels = importlib.import_module("qwen.triton_kernels")
-    for B, bits in itertools.product((1, 16), (8, 4)):
-        shape = (B, 64, 32768, HEAD_DIM)
-        q = torch.randn(B, 64, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-        stored = [t for _ in "kv" for t in quantized(torch.randn(shape, dtype=torch.bfloat16, device="cuda"), bits)]
-        size = sum(t.nbytes for t in stored)
-        found = []
-        choices = itertools.product((64, 128, 256), (4, 8), (1, 2, 3), (4, 8), (True, False) if bits == 8 else (True,))
-        for N, num_warps, stages, programs, dot in tqdm(list(choices), leave=False, disable=None):
-            setting = {"N": N, "num_warps": num_warps, "STAGES": stages, "programs": programs, "DOT": dot}
+    for bits in (4, 8, 16):
+        inputs, found = [], ([], [])
+        for B in (1, 16):
+            q = torch.randn(B, 64, 1, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+            keys = [torch.randn(B, 64, 32768, HEAD_DIM, dtype=torch.bfloat16, device="cuda") for _ in "kv"]
+            stored = keys if bits == 16 else [t for k in keys for t in quantized(k, bits)]
+            inputs.append((q, stored))
+            del keys
+        attend = kernels.decode_attention if bits == 16 else kernels.quantized_decode_attention
+        choices = itertools.product(((32, 1), (32, 2), (64, 2), (64, 4), (128, 4)), (2, 3, 4), (168, None), (8, 12, 24))
+        for (N, warps), stages, registers, programs in tqdm(list(choices), leave=False, disable=None):
+            setting = {"N": N, "num_warps": warps, "STAGES": stages, "programs": programs, "DOT": bits < 16}
+            setting["maxnreg"] = registers
             triton_kernels.TUNING[bits] = setting
-            try:
-                replay = as_graph(lambda q=q, stored=stored: kernels.quantized_decode_attention(q, *stored))
-            except triton_kernels.triton.runtime.errors.TritonError as error:  # too much shared memory
-                tqdm.write(f"{setting}: {error}")
-                continue
-            found.append((medians({"": replay}, rounds, "cuda")[""], setting))
-        print(f"\nint{bits}, batch {B}")
-        for seconds, setting in sorted(found, key=lambda pair: pair[0])[:5]:
-            print(f"{size / seconds / 1e9:6.0f} GB/s  {setting}")
+            for (q, stored), speeds in zip(inputs, found):
+                try:
+                    replay = as_graph(functools.partial(attend, q, *stored))
+                except triton_kernels.triton.runtime.errors.TritonError as error:  # too much shared memory
+                    tqdm.write(f"{setting}: {error}")
+                    break
+                seconds = medians({"": replay}, rounds, "cuda")[""]
+                speeds.append((sum(t.nbytes for t in stored) / seconds / 1e9, setting))
+        for (q, _), speeds in zip(inputs, found):
+            print(f"\n{bits} bits, batch {len(q)}")
+            for speed, setting in sorted(speeds, key=lambda pair: -pair[0])[:8]:
+                print(f"{speed:6.0f} GB/s  {setting}", flush=True)
 
 
 # --- A whole step ------------------------------------------------------------------------------------------------
