@@ -44,6 +44,7 @@ class QWenConfig(PretrainedConfig):
             they are read back at every step then, which is slow.
         cache_bits: of the quantised cache, 8 or 4.
         softmax_in_fp32: accepted as published; the softmax is always taken in float32.
+        int8_weights: the matrices of the checkpoint but the embedding are int8, as `tools/quantize_weights.py` writes.
 
     Raises:
         ValueError: for a value no Qwen model can have; the message names the key and what it may be.
@@ -102,6 +103,7 @@ class QWenConfig(PretrainedConfig):
         use_cache_kernel=False,
         cache_bits=8,
         softmax_in_fp32=False,
+        int8_weights=False,
         seq_length=None,
         **kwargs,
     ):
@@ -132,6 +134,7 @@ class QWenConfig(PretrainedConfig):
         self.use_cache_kernel = use_cache_kernel
         self.cache_bits = cache_bits
         self.softmax_in_fp32 = softmax_in_fp32
+        self.int8_weights = int8_weights
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.check()
 

@@ -87,10 +87,10 @@ struct Norm {
 struct Rotary {
   const void* x;  // (B, nh, T, hd)
   int64_t x_batch, x_head, x_token;
-  const float *cos, *sin, *scale;  // rows of (B or 1, T); scale may be null
-  int64_t angles_batch, angles_token, scale_batch, scale_token;
+  const float *cos, *sin;  // (B or 1, T, half)
+  int64_t angles_batch;
   void* y;
-  int64_t nh, T, hd, rotated;
+  int64_t nh, T, hd, half;  // half of the channels that are rotated
 };
 
 enum Kind { F32, BF16, INT8, INT4 };
@@ -370,25 +370,17 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return y;
 }
 
-Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, const optional<Tensor>& scale) {
+Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   const bool bf16 = x.scalar_type() == at::kBFloat16;
   TORCH_CHECK(bf16 || x.scalar_type() == at::kFloat, "rotary: x must be float32 or bfloat16");
   TORCH_CHECK(x.dim() == 4 && cos.sizes() == sin.sizes() && cos.dim() == 4 && cos.size(1) == 1 &&
-                  cos.size(2) == x.size(2) && cos.size(3) <= x.size(3) && cos.size(3) % 2 == 0 &&
+                  cos.size(2) == x.size(2) && 2 * cos.size(3) <= x.size(3) &&
                   (cos.size(0) == 1 || cos.size(0) == x.size(0)),
               "rotary: x ", x.sizes(), " and angles ", cos.sizes(), " don't fit");
   const Tensor rows = with_rows(x), c = floats(cos), n = floats(sin);
   Rotary a{rows.data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2), c.data_ptr<float>(), n.data_ptr<float>()};
-  a.nh = x.size(1), a.T = x.size(2), a.hd = x.size(3), a.rotated = c.size(3);
-  a.angles_token = a.rotated, a.angles_batch = c.size(0) == 1 ? 0 : a.T * a.rotated;
-  Tensor s;
-  if (scale) {
-    TORCH_CHECK(scale->dim() == 4 && scale->size(1) == 1 && scale->size(2) == a.T && scale->size(3) == 1 &&
-                    (scale->size(0) == 1 || scale->size(0) == x.size(0)),
-                "rotary: scale must be (B or 1, 1, T, 1), found ", scale->sizes());
-    s = floats(*scale), a.scale = s.data_ptr<float>(), a.scale_token = 1;
-    a.scale_batch = s.size(0) == 1 ? 0 : a.T;
-  }
+  a.nh = x.size(1), a.T = x.size(2), a.hd = x.size(3), a.half = c.size(3);
+  a.angles_batch = c.size(0) == 1 ? 0 : a.T * a.half;
   Tensor y = at::empty(x.sizes(), x.options());
   a.y = y.data_ptr();
   at::parallel_for(0, x.size(0) * a.nh * a.T, grain(a.hd * 8),
@@ -1111,26 +1103,25 @@ void norm(const Norm& a, bool bf16, int64_t begin, int64_t end) {
 
 template <class T>
 void rotary_rows(const Rotary& a, int64_t begin, int64_t end) {
-  const int64_t half = a.rotated / 2;
+  const int64_t half = a.half;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t t = i % a.T, h = i / a.T % a.nh, b = i / a.T / a.nh;
     const T* x = static_cast<const T*>(a.x) + b * a.x_batch + h * a.x_head + t * a.x_token;
     T* y = static_cast<T*>(a.y) + i * a.hd;
-    const float* cos = a.cos + b * a.angles_batch + t * a.angles_token;
-    const float* sin = a.sin + b * a.angles_batch + t * a.angles_token;
-    const float scale = a.scale ? a.scale[b * a.scale_batch + t * a.scale_token] : 1.f;
+    const float* cos = a.cos + b * a.angles_batch + t * half;
+    const float* sin = a.sin + b * a.angles_batch + t * half;
     int64_t c = 0;
     for (; c + W <= half; c += W) {
       const vf one = load(x + c), other = load(x + half + c);
-      save(y + c, (one * load(cos + c) - other * load(sin + c)) * scale);
-      save(y + half + c, (other * load(cos + half + c) + one * load(sin + half + c)) * scale);
+      save(y + c, one * load(cos + c) - other * load(sin + c));
+      save(y + half + c, other * load(cos + c) + one * load(sin + c));
     }
     for (; c < half; ++c) {
       const float one = x[c], other = x[half + c];
-      y[c] = (one * cos[c] - other * sin[c]) * scale;
-      y[half + c] = (other * cos[half + c] + one * sin[half + c]) * scale;
+      y[c] = one * cos[c] - other * sin[c];
+      y[half + c] = other * cos[c] + one * sin[c];
     }
-    for (c = a.rotated; c < a.hd; ++c) y[c] = static_cast<float>(x[c]) * scale;
+    for (c = 2 * half; c < a.hd; ++c) y[c] = x[c];
   }
 }
 

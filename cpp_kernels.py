@@ -39,7 +39,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "4e5d53cb821acaff1e410e07d676175c161855bf11eafcf926c094c464582781"
+SOURCE_SHA256 = "ac810eaba64c93d095e07818ed7fc3726f535fb0930f93a3e5301fda81e7e18e"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
@@ -58,6 +58,11 @@ def _floats(x: torch.Tensor) -> tuple:
 
 def _differentiated(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _plain(*tensors: torch.Tensor) -> bool:
+    """Whether these are no subclasses, which have products of their own (quantised, sharded)."""
+    return all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
 
 
 # --- Linear layers -----------------------------------------------------------------------------------------------
@@ -84,7 +89,7 @@ def linear(
         weight.dtype in (torch.bfloat16, torch.int8)
         and x.dtype in _FLOATS
         and x.device.type == "cpu"
-        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+        and _plain(x, weight)
         and 0 < math.prod(x.shape[:-1]) <= MAX_ROWS
         and not _differentiated(x, weight, bias)
     ):
@@ -354,7 +359,7 @@ def quantized_decode_attention_reference(q, k_codes, k_params, v_codes, v_params
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
-    `x / sqrt(mean(x ** 2) + eps)` in float32, rounded to x's dtype, then times weight.
+    `x / sqrt(mean(x ** 2) + eps)` in float32, rounded to x's dtype, then times weight; PyTorch's may round once only.
 
     x: (..., dim). weight: (dim,). Returns (..., dim).
 
@@ -362,9 +367,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         >>> rms_norm(torch.tensor([3.0, -3.0]), torch.tensor([1.0, 2.0]), 1e-6)
         tensor([ 1.0000, -2.0000])
     """
-    if x.device.type == "cpu" and x.dtype in _FLOATS and weight.dtype == x.dtype and not _differentiated(x, weight):
+    if (
+        x.device.type == "cpu"
+        and x.dtype in _FLOATS
+        and weight.dtype == x.dtype
+        and _plain(x, weight)
+        and not _differentiated(x, weight)
+    ):
         return _OPERATORS.rms_norm(x, weight, eps)
-    return rms_norm_reference(x, weight, eps)
+    return _fused_rms_norm(x, weight.shape, weight, eps)
 
 
 def rms_norm_reference(x, weight, eps):
@@ -372,23 +383,27 @@ def rms_norm_reference(x, weight, eps):
     return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+# torch up to 2.3 has none
+_fused_rms_norm = getattr(F, "rms_norm", lambda x, shape, weight, eps: rms_norm_reference(x, weight, eps))
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
-    Rotate the first channels of every head in float32, `x cos + cat(-x2, x1) sin`, and multiply by scale.
+    Rotate the first channels of every head, pairs (x_i, x_{i + d/2}) of the d rotated ones, in float32.
 
-    x: (B, nh, T, hd). cos, sin: float32 (B or 1, 1, T, rotated channels). scale: float32 (B or 1, 1, T, 1).
-    Returns (B, nh, T, hd) in x's dtype, contiguous, rounded once.
+    x: (B, nh, T, hd). cos, sin: float32 (B or 1, 1, T, d / 2). Returns (B, nh, T, hd) in x's dtype, contiguous.
     """
-    if x.device.type == "cpu" and x.dtype in _FLOATS and not _differentiated(x, cos, sin, scale):
-        return _OPERATORS.rotary(x, cos, sin, scale)
-    return rotary_reference(x, cos, sin, scale)
+    if x.device.type == "cpu" and x.dtype in _FLOATS and _plain(x) and not _differentiated(x, cos, sin):
+        return _OPERATORS.rotary(x, cos, sin)
+    return rotary_reference(x, cos, sin)
 
 
-def rotary_reference(x, cos, sin, scale=None):
-    y, rest = x.float().split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
-    y1, y2 = y.chunk(2, dim=-1)
-    y = torch.cat((y * cos + torch.cat((-y2, y1), dim=-1) * sin, rest), dim=-1)
-    return (y if scale is None else y * scale).to(x.dtype).contiguous()
+def rotary_reference(x, cos, sin):
+    half = cos.shape[-1]
+    x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    y1 = torch.addcmul(x1 * cos, x2, sin, value=-1)
+    y2 = torch.addcmul(x2 * cos, x1, sin)
+    return torch.cat((y1.to(x.dtype), y2.to(x.dtype), rest), dim=-1)
 
 
 # --- Operators ---------------------------------------------------------------------------------------------------
@@ -438,7 +453,7 @@ OPERATIONS = {
         lambda x, *args: x.new_empty(x.shape),
     ),
     "rotary": (
-        "(Tensor x, Tensor cos, Tensor sin, Tensor? scale) -> Tensor",
+        "(Tensor x, Tensor cos, Tensor sin) -> Tensor",
         rotary_reference,
         lambda x, *args: x.new_empty(x.shape),
     ),

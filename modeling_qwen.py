@@ -27,7 +27,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import cached_file, logging
 
 from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
-from .cpp_kernels import copy_source, has_decode_kernel, linear, set_cuda_kernels, set_source_folder
+from .cpp_kernels import (
+    copy_source,
+    has_decode_kernel,
+    linear,
+    linear_reference,
+    rms_norm,
+    rms_norm_reference,
+    rotary,
+    rotary_reference,
+    set_cuda_kernels,
+    set_source_folder,
+)
 from .qwen_cache import QWenCache, QWenQuantizedCache
 from .qwen_generation_utils import (
     StopAtText,
@@ -62,7 +73,6 @@ from .transformers_compat import (
     loading_defaults,
     named_attention,
     pop_dtype,
-    rms_norm,
     set_attention,
     tensor_parallel_plan,
     to_device_of,
@@ -85,13 +95,23 @@ set_cuda_kernels(_load_triton)
 
 class Linear(nn.Linear):
     """
-    `nn.Linear`, which reads bfloat16 weights at the speed of memory where a CPU has few rows to multiply: decoding.
+    `nn.Linear`, which reads bfloat16 and int8 weights at the speed of memory where a CPU has few rows to multiply:
+    decoding.
 
     Everything else (training, compilation, other precisions and devices, weights that a quantiser or tensor
-    parallelism put in place) is `nn.Linear`.
+    parallelism put in place) is `nn.Linear`. int8: the weight is int8 (out, in), constant, and is multiplied by
+    weight_scale, float32 (out,).
     """
 
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, int8: bool = False):
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32) if int8 else None)
+        if int8:
+            self.weight = nn.Parameter(torch.zeros_like(self.weight, dtype=torch.int8), requires_grad=False)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight_scale is not None:
+            return (linear_reference if is_compiling() else linear)(x, self.weight, self.bias, self.weight_scale)
         if is_compiling() or x.dtype != self.weight.dtype:
             return super().forward(x)
         return linear(x, self.weight, self.bias)
@@ -106,7 +126,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return (rms_norm_reference if is_compiling() else rms_norm)(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -159,19 +179,6 @@ class RotaryEmbedding(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """
-    Rotate the first channels of every head, pairs (x_i, x_{i + d/2}) of the d rotated ones, in float32.
-
-    x: (B, nh, T, hd) of any dtype; cos, sin: float32 (B or 1, 1, T, d / 2). Returns (B, nh, T, hd) in x's dtype.
-    """
-    half = cos.shape[-1]
-    x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    y1 = torch.addcmul(x1 * cos, x2, sin, value=-1)
-    y2 = torch.addcmul(x2 * cos, x1, sin)
-    return torch.cat((y1.to(x.dtype), y2.to(x.dtype), rest), dim=-1)
-
-
 def eager_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -209,9 +216,10 @@ class QWenAttention(nn.Module):
         self.head_dim = config.kv_channels
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         self.is_causal = True
-        self.c_attn = Linear(config.hidden_size, 3 * projection_size)
+        int8 = config.int8_weights
+        self.c_attn = Linear(config.hidden_size, 3 * projection_size, int8=int8)
         self.c_attn.num_heads = config.num_attention_heads  # for tensor parallelism
-        self.c_proj = Linear(projection_size, config.hidden_size, bias=not config.no_bias)
+        self.c_proj = Linear(projection_size, config.hidden_size, not config.no_bias, int8)
         self.c_proj.into_residual = True  # for the initial weights
 
     def forward(
@@ -236,6 +244,7 @@ class QWenAttention(nn.Module):
         B, T, _ = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, 3 nh, T, hd)
         nh = qkv.shape[1] // 3
+        rotate = rotary_reference if is_compiling() else rotary
         q, k = rotate(qkv[:, : 2 * nh], cos, sin).chunk(2, dim=1)  # (B, nh, T, hd) each
         v = qkv[:, 2 * nh :]
         if query_scale is not None:
@@ -269,10 +278,10 @@ class QWenMLP(nn.Module):
 
     def __init__(self, config: QWenConfig):
         super().__init__()
-        width = config.intermediate_size // 2
-        self.w1 = Linear(config.hidden_size, width, bias=not config.no_bias)
-        self.w2 = Linear(config.hidden_size, width, bias=not config.no_bias)
-        self.c_proj = Linear(width, config.hidden_size, bias=not config.no_bias)
+        width, bias, int8 = config.intermediate_size // 2, not config.no_bias, config.int8_weights
+        self.w1 = Linear(config.hidden_size, width, bias, int8)
+        self.w2 = Linear(config.hidden_size, width, bias, int8)
+        self.c_proj = Linear(width, config.hidden_size, bias, int8)
         self.c_proj.into_residual = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -312,13 +321,23 @@ class QWenPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        """As inherited; raises ValueError for a model with int8 weights."""
+        if self.config.int8_weights and new_num_tokens is not None:
+            raise ValueError(
+                "A model with int8 weights can't get other embeddings: resize the model that it was made from, before "
+                "tools/quantize_weights.py."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights; those that write to the residual stream smaller by `sqrt(2 * layers)`, as in GPT-2."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
             if getattr(module, "into_residual", False):
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
-            nn.init.normal_(module.weight, std=std)
+            if module.weight.is_floating_point():  # int8 weights come from a checkpoint
+                nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -765,7 +784,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # transformers would guess it from the class's name
         self.transformer = QWenModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, int8=config.int8_weights)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

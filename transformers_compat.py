@@ -34,15 +34,6 @@ except ImportError:  # up to 4.52
 HAS_SDPA = "scale=None" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
 
 
-def _rms_norm(x, shape, weight, eps):
-    """`F.rms_norm` over the last dimension, which torch up to 2.3 lacks."""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-rms_norm = getattr(F, "rms_norm", _rms_norm)
-
-
 def cpu_supports_bf16() -> bool:
     """Whether this CPU has instructions for bfloat16; torch up to 1.13 can't tell, and has no fast code for it."""
     return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()

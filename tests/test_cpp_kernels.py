@@ -442,17 +442,16 @@ def test_rotary(level, dtype, rotated):
     torch.manual_seed(0)
     x = torch.randn(2, 7, 4, 80, dtype=dtype).transpose(1, 2)
     angles = torch.rand(2, 1, 7, rotated // 2) * 100
-    cos, sin = (f(torch.cat((angles, angles), -1)) for f in (torch.cos, torch.sin))
-    scale = torch.rand(1, 1, 7, 1) + 1
+    cos, sin = angles.cos(), angles.sin()
     pairs = torch.complex(*x[..., :rotated].double().chunk(2, -1)) * torch.polar(
         torch.ones(()).double(), angles.double()
     )
     expected = torch.cat((pairs.real, pairs.imag, x[..., rotated:].double()), -1)
     assert_close(kernels.rotary(x, cos, sin), expected, dtype)
-    assert_close(kernels.rotary(x, cos, sin, scale), expected * scale.double(), dtype)
-    assert torch.equal(kernels.rotary(x, cos, sin, scale), kernels.rotary_reference(x, cos, sin, scale))
+    assert_close(kernels.rotary_reference(x, cos, sin), expected, dtype)
     one = kernels.rotary(x, cos[:1], sin[:1])  # the same angles for every sequence
-    assert torch.equal(one, kernels.rotary_reference(x, cos[:1], sin[:1]))
+    assert torch.equal(one[:1], kernels.rotary(x[:1], cos[:1], sin[:1]))
+    assert_close(one, kernels.rotary_reference(x, cos[:1], sin[:1]).double(), dtype)
 
 
 # --- Operators ---------------------------------------------------------------------------------------------------
@@ -463,14 +462,14 @@ def operator_inputs():
     codes, params = empty_store(2, 3, 45, 32, 4)
     stored = store(k, 8) + store(v, 8)
     x = torch.randn(2, 1, 20).bfloat16()
-    angles = torch.rand(1, 1, 40, 32)
+    angles = torch.rand(1, 1, 40, 16)
     return {
         "linear": (x, torch.randn(5, 20).bfloat16(), torch.randn(5), None),
         "decode_attention": (q, k, v, torch.rand(2, 1, 2, 40) < 0.5, 0.2, False),
         "quantize_append": (codes, params, k, 5),
         "quantized_decode_attention": (q, *stored, None, 0.2, True),
         "rms_norm": (x, torch.randn(20).bfloat16(), 1e-6),
-        "rotary": (k, angles.cos(), angles.sin(), None),
+        "rotary": (k, angles.cos(), angles.sin()),
     }
 
 
@@ -494,7 +493,7 @@ def decode_inputs():
         torch.randn(2, 1, 64).bfloat16(),
         torch.randn(64, 64).bfloat16(),
         torch.randn(64).bfloat16(),
-        *(torch.rand(1, 1, 1, 32) for _ in range(2)),
+        *(torch.rand(1, 1, 1, 16) for _ in range(2)),
         *(torch.randn(2, 2, 10, 32).bfloat16() for _ in range(2)),
         [torch.zeros(2, 2, 8, n, dtype=torch.uint8) for n in kernels.quantized_sizes(32, 4)],
     )
@@ -510,7 +509,7 @@ def test_compiles_without_graph_breaks(native):
         assert torch.equal(a, b)
 
 
-def test_exports(native):
+def test_exports(native, monkeypatch):
     class Step(torch.nn.Module):
         def forward(self, *inputs):
             return decode_step(*inputs)
@@ -518,7 +517,10 @@ def test_exports(native):
     with torch.no_grad():
         program = torch.export.export(Step(), decode_inputs())
         called = {str(node.target).split(".")[1] for node in program.graph.nodes if "qwen_" in str(node.target)}
-        assert called == set(operator_inputs()) - {"linear"}  # that is exported as the layer that it is
+        # the others are exported as PyTorch has them
+        assert called == {"decode_attention", "quantize_append", "quantized_decode_attention"}
+        for name in ("linear", "rms_norm", "rotary"):  # one rounding less, and int4 takes another code
+            monkeypatch.setattr(kernels, name, getattr(kernels, f"{name}_reference"))
         torch.testing.assert_close(program.module()(*decode_inputs()), decode_step(*decode_inputs()))
 
 

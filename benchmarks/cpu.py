@@ -1,0 +1,240 @@
+"""
+Speed of Qwen-1.8B's shape on a CPU: ours, transformers' Qwen2 and llama.cpp on the very same weights.
+
+    pip install gguf llama-cpp-python       for llama.cpp; it is left out where these are missing
+    python benchmarks/cpu.py --threads 2
+    python benchmarks/cpu.py --threads 2 --memory       how much memory ours takes at most
+
+Ours and Qwen2 decode through `generate`, greedily, with the caches that they choose; llama.cpp takes its own defaults
+(a cache in float16) and decodes in a loop that takes the largest logit. Everything runs once a round, in turn; figures
+are medians. A decoding step is compared with the bytes that it reads, weights and keys and values, and those with what
+the sum of a large tensor reads in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib.util
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from kv_cache import QWenCache, kernels, qwen2_of, random_model
+from tqdm import tqdm
+
+PREFILL, CONTEXTS, TOKENS = 512, (512, 4096), 24
+HAS_LLAMA = all(importlib.util.find_spec(name) for name in ("gguf", "llama_cpp"))
+
+
+class Ours:
+    """A model of transformers with a cache that has been filled; also Qwen2."""
+
+    def __init__(self, model, make_cache):
+        self.model, self.make_cache = model, make_cache
+
+    def prefill(self, ids: torch.Tensor) -> None:
+        self.model.generate(ids, max_new_tokens=1, do_sample=False, past_key_values=self.make_cache())
+
+    def fill(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (vocabulary) behind the ids, all of which but the last stay in the cache."""
+        self.ids, self.cache = ids, self.make_cache()
+        for part in ids[:, :-1].split(512, 1):
+            self.model(part, past_key_values=self.cache)
+        logits = self.model(ids[:, -1:], past_key_values=self.cache).logits[0, -1]
+        self.forget()
+        return logits.float()
+
+    def forget(self) -> None:
+        self.cache.crop(self.ids.shape[1] - 1 - self.cache.get_seq_length())
+
+    def decode(self) -> None:
+        new = self.model.generate(
+            self.ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, past_key_values=self.cache
+        )
+        assert new.shape[1] == self.ids.shape[1] + TOKENS
+        self.forget()
+
+
+class Llama:
+    """llama.cpp on a GGUF file."""
+
+    def __init__(self, path: Path, threads: int, context: int):
+        import llama_cpp
+
+        self.api = llama_cpp
+        self.silent = llama_cpp.llama_log_callback(lambda *_: None)  # it would be collected
+        llama_cpp.llama_log_set(self.silent, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = context, threads, threads
+        self.context = llama_cpp.llama_init_from_model(self.model, parameters)
+        self.memory = llama_cpp.llama_get_memory(self.context)
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def run(self, ids: list[int]) -> torch.Tensor:
+        tokens = (self.api.llama_token * len(ids))(*ids)
+        status = self.api.llama_decode(self.context, self.api.llama_batch_get_one(tokens, len(ids)))
+        if status:
+            raise RuntimeError(f"llama_decode failed with status {status}.")
+        logits = ctypes.cast(
+            self.api.llama_get_logits_ith(self.context, -1), ctypes.POINTER(ctypes.c_float * self.vocabulary)
+        )
+        return torch.frombuffer(logits.contents, dtype=torch.float32)
+
+    def forget(self, length: int) -> None:
+        self.api.llama_memory_seq_rm(self.memory, 0, length, -1)
+
+    def prefill(self, ids: torch.Tensor) -> None:
+        self.forget(0)
+        self.run(ids[0].tolist()).argmax().item()
+
+    def fill(self, ids: torch.Tensor) -> torch.Tensor:
+        self.forget(0)
+        for part in ids[0, :-1].split(512):
+            self.run(part.tolist())
+        self.last, self.length = ids[0, -1].item(), ids.shape[1] - 1
+        logits = self.run([self.last]).clone()
+        self.forget(self.length)
+        return logits
+
+    def decode(self) -> None:
+        token = self.last
+        for _ in range(TOKENS):
+            token = self.run([token]).argmax().item()
+        self.forget(self.length)
+
+
+def write_gguf(model, path: Path, kind: str) -> None:
+    """The weights of ours in llama.cpp's format; kind: "BF16" or "Q8_0", for matrices."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, "qwen")
+    writer.add_context_length(config.seq_length)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_rope_freq_base(config.rotary_emb_base)
+    writer.add_rope_dimension_count(config.kv_channels)
+    writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    names = {"transformer.wte": "token_embd", "transformer.ln_f": "output_norm", "lm_head": "output"}
+    for i in range(config.num_hidden_layers):
+        layer = {"ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm"}
+        layer |= {"mlp.w1": "ffn_up", "mlp.w2": "ffn_gate", "mlp.c_proj": "ffn_down"}
+        names |= {f"transformer.h.{i}.{ours}": f"blk.{i}.{theirs}" for ours, theirs in layer.items()}
+    for name, tensor in model.state_dict().items():
+        module, _, last = name.rpartition(".")
+        kept = gguf.GGMLQuantizationType[kind if tensor.dim() == 2 else "F32"]
+        data = gguf.quants.quantize(tensor.float().numpy(), kept)
+        writer.add_tensor(f"{names[module]}.{last}", data, raw_dtype=kept)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def in_turn(functions: dict, rounds: int) -> dict[str, float]:
+    """Median seconds of each; the first call of each is not counted."""
+    seconds: dict = {name: [] for name in functions}
+    for i in tqdm(range(rounds + 1), leave=False, disable=None):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if i:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def weights_read(model) -> int:
+    """Bytes of the weights that a token goes through: all but the embedding."""
+    return sum(t.nbytes for name, t in model.state_dict().items() if "wte" not in name)
+
+
+def speeds(threads: int, rounds: int, folder: Path) -> None:
+    model = random_model("cpu")
+    config = model.config
+    engines = {"ours, bfloat16": Ours(model, QWenCache)}
+    read = {"ours, bfloat16": weights_read(model)}
+    engines["Qwen2, bfloat16"] = Ours(qwen2_of(model), transformers.DynamicCache)
+    read["Qwen2, bfloat16"] = read["ours, bfloat16"]
+    if HAS_LLAMA:
+        for kind, name in (("BF16", "llama.cpp, bfloat16"), ("Q8_0", "llama.cpp, q8_0")):
+            path = folder / f"{kind}.gguf"
+            write_gguf(model, path, kind)
+            engines[name] = Llama(path, threads, max(CONTEXTS) + TOKENS)
+            read[name] = read["ours, bfloat16"] * 34 // 64 if kind == "Q8_0" else read["ours, bfloat16"]
+    ids = torch.randint(config.vocab_size, (1, max(CONTEXTS)), generator=torch.Generator().manual_seed(0))
+    source = torch.ones(1 << 28)
+
+    taken = in_turn({name: lambda e=e: e.prefill(ids[:, :PREFILL]) for name, e in engines.items()}, rounds)
+    print(f"\nprefill of {PREFILL} tokens\n\n| | seconds | tokens/s |\n|---|---|---|")
+    for name, seconds in taken.items():
+        print(f"| {name} | {seconds:.2f} | {PREFILL / seconds:.0f} |", flush=True)
+
+    for S in CONTEXTS:
+        logits = {name: engine.fill(ids[:, :S]) for name, engine in engines.items()}
+        expected = logits["ours, bfloat16"]
+        functions = {name: engine.decode for name, engine in engines.items()}
+        taken = in_turn({"memory": source.sum, **functions}, rounds)
+        memory = source.nbytes / taken.pop("memory") / 1e9
+        print(f"\ndecoding behind {S} tokens; the sum of a large tensor reads {memory:.1f} GB/s\n")
+        print("| | tokens/s | GB/s | share of the sum's | logits differ from ours by |\n|---|---|---|---|---|")
+        for name, seconds in taken.items():
+            keys = 4 * config.num_hidden_layers * config.hidden_size * (S + TOKENS // 2)
+            speed = (read[name] + keys) * TOKENS / seconds / 1e9
+            error = ((logits[name] - expected).norm() / expected.norm()).item()
+            print(f"| {name} | {TOKENS / seconds:.2f} | {speed:.1f} | {speed / memory:.0%} | {error:.1%} |", flush=True)
+
+
+def resident(field: str) -> int:
+    """Bytes of this process's memory: VmRSS, now, or VmHWM, at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def memory(context: int) -> None:
+    """Prefill in one piece and decoding, against weights and cache."""
+    warm = torch.ones(1, 64, dtype=torch.bfloat16)
+    kernels.linear(warm, warm)  # builds or loads the kernels
+    gc.collect()
+    before = resident("VmRSS")
+    model = random_model("cpu")
+    cache = QWenCache()
+    ids = torch.randint(model.config.vocab_size, (1, context))
+    model.generate(ids, max_new_tokens=TOKENS, do_sample=False, past_key_values=cache)
+    weights = sum(t.nbytes for t in model.state_dict().values())
+    peak = resident("VmHWM") - before
+    print(f"\n{context} tokens and {TOKENS} new ones: at most {peak / 1e9:.2f} GB above the {before / 1e9:.2f} before")
+    both = weights + cache.nbytes
+    print(f"weights {weights / 1e9:.2f} GB, cache {cache.nbytes / 1e9:.2f} GB: {peak / both:.3f} of both")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure decoding on a CPU.")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: PyTorch's")
+    parser.add_argument("--memory", action="store_true", help="the most memory that ours takes, instead")
+    parser.add_argument("--folder", type=Path, help="for the GGUF files, 5.5 GB; default: a temporary one")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    transformers.utils.logging.set_verbosity_error()
+    with torch.no_grad(), tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        if arguments.memory:
+            memory(PREFILL)
+        else:
+            speeds(arguments.threads, arguments.rounds, Path(folder))
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"\n{arguments.threads} threads, kernels: {kernels.implementation('cpu')}, {versions}")
+
+
+if __name__ == "__main__":
+    main()

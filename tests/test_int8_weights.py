@@ -1,0 +1,187 @@
+"""Checkpoints with int8 weights: tools/quantize_weights.py, loading what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import CODE, ROOT, modeling_qwen, random_ids, run, tiny_config, tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(ROOT / "tools"))
+tool = importlib.import_module("quantize_weights")
+QWenLMHeadModel = modeling_qwen.QWenLMHeadModel
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A random checkpoint in three files, and what the tool makes of it."""
+    folder = tmp_path_factory.mktemp("int8")
+    model = tiny_model(no_bias=False)
+    with torch.no_grad():
+        model.lm_head.weight[3] = 0  # a channel without a step
+    model.save_pretrained(folder / "whole", max_shard_size="200KB")
+    shutil.copy(ROOT / "demo" / "qwen.tiktoken", folder / "whole")
+    shutil.copy(ROOT / "tokenizer_config.json", folder / "whole")
+    assert len(list((folder / "whole").glob("*.safetensors"))) > 1
+    tool.make(folder / "whole", folder / "int8")
+    return model, folder
+
+
+def dequantised(model):
+    """The same network with the weights that int8 stands for, by the definition in float64."""
+    copy = QWenLMHeadModel(tiny_config(no_bias=False)).eval()
+    state = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    for name, weight in state.items():
+        if weight.dim() == 2 and "wte" not in name:
+            step = weight.abs().max(1, keepdim=True).values / 127
+            step[step == 0] = 1
+            state[name] = (weight / step).round() * step
+    copy.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return copy
+
+
+def test_the_example_in_the_docstring():
+    assert doctest.testmod(tool).failed == 0
+
+
+def test_it_computes_with_the_weights_that_int8_stands_for(checkpoints):
+    model, folder = checkpoints
+    ours = QWenLMHeadModel.from_pretrained(folder / "int8", fp32=True).eval()
+    expected = dequantised(model)
+    for shape in ((1, 1), (2, 3), (3, 20)):  # few rows, which the native kernel takes, and many
+        ids = random_ids(*shape)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        error = (ours(ids).logits - model(ids).logits).norm() / model(ids).logits.norm()
+    assert 1e-4 < error < 0.05
+    prompt = random_ids(1, 8)
+    kept = {"max_new_tokens": 12, "do_sample": False}
+    assert ours.generate(prompt, **kept).tolist() == expected.generate(prompt, **kept).tolist()
+
+
+def test_matrices_are_int8_and_the_rest_is_as_it_was(checkpoints):
+    model, folder = checkpoints
+    ours = QWenLMHeadModel.from_pretrained(folder / "int8", dtype=torch.bfloat16)
+    matrices = {name for name, p in model.named_parameters() if p.dim() == 2 and "wte" not in name}
+    assert {name for name, p in ours.named_parameters() if p.dtype == torch.int8} == matrices
+    assert ours.dtype == torch.bfloat16
+    assert ours.lm_head.weight_scale.dtype == torch.float32
+    assert ours(random_ids(1, 4)).logits.isfinite().all()
+
+
+def test_it_is_saved_and_loaded_as_it_is(checkpoints, tmp_path):
+    _, folder = checkpoints
+    ours = QWenLMHeadModel.from_pretrained(folder / "int8", fp32=True).eval()
+    ours.save_pretrained(tmp_path)
+    again = QWenLMHeadModel.from_pretrained(tmp_path, fp32=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(random_ids(1, 5)).logits, ours(random_ids(1, 5)).logits)
+
+
+def test_it_loads_as_a_user_loads_it(checkpoints):
+    """With the code in the folder, which the tool has put there."""
+    _, folder = checkpoints
+    assert all((folder / "int8" / name).exists() for name in CODE)
+    printed = run(
+        "from transformers import AutoModelForCausalLM as A;"
+        "m = A.from_pretrained('int8', trust_remote_code=True);"
+        "print(m.lm_head.weight.dtype, m.config.int8_weights)",
+        folder,
+        HF_MODULES_CACHE=str(folder / "modules"),
+    )
+    assert printed == "torch.int8 True"
+
+
+def test_gradients_reach_what_is_before_int8_weights(checkpoints):
+    _, folder = checkpoints
+    ours = QWenLMHeadModel.from_pretrained(folder / "int8", fp32=True)
+    ids = random_ids(1, 6)
+    ours(ids, labels=ids).loss.backward()
+    assert ours.transformer.wte.weight.grad.abs().sum() > 0
+    assert ours.lm_head.weight.grad is None
+
+
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="needs torch.compile")
+def test_it_compiles(checkpoints):
+    _, folder = checkpoints
+    ours = QWenLMHeadModel.from_pretrained(folder / "int8", fp32=True).eval()
+    layer = ours.transformer.h[0].mlp
+    x = torch.randn(1, 2, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+
+
+def test_what_does_not_go_with_it_says_so(checkpoints):
+    _, folder = checkpoints
+    ours = QWenLMHeadModel.from_pretrained(folder / "int8", fp32=True)
+    with pytest.raises(ValueError, match=r"resize.*before tools/quantize_weights.py"):
+        ours.resize_token_embeddings(400)
+    assert ours.resize_token_embeddings() is ours.get_input_embeddings()
+    with pytest.raises(RuntimeError, match=r"missing.*weight_scale"):
+        QWenLMHeadModel.from_pretrained(folder / "whole", int8_weights=True)
+
+
+# --- The tool -----------------------------------------------------------------------------------------------------
+
+
+def test_the_index_and_the_configuration(checkpoints):
+    _, folder = checkpoints
+    index = json.loads((folder / "int8" / tool.INDEX).read_text())
+    total = 0
+    for name, file in index["weight_map"].items():
+        with safe_open(folder / "int8" / file, framework="pt") as weights:
+            tensor = weights.get_tensor(name)
+        total += tensor.numel() * tensor.element_size()
+    assert index["metadata"]["total_size"] == total
+    before = json.loads((folder / "whole" / "config.json").read_text())
+    after = json.loads((folder / "int8" / "config.json").read_text())
+    assert after == {**before, "int8_weights": True}
+    assert not list(folder.glob(".*partial"))
+
+
+def test_it_refuses(checkpoints, tmp_path, capsys):
+    _, folder = checkpoints
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    for source, target, message in (
+        (tmp_path / "nothing", tmp_path / "new", "There is no folder"),
+        (folder / "whole", tmp_path / "taken", "taken exists"),
+        (folder / "int8", tmp_path / "new", "has int8 weights already"),
+        (tmp_path / "empty", tmp_path / "new", "has no .safetensors"),
+    ):
+        assert tool.main([str(source), str(target)]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_broken_file_leaves_nothing(checkpoints, tmp_path, capsys, monkeypatch):
+    _, folder = checkpoints
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tool, "save_file", full)
+    assert tool.main([str(folder / "whole"), str(tmp_path / "new")]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_file_without_an_index(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "whole")
+    shutil.copy(ROOT / "demo" / "qwen.tiktoken", tmp_path / "whole")
+    shutil.copy(ROOT / "tokenizer_config.json", tmp_path / "whole")
+    assert tool.main([str(tmp_path / "whole"), str(tmp_path / "int8")]) == 0
+    assert not (tmp_path / "int8" / tool.INDEX).exists()
+    stored = load_file(tmp_path / "int8" / "model.safetensors")
+    assert stored["lm_head.weight"].dtype == torch.int8
+    assert torch.equal(stored["transformer.wte.weight"], model.transformer.wte.weight)

@@ -1,0 +1,121 @@
+"""
+Make a checkpoint with int8 weights: half the memory, and about twice the speed of decoding on a CPU.
+
+    python tools/quantize_weights.py SOURCE TARGET
+
+SOURCE is the folder of a checkpoint in safetensors, TARGET a folder that does not exist yet; it gets this code and
+loads like any other checkpoint. Every matrix but the embedding is stored as int8 with a scale, float32, for each output
+channel: the largest magnitude of the channel is 127 steps. One weight file is read at a time.
+
+Exit status: 0 done; 2 the checkpoint has a problem, or TARGET can't be written, and there is no TARGET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+from upgrade_checkpoint import Problem, check_weights, planned, read_json, try_loading, write_file
+
+INDEX = "model.safetensors.index.json"
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    weight: (out, in), any floating dtype. Returns int8 (out, in) and scales, float32 (out,); zeros have a scale of 1.
+
+    Example:
+        >>> quantize(torch.tensor([[0.5, -1.27], [0.0, 0.0]]))
+        (tensor([[  50, -127],
+                [   0,    0]], dtype=torch.int8), tensor([0.0100, 1.0000]))
+    """
+    weight = weight.float()
+    scale = weight.abs().amax(1) / 127
+    scale = torch.where(scale > 0, scale, 1)
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def quantize_file(source: Path, target: Path, names: set[str]) -> dict[str, int]:
+    """Write one weight file, the matrices in `names` quantised; returns the bytes of each tensor written."""
+    tensors = {}
+    with safe_open(source, framework="pt") as weights:
+        for name in tqdm(weights.keys(), desc=source.name, unit="tensor", leave=False, disable=None):
+            tensors[name] = weights.get_tensor(name)
+            if name in names:
+                tensors[name], tensors[f"{name}_scale"] = quantize(tensors[name])
+    save_file(tensors, target, metadata={"format": "pt"})
+    return {name: tensor.nbytes for name, tensor in tensors.items()}
+
+
+def int8_names(folder: Path) -> set[str]:
+    """The weights that are int8 in a model of the checkpoint in this folder."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    return {name for name, parameter in model.named_parameters() if parameter.dtype == torch.int8}
+
+
+def make(source: Path, target: Path) -> None:
+    if not source.is_dir():
+        raise Problem(f"There is no folder {source}.")
+    if target.exists():
+        raise Problem(f"{target} exists. Name a folder that does not exist yet.")
+    config = read_json(source / "config.json")
+    if config.get("int8_weights"):
+        raise Problem(f"{source} has int8 weights already.")
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise Problem(f"{source} has no .safetensors. Load it and call save_pretrained, which writes them.")
+    print(check_weights(source))
+
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
+    partial.mkdir(parents=True)
+    try:
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.suffix not in (".safetensors", ".bin") and path.name != INDEX:
+                shutil.copy2(path, partial)  # the files that links point to
+        write_file(partial / "config.json", (json.dumps({**config, "int8_weights": True}, indent=2) + "\n").encode())
+        for name, content in planned(partial).items():
+            write_file(partial / name, content)
+        names = int8_names(partial)
+        sizes, places = {}, {}
+        for file in tqdm(files, desc="weight files", unit="file", disable=None):
+            written = quantize_file(file, partial / file.name, names)
+            sizes.update(written)
+            places.update(dict.fromkeys(written, file.name))
+        if (source / INDEX).exists():
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+            write_file(partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        try_loading(partial)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    before = sum(file.stat().st_size for file in files)
+    print(f"{target}: {len(names)} matrices in int8, {before / 1e9:.2f} GB became {sum(sizes.values()) / 1e9:.2f}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Make a checkpoint with int8 weights.")
+    parser.add_argument("source", type=Path, help="folder of the checkpoint")
+    parser.add_argument("target", type=Path, help="the folder to make")
+    args = parser.parse_args(arguments)
+    try:
+        make(args.source, args.target)
+        return 0
+    except (Problem, OSError) as problem:  # OSError names the file that can't be read or written
+        print(f"problem: {problem}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
