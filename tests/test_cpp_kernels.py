@@ -519,8 +519,9 @@ def test_exports(native, monkeypatch):
         called = {str(node.target).split(".")[1] for node in program.graph.nodes if "qwen_" in str(node.target)}
         # the others are exported as PyTorch has them
         assert called == {"decode_attention", "quantize_append", "quantized_decode_attention"}
-        for name in ("linear", "rms_norm", "rotary"):  # one rounding less, and int4 takes another code
+        for name in ("linear", "rotary"):  # one rounding less, and int4 takes another code
             monkeypatch.setattr(kernels, name, getattr(kernels, f"{name}_reference"))
+        monkeypatch.setattr(kernels, "rms_norm", lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps))
         torch.testing.assert_close(program.module()(*decode_inputs()), decode_step(*decode_inputs()))
 
 

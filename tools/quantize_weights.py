@@ -16,6 +16,7 @@ import argparse
 import json
 import shutil
 import sys
+import uuid
 from pathlib import Path
 
 import torch
@@ -77,8 +78,8 @@ def make(source: Path, target: Path) -> None:
         raise Problem(f"{source} has no .safetensors. Load it and call save_pretrained, which writes them.")
     print(check_weights(source))
 
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was interrupted
+    # Code is loaded from it, for which older releases of transformers want a name without points.
+    partial = target.parent / f"quantizing_{uuid.uuid4().hex}"
     partial.mkdir(parents=True)
     try:
         for path in sorted(source.iterdir()):
