@@ -14,17 +14,19 @@ the sum of a large tensor reads in the same rounds.
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import gc
 import importlib.util
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 import transformers
-from kv_cache import QWenCache, kernels, qwen2_of, random_model
+from kv_cache import ROOT, QWenCache, kernels, modeling, qwen2_of, random_model
 from tqdm import tqdm
 
 PREFILL, CONTEXTS, TOKENS = 512, (512, 4096), 24
@@ -110,6 +112,22 @@ class Llama:
         self.forget(self.length)
 
 
+def int8_of(model):
+    """The model with the int8 weights that tools/quantize_weights.py makes."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    quantize = importlib.import_module("quantize_weights").quantize
+    config = copy.deepcopy(model.config)
+    config.int8_weights = True
+    with torch.device("meta"):
+        other = modeling.QWenLMHeadModel(config)
+    state = dict(model.state_dict())
+    for name, parameter in other.named_parameters():
+        if parameter.dtype == torch.int8:
+            state[name], state[f"{name}_scale"] = quantize(state[name])
+    other.load_state_dict(state, strict=True, assign=True)
+    return other.eval()
+
+
 def write_gguf(model, path: Path, kind: str) -> None:
     """The weights of ours in llama.cpp's format; kind: "BF16" or "Q8_0", for matrices."""
     import gguf
@@ -164,6 +182,8 @@ def speeds(threads: int, rounds: int, folder: Path) -> None:
     config = model.config
     engines = {"ours, bfloat16": Ours(model, QWenCache)}
     read = {"ours, bfloat16": weights_read(model)}
+    small = int8_of(model)
+    engines["ours, int8"], read["ours, int8"] = Ours(small, QWenCache), weights_read(small)
     engines["Qwen2, bfloat16"] = Ours(qwen2_of(model), transformers.DynamicCache)
     read["Qwen2, bfloat16"] = read["ours, bfloat16"]
     if HAS_LLAMA:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 
 import pytest
@@ -25,3 +26,17 @@ def test_snippets(name, capsys, monkeypatch):
         printed = capsys.readouterr().out.splitlines()
         promised = [line[2:] for line in block.splitlines() if line.startswith("# ")]
         assert printed == promised, block
+
+
+def test_the_chart_shows_the_table():
+    """docs/cpu.svg has every engine and speed of the table that benchmarks/chart.py draws, in its order."""
+    spec = importlib.util.spec_from_file_location("chart", ROOT / "benchmarks" / "chart.py")
+    chart = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(chart)
+    engines = chart.decoding()
+    assert len(engines) == 5
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", (ROOT / "docs" / "cpu.svg").read_text(encoding="utf-8"))
+    for i in (0, 1):
+        speeds = [f"{engines[name][i]:.1f}" for name in reversed(list(engines))]
+        assert any(texts[at : at + len(speeds)] == speeds for at in range(len(texts)))
+    assert set(engines) <= set(texts)

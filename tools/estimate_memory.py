@@ -74,8 +74,12 @@ def memory(config, dtype: str = "bf16", context: int = 8192, batch: int = 1, cac
     multiplying = (3 * h + 3 * w) * size
     tokens = batch * context
     activations = max(tokens * rotating - layer, tokens * max(attending, multiplying), batch * V * (size + 4))
+    weights = parameters(config) * size
+    if getattr(config, "int8_weights", False):  # a byte each, and a float32 for each output channel
+        matrices = config.num_hidden_layers * (4 * h * p + 3 * h * w) + V * h
+        weights -= matrices * (size - 1) - 4 * (config.num_hidden_layers * (3 * p + 2 * h + 2 * w) + V)
     return {
-        "weights": parameters(config) * size,
+        "weights": weights,
         "cache": config.num_hidden_layers * layer,
         "activations": activations,
     }
