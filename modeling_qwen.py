@@ -46,6 +46,7 @@ from .transformers_compat import (
     DynamicCache,
     GradientCheckpointingLayer,
     PreTrainedModel,
+    addcmul,
     as_cache,
     attention_function,
     cache_kwargs,
@@ -167,8 +168,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """
     half = cos.shape[-1]
     x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    y1 = torch.addcmul(x1 * cos, x2, sin, value=-1)
-    y2 = torch.addcmul(x2 * cos, x1, sin)
+    y1 = addcmul(x1 * cos, x2, sin, value=-1)
+    y2 = addcmul(x2 * cos, x1, sin)
     return torch.cat((y1.to(x.dtype), y2.to(x.dtype), rest), dim=-1)
 
 

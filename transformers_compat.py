@@ -42,6 +42,14 @@ def _rms_norm(x, shape, weight, eps):
 
 rms_norm = getattr(F, "rms_norm", _rms_norm)
 
+try:
+    torch.addcmul(*(torch.ones(1, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32)))
+    addcmul = torch.addcmul
+except RuntimeError:  # torch 1.12 wants one data type
+
+    def addcmul(x, factor1, factor2, value=1):
+        return torch.addcmul(x, factor1.to(x.dtype), factor2, value=value)
+
 
 def cpu_supports_bf16() -> bool:
     """Whether this CPU has instructions for bfloat16; torch up to 1.13 can't tell, and has no fast code for it."""

@@ -516,7 +516,7 @@ def test_exports(native):
             return decode_step(*inputs)
 
     with torch.no_grad():
-        program = torch.export.export(Step(), decode_inputs())
+        program = torch.export.export(Step(), decode_inputs(), strict=False)
         called = {str(node.target).split(".")[1] for node in program.graph.nodes if "qwen_" in str(node.target)}
         assert called == set(operator_inputs()) - {"linear"}  # that is exported as the layer that it is
         torch.testing.assert_close(program.module()(*decode_inputs()), decode_step(*decode_inputs()))
