@@ -401,9 +401,18 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def rotary_reference(x, cos, sin):
     half = cos.shape[-1]
     x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    y1 = torch.addcmul(x1 * cos, x2, sin, value=-1)
-    y2 = torch.addcmul(x2 * cos, x1, sin)
+    y1 = _addcmul(x1 * cos, x2, sin, value=-1)
+    y2 = _addcmul(x2 * cos, x1, sin)
     return torch.cat((y1.to(x.dtype), y2.to(x.dtype), rest), dim=-1)
+
+
+try:
+    torch.addcmul(*(torch.ones(1, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32)))
+    _addcmul = torch.addcmul
+except RuntimeError:  # torch 1.12 wants one data type
+
+    def _addcmul(x, factor1, factor2, value=1):
+        return torch.addcmul(x, factor1.to(x.dtype), factor2, value=value)
 
 
 # --- Operators ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import contextlib
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -105,6 +106,10 @@ def install_other(python: str, torch: str, release: str) -> Path:
         names = {*re.findall(r"^\w[\w-]*", text, re.MULTILINE), *packages(release)} - {"ruff", "tokenizers"}
         if numbers(torch) < (2, 3):  # built for NumPy 1; torch 1 brings no jinja2
             names |= {"numpy<2", "jinja2"}
+        elif numbers(torch) < (2, 7):  # the interpreter of its Triton fails with NumPy 2.4
+            names.add("numpy<2.3")
+        if numbers(python) < (3, 9):  # which peft 0.14 needs: take the newest that installs
+            names.discard("peft==0.14.0")
         if numbers(torch) < (1, 13):
             names = {name for name in names if not name.startswith("peft")}
         pip_install(folder, f"torch=={torch}", "setuptools", "wheel", *sorted(names))
@@ -146,7 +151,9 @@ def test(name: tuple[str, ...], files: tuple[str, ...], jobs: int) -> Result:
     report.unlink(missing_ok=True)
     environment = {**os.environ, "QWEN_EXPECT_TRANSFORMERS": name[-1]}
     environment["PATH"] = os.pathsep.join([str(python.parent), os.environ["PATH"]])
-    environment["HF_MODULES_CACHE"] = str(report.with_name("modules"))  # releases would overwrite each other's
+    modules = report.with_name("modules")  # releases would overwrite each other's
+    shutil.rmtree(modules, ignore_errors=True)  # what was loaded from a hub is not copied anew
+    environment["HF_MODULES_CACHE"] = str(modules)
     environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     command = [python, "-m", "pytest", f"--junitxml={report}", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

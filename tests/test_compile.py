@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from conftest import lacks, needs_sdpa, random_ids, tiny_model
+from conftest import compat, lacks, needs_sdpa, random_ids, tiny_model
 
 pytestmark = pytest.mark.skipif(not hasattr(torch, "compiler"), reason="needs the compiler of torch 2.1")
 CompileConfig = getattr(transformers, "CompileConfig", None)
@@ -37,6 +37,8 @@ def test_generation_with_a_static_cache_compiles_once(graphs):
     model = tiny_model(**NTK_LOGN)
     config = CompileConfig(backend=lambda *args, **kwargs: graphs(*args, **kwargs), mode=None, fullgraph=True)
     config._compile_all_devices = True
+    # Up to 4.52 the mask grows with every token: a second graph is for masks of any length.
+    number = 1 if compat.masking_utils is not None else 2
     for length, padding in ((100, 0), (40, 3), (20, 0), (70, 30)):
         ids = random_ids(2, length, seed=length)
         mask = torch.ones_like(ids)
@@ -46,10 +48,10 @@ def test_generation_with_a_static_cache_compiles_once(graphs):
             ids, attention_mask=mask, cache_implementation="static", compile_config=config, **GREEDY
         )
         assert torch.equal(output, expected)
-        assert graphs.number == 1
+        assert graphs.number == number
     sampling = {**GREEDY, "do_sample": True}
     model.generate(ids, attention_mask=mask, cache_implementation="static", compile_config=config, **sampling)
-    assert graphs.number == 1
+    assert graphs.number == number
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -515,7 +515,7 @@ def test_exports(native, monkeypatch):
             return decode_step(*inputs)
 
     with torch.no_grad():
-        program = torch.export.export(Step(), decode_inputs())
+        program = torch.export.export(Step(), decode_inputs(), strict=False)
         called = {str(node.target).split(".")[1] for node in program.graph.nodes if "qwen_" in str(node.target)}
         # the others are exported as PyTorch has them
         assert called == {"decode_attention", "quantize_append", "quantized_decode_attention"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import sys
@@ -12,6 +13,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from conftest import ROOT, modeling_qwen, needs_sdpa, random_ids, tiny_config, tiny_model
+from qwen.transformers_compat import ALL_ATTENTION_FUNCTIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -141,8 +143,11 @@ def test_peak_of_a_prefill(shape, dtype, cache, monkeypatch):
         logits = model(ids, past_key_values=store, logits_to_keep=1).logits[:, -1]
         logits.to(copy=True, dtype=torch.float32)  # as `generate` does
     need = tool.memory(model.config, dtype, 512, 2, cache)
-    # Up to 4.47 the projection of attention's output has one more copy of it beside it.
-    limit = 1.03 if hasattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS") else 1.1
+    limit = 1.03
+    if not hasattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS"):
+        limit = 1.1  # up to 4.47 the projection of attention's output has one more copy of it beside it
+    elif "key.contiguous()" in inspect.getsource(ALL_ATTENTION_FUNCTIONS["sdpa"]):
+        limit = 1.2  # up to 4.55 keys and values are copied
     assert 0.97 < live.peak / (need["cache"] + need["activations"]) < limit
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import golden_folder, lacks, modeling_qwen, needs_sdpa, random_ids, static_cache, tiny_config, tiny_model
-from qwen.transformers_compat import DynamicCache, masking_utils
+from qwen.transformers_compat import HAS_SDPA, DynamicCache, masking_utils
 from reference import forward as reference_forward
 from reference import qwen2_of
 from safetensors.torch import load_file
@@ -53,10 +53,12 @@ def test_recorded_outputs_of_the_published_implementation(case):
     expected = load_file(folder / case / "expected.safetensors")
     model = modeling_qwen.QWenLMHeadModel.from_pretrained(folder / case)
     lengths = sorted(int(key[4:]) for key in expected if key.startswith("ids_"))
+    # Recorded in float32: its own distance from float64 is about 1e-4, and torch 1.12 adds up in another order.
+    tolerance = 1e-4 if HAS_SDPA else 1.5e-4
     for length in lengths:
         ids = expected[f"ids_{length}"]
         with torch.no_grad():
-            close(model(ids).logits, expected[f"logits_{length}"])
+            close(model(ids).logits, expected[f"logits_{length}"], tolerance)
         if length <= 65:  # the definition is slow, and right for all lengths if it is for some beyond seq_length
             definition = reference_forward(model.state_dict(), model.config, ids[0].tolist())
             close(definition, expected[f"logits_{length}"][0], 2e-4)

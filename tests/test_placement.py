@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_flatten
 from transformers import GenerationConfig
 
 CPU = torch.device("cpu")
-TorchFunctionMode = getattr(torch.overrides, "TorchFunctionMode", None)  # torch 1.12 has none
+TorchFunctionMode = getattr(torch.overrides, "TorchFunctionMode", None)
+if not hasattr(TorchFunctionMode, "__enter__"):  # torch 1.12
+    TorchFunctionMode = None
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 6}
 NTK_LOGN = {"use_dynamic_ntk": True, "use_logn_attn": True}
 

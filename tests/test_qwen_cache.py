@@ -461,9 +461,7 @@ def test_a_conversation_keeps_its_cache(demo_tokenizer, bits):
     assert (response, history) == model.chat(demo_tokenizer, "hi", None)
     length = cache.get_seq_length()
     seen = []
-    handle = model.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
+    handle = model.transformer.wte.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     second, history2, same = model.chat(
         demo_tokenizer, "1+1=?", history, past_key_values=cache, return_past_key_values=True
     )
