@@ -11,7 +11,7 @@ columns are the groups of channels that share a step.
 In the shapes below N is a block of keys, hd the width of a head, G the groups of channels of int4.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: the interpreter of Triton up to 3.2 knows no constexpr that is a text.
 
 import functools
 import importlib

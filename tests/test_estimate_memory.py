@@ -143,12 +143,13 @@ def test_peak_of_a_prefill(shape, dtype, cache, monkeypatch):
         logits = model(ids, past_key_values=store, logits_to_keep=1).logits[:, -1]
         logits.to(copy=True, dtype=torch.float32)  # as `generate` does
     need = tool.memory(model.config, dtype, 512, 2, cache)
-    limit = 1.03
+    floor, limit = 0.97, 1.03
     if not hasattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS"):
-        limit = 1.1  # up to 4.47 the projection of attention's output has one more copy of it beside it
+        # Up to 4.47 the projection of attention's output has one more copy of it beside it; not with torch 2.4.
+        floor, limit = 0.96, 1.1
     elif "key.contiguous()" in inspect.getsource(ALL_ATTENTION_FUNCTIONS["sdpa"]):
         limit = 1.2  # up to 4.55 keys and values are copied
-    assert 0.97 < live.peak / (need["cache"] + need["activations"]) < limit
+    assert floor < live.peak / (need["cache"] + need["activations"]) < limit
 
 
 @pytest.mark.parametrize(("context", "peak"), [(2048, 16.74), (8192, 20.52), (32000, 35.17)])
