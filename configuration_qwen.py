@@ -200,6 +200,8 @@ class QWenConfig(PretrainedConfig):
             raise ValueError(f"config.seq_length must be at least 2 tokens, found {self.seq_length}.")
         if self.use_flash_attn not in ("auto", True, False):
             raise ValueError(f"config.use_flash_attn must be 'auto', true or false, found {self.use_flash_attn!r}.")
+        if not isinstance(self.int8_weights, bool):
+            raise ValueError(f"config.int8_weights must be true or false, found {self.int8_weights!r}.")
         if self.cache_bits not in (4, 8) or (
             self.cache_bits == 4 and self.use_cache_quantization and self.kv_channels % 16
         ):

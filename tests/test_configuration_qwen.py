@@ -49,6 +49,7 @@ def test_every_published_key_is_kept_and_72b_has_the_published_weights():
         ({"num_hidden_layers": "3"}, "num_hidden_layers must be a positive integer, found '3'"),
         ({"rotary_pct": 0.01}, "an even number of channels between 2 and 16"),
         ({"seq_length": 1}, "seq_length must be at least 2"),
+        ({"int8_weights": 8}, "int8_weights must be true or false, found 8"),
         ({"use_flash_attn": "yes"}, "use_flash_attn must be 'auto', true or false, found 'yes'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings must be false"),
     ],
