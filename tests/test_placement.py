@@ -115,7 +115,7 @@ def test_what_blocks_share_crosses_each_boundary_once(pretended, layers, padded)
             ids, mask = pretended.put((ids, mask), "cuda:0")
             output = model(ids, attention_mask=mask, use_cache=True)
             assert str(output.logits.device) == "cuda:0"
-    assert torch.equal(output.logits, expected)
+    torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-3)  # native operations are a CPU's
     # vmap, by which releases up to 4.57 make masks, hides what is pretended: they seem to come from the CPU.
     moved = Counter((source, target) for _, source, target in pretended.moves if "cpu" not in (source, target))
     assert set(moved) == {("cuda:0", "cuda:1"), ("cuda:1", "cuda:2"), ("cuda:2", "cuda:0")}

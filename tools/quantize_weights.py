@@ -54,7 +54,7 @@ def quantize_file(source: Path, target: Path, names: set[str]) -> dict[str, int]
             if name in names:
                 tensors[name], tensors[f"{name}_scale"] = quantize(tensors[name])
     save_file(tensors, target, metadata={"format": "pt"})
-    return {name: tensor.nbytes for name, tensor in tensors.items()}
+    return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
 
 def int8_names(folder: Path) -> set[str]:
