@@ -225,16 +225,18 @@ def _half(codes, ASM: tl.constexpr, PURE: tl.constexpr):
 def _low(codes, PLUS: tl.constexpr, ASM: tl.constexpr, PURE: tl.constexpr):
     """The low 4 bits in float16, plus PLUS."""
     if ASM:
-        return _half(codes, LOW, PURE) - (64.0 - PLUS)
-    return ((codes & 15).to(tl.int16) << 4 | 0x5400).to(tl.float16, bitcast=True) - (64.0 - PLUS)
+        return (_half(codes, LOW, PURE) - (64.0 - PLUS)).to(tl.float16)
+    codes = ((codes & 15).to(tl.int32) << 4 | 0x5400).to(tl.int16).to(tl.float16, bitcast=True)
+    return (codes - (64.0 - PLUS)).to(tl.float16)
 
 
 @triton.jit
 def _high(codes, PLUS: tl.constexpr, ASM: tl.constexpr, PURE: tl.constexpr):
     """The high 4 bits in float16, plus PLUS."""
     if ASM:
-        return _half(codes, HIGH, PURE) - (64.0 - PLUS)
-    return ((codes & 240).to(tl.int16) | 0x5400).to(tl.float16, bitcast=True) - (64.0 - PLUS)
+        return (_half(codes, HIGH, PURE) - (64.0 - PLUS)).to(tl.float16)
+    codes = ((codes & 240).to(tl.int32) | 0x5400).to(tl.int16).to(tl.float16, bitcast=True)
+    return (codes - (64.0 - PLUS)).to(tl.float16)
 
 
 @triton.jit
@@ -242,7 +244,7 @@ def _signed(codes, ASM: tl.constexpr, PURE: tl.constexpr):
     """All 8 bits, which are those of an int8, in float16."""
     if ASM:
         return _half(codes, SIGNED, PURE)
-    return ((codes ^ 0x80).to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+    return ((codes ^ 0x80).to(tl.int32) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1152.0
 
 
 @triton.jit

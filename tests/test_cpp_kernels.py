@@ -511,6 +511,9 @@ def test_compiles_without_graph_breaks(native):
 
 
 def test_exports(native, monkeypatch):
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        pytest.skip("needs torch 2.6: 2.4 exports no operator that only writes")
+
     class Step(torch.nn.Module):
         def forward(self, *inputs):
             return decode_step(*inputs)
