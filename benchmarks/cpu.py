@@ -18,16 +18,13 @@ import copy
 import ctypes
 import gc
 import importlib.util
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 import transformers
-from kv_cache import ROOT, QWenCache, kernels, modeling, qwen2_of, random_model
-from tqdm import tqdm
+from kv_cache import ROOT, QWenCache, kernels, medians, modeling, qwen2_of, random_model
 
 PREFILL, CONTEXTS, TOKENS = 512, (512, 4096), 24
 HAS_LLAMA = all(importlib.util.find_spec(name) for name in ("gguf", "llama_cpp"))
@@ -160,18 +157,6 @@ def write_gguf(model, path: Path, kind: str) -> None:
     writer.close()
 
 
-def in_turn(functions: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each; the first call of each is not counted."""
-    seconds: dict = {name: [] for name in functions}
-    for i in tqdm(range(rounds + 1), leave=False, disable=None):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function()
-            if i:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
 def weights_read(model) -> int:
     """Bytes of the weights that a token goes through: all but the embedding."""
     return sum(t.nbytes for name, t in model.state_dict().items() if "wte" not in name)
@@ -195,7 +180,7 @@ def speeds(threads: int, rounds: int, folder: Path) -> None:
     ids = torch.randint(config.vocab_size, (1, max(CONTEXTS)), generator=torch.Generator().manual_seed(0))
     source = torch.ones(1 << 28)
 
-    taken = in_turn({name: lambda e=e: e.prefill(ids[:, :PREFILL]) for name, e in engines.items()}, rounds)
+    taken = medians({name: lambda e=e: e.prefill(ids[:, :PREFILL]) for name, e in engines.items()}, rounds, "cpu")
     print(f"\nprefill of {PREFILL} tokens\n\n| | seconds | tokens/s |\n|---|---|---|")
     for name, seconds in taken.items():
         print(f"| {name} | {seconds:.2f} | {PREFILL / seconds:.0f} |", flush=True)
@@ -204,7 +189,7 @@ def speeds(threads: int, rounds: int, folder: Path) -> None:
         logits = {name: engine.fill(ids[:, :S]) for name, engine in engines.items()}
         expected = logits["ours, bfloat16"]
         functions = {name: engine.decode for name, engine in engines.items()}
-        taken = in_turn({"memory": source.sum, **functions}, rounds)
+        taken = medians({"memory": source.sum, **functions}, rounds, "cpu")
         memory = source.nbytes / taken.pop("memory") / 1e9
         print(f"\ndecoding behind {S} tokens; the sum of a large tensor reads {memory:.1f} GB/s\n")
         print("| | tokens/s | GB/s | share of the sum's | logits differ from ours by |\n|---|---|---|---|---|")

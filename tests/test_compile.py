@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from conftest import compat, lacks, needs_sdpa, random_ids, tiny_model
+from conftest import compat, lacks, modeling_qwen, needs_sdpa, random_ids, tiny_model
 
 pytestmark = pytest.mark.skipif(not hasattr(torch, "compiler"), reason="needs the compiler of torch 2.1")
 CompileConfig = getattr(transformers, "CompileConfig", None)
@@ -56,7 +56,7 @@ def test_generation_with_a_static_cache_compiles_once(graphs):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=needs_sdpa)])
-def test_exported_forward_for_batches_of_any_size(attention, strict):
+def test_exported_forward_for_batches_of_any_size(attention, strict, monkeypatch):
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
         pytest.skip("needs torch 2.9 or so: 2.8 can't export masks that are made by vmap")
     model = tiny_model(attn_implementation=attention, **NTK_LOGN)
@@ -66,12 +66,14 @@ def test_exported_forward_for_batches_of_any_size(attention, strict):
     arguments = {**example, "use_cache": False}
     with torch.no_grad():
         program = torch.export.export(model, (), arguments, dynamic_shapes=shapes, strict=strict).module()
+        for name in ("rms_norm", "rotary"):  # the native ones round otherwise
+            monkeypatch.setattr(modeling_qwen, name, getattr(modeling_qwen, f"{name}_reference"))
         for batch, length, padding in ((2, 40, 0), (3, 70, 11), (1, 9, 0)):
             ids = random_ids(batch, length)
             mask = torch.ones_like(ids)
             mask[0, :padding] = 0
             logits = program(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            torch.testing.assert_close(logits, model(ids, attention_mask=mask).logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits, model(ids, attention_mask=mask).logits)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -49,7 +49,7 @@ def padded(rows):
     return ids, mask
 
 
-def assert_near(found, expected, share=1e-3):
+def assert_near(found, expected, share=5e-4):
     """The default leaves room for a few codes that another order of additions rounds the other way."""
     assert found.shape == expected.shape
     assert (found - expected).norm() <= share * expected.norm()
@@ -183,7 +183,7 @@ def test_rows_can_be_reordered_repeated_and_selected(model, make):
         ([1, 2], lambda cache: cache.batch_select_indices(torch.tensor([False, True, True]))),
         ([0, 0, 1, 1, 2, 2], lambda cache: cache.batch_repeat_interleave(2)),
     ):
-        assert_near(continued(change, rows), whole[rows])
+        assert_near(continued(change, rows), whole[rows], 1e-3)  # products of other numbers of rows differ too
 
 
 @every_cache

@@ -1,5 +1,5 @@
 """
-Make a checkpoint with int8 weights: half the memory, and about twice the speed of decoding on a CPU.
+Make a checkpoint with int8 weights: little more than half the memory, and faster decoding on a CPU.
 
     python tools/quantize_weights.py SOURCE TARGET
 
