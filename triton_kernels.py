@@ -1,7 +1,7 @@
 """
-The operations on caches for GPUs, in Triton; cpp_kernels.py says what they compute and describes the format.
+The operations on caches for GPUs, in Triton; qwen_ops.py says what they compute and describes the format.
 
-modeling_qwen.py imports this module when the first tensor on a GPU comes. One kernel attends: every program takes one
+qwen_ops.py imports this module when the first tensor on a GPU comes. One kernel attends: every program takes one
 query and a share of the keys, so that a single sequence fills the card; a second one puts the shares together. It has
 two ways to multiply. Element by element it works in float32 throughout. With `DOT` it uses tensor cores: codes are
 exact in float16, and a float32 factor, less than 1, is the sum of `TERMS` float16 numbers: two are as exact as float32,
@@ -18,7 +18,7 @@ import importlib
 
 import torch
 
-from .cpp_kernels import (
+from .qwen_ops import (
     CENTRES,
     GPU_HEAD_SIZES,
     STEPS,
@@ -51,7 +51,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _hadamard(x, ROWS: tl.constexpr, HD: tl.constexpr, LOG_HD: tl.constexpr):
-    """cpp_kernels.rotate of (ROWS, HD), in the same order of additions."""
+    """qwen_ops.rotate of (ROWS, HD), in the same order of additions."""
     for i in tl.static_range(LOG_HD):
         pairs = tl.permute(tl.reshape(x, (ROWS * HD // (2 << i), 2, 1 << i)), (0, 2, 1))
         a, b = tl.split(pairs)
@@ -148,7 +148,7 @@ def _append_kernel(
 
 @triton.jit
 def _sum_of_eight(x, ROWS: tl.constexpr, G: tl.constexpr):
-    """(ROWS, 8, G) to (ROWS, G), in the order of cpp_kernels.py."""
+    """(ROWS, 8, G) to (ROWS, G), in the order of qwen_ops.py."""
     for i in tl.static_range(3):
         halves = tl.reshape(x, (ROWS, 2, 4 >> i, G))
         a, b = tl.split(tl.permute(halves, (0, 2, 3, 1)))
