@@ -22,8 +22,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import cached_file, logging
 
 from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
@@ -51,12 +49,17 @@ from .qwen_generation_utils import (
     stream_generate,
 )
 from .transformers_compat import (
+    CACHE,
     DRAFTS_CROP_CACHES,
     DTYPE,
     FLASH_MIXES_ROWS,
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
     DynamicCache,
+    GenerationMixin,
     GradientCheckpointingLayer,
     PreTrainedModel,
+    accepts_cache,
     as_cache,
     attention_function,
     cache_kwargs,
@@ -69,6 +72,7 @@ from .transformers_compat import (
     gpu_supports_bf16,
     is_compiling,
     is_flash_attn_2_available,
+    known_arguments,
     load_config,
     loading_defaults,
     named_attention,
@@ -312,7 +316,7 @@ class QWenPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["QWenBlock"]
     # Objects that every block shares: a cache moves by layer itself, a list is appended to.
-    _skip_keys_device_placement = ["past_key_values", "attention_weights"]
+    _skip_keys_device_placement = ["past_key_values", "cache", "attention_weights"]
     # Tables that early checkpoints carry and that are computed here.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$", r"logn_tensor$"]
     _supports_sdpa = True
@@ -585,6 +589,7 @@ class QWenModel(QWenPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.wte = value
 
+    @known_arguments
     @can_return_tuple
     def forward(
         self,
@@ -690,9 +695,9 @@ class QWenModel(QWenPreTrainedModel):
             all_hidden_states.append(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(attention_weights) if output_attentions else None,
+            **{CACHE: past_key_values if use_cache else None},
         )
 
     def _embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
@@ -799,6 +804,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
+    @known_arguments
     @can_return_tuple
     def forward(
         self,
@@ -846,11 +852,12 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+            **{CACHE: output.past_key_values},
         )
 
+    @accepts_cache
     def generate(
         self,
         inputs=None,
@@ -897,7 +904,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         cache = kwargs.get("past_key_values")
         try:
             output = super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
-            cache = getattr(output, "past_key_values", cache)
+            cache = getattr(output, CACHE, cache)
         finally:
             if getattr(cache, "prompt_lengths", None) is not None:
                 cache.prompt_lengths = None  # the note was for this prompt; the cache may outlive it
@@ -947,7 +954,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As inherited; notes the length of the prompt, int64 (B,), on a cache that is still empty."""
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if self.config.use_dynamic_ntk and cache is not None and not cache.get_seq_length():
             positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
             if positions is not None:
@@ -956,6 +963,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
                 cache.prompt_lengths = mask.long().sum(-1)
         return result
 
+    @accepts_cache
     def chat(
         self,
         tokenizer,
@@ -1010,6 +1018,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         history = [*(history or []), (query, response)]
         return (response, history, turn.cache) if return_past_key_values else (response, history)
 
+    @accepts_cache
     def chat_stream(
         self,
         tokenizer,
