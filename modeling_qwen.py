@@ -63,6 +63,7 @@ from .transformers_compat import (
     as_cache,
     attention_function,
     cache_kwargs,
+    cache_of,
     can_return_tuple,
     cpu_supports_bf16,
     cpu_supports_fp16,
@@ -904,7 +905,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         cache = kwargs.get("past_key_values")
         try:
             output = super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
-            cache = getattr(output, CACHE, cache)
+            cache = cache_of(output, cache)
         finally:
             if getattr(cache, "prompt_lengths", None) is not None:
                 cache.prompt_lengths = None  # the note was for this prompt; the cache may outlive it

@@ -126,6 +126,16 @@ def accepts_cache(method):
     return wrapper
 
 
+def cache_of(output, default=None):
+    """The cache in what `generate` returns, which can be read there under both names from now on; else `default`."""
+    if not hasattr(output, CACHE):
+        return default
+    other = "past_key_values" if CACHE == "cache" else "cache"
+    if not hasattr(type(output), other):  # which from 5.24 on is there, with a warning
+        setattr(output, other, getattr(output, CACHE))
+    return getattr(output, CACHE)
+
+
 # Up to 4.57 a cache is told where to write; from 5.0 it counts for itself.
 _CACHE_WANTS_POSITIONS = (
     masking_utils is None or "cache_position" in inspect.signature(masking_utils.create_causal_mask).parameters
@@ -836,6 +846,12 @@ class PreTrainedModel(transformers.PreTrainedModel):
             return past_key_values
 
 
+# The arguments of `generate` that can be given by position.
+_GENERATE_ARGUMENTS = (
+    *("inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"),
+    *("synced_gpus", "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask"),
+)
+
 # What the running call of `generate` has seen of its steps, on a release that is not tested: tokens read with each.
 _STEPS = contextvars.ContextVar("steps", default=None)
 
@@ -849,18 +865,20 @@ class GenerationMixin(transformers.GenerationMixin):
     relies on have changed.
     """
 
-    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
+    def generate(self, *args, **kwargs):
+        if len(args) > len(_GENERATE_ARGUMENTS):
+            raise TypeError(f"Pass what follows {_GENERATE_ARGUMENTS[-1]} by name.")
+        kwargs.update(zip(_GENERATE_ARGUMENTS, args))  # by name, whatever their order has become
         cache = kwargs.pop("past_key_values", None)
         if cache is not None:
             kwargs[CACHE] = cache
-        arguments = (inputs, generation_config, logits_processor, *args)
         if not IS_NEWER:
-            return super().generate(*arguments, **kwargs)
+            return super().generate(**kwargs)
         _check_release()
         steps = []
         token = _STEPS.set(steps)
         try:
-            output = super().generate(*arguments, **kwargs)
+            output = super().generate(**kwargs)
         finally:
             _STEPS.reset(token)
         if not steps:
@@ -1169,11 +1187,17 @@ PRIVATE_NAMES = {
         for name in (
             *("_auto_class", "_no_split_modules", "_skip_keys_device_placement", "_tp_plan", "_can_compile_fullgraph"),
             *("_keys_to_ignore_on_load_unexpected", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"),
-            *("_supports_attention_backend", "_fsdp_plan", "_can_set_attn_implementation"),
+            *("_supports_attention_backend", "_can_set_attn_implementation"),
         )
     },
+    "_fsdp_plan": lambda: not KEEPS_FUSED_HEADS or hasattr(transformers.PreTrainedModel, "_fsdp_plan"),
     # what a tokenizer brings, or calls
     "_encode_plus": lambda: _takes(transformers.PreTrainedTokenizer, "_encode_plus", "text", "text_pair"),
+    "_eventual_warn_about_too_long_sequence": lambda: _takes(
+        transformers.PreTrainedTokenizer, "_eventual_warn_about_too_long_sequence", "ids", "max_length", "verbose"
+    ),
+    "_from_pretrained": lambda: _takes(transformers.PreTrainedTokenizer, "_from_pretrained", "resolved_vocab_files"),
+    "_add_tokens": lambda: _takes(transformers.PreTrainedTokenizer, "_add_tokens", "new_tokens", "special_tokens"),
     "_convert_token_to_id": lambda: _takes(transformers.PreTrainedTokenizer, "_convert_token_to_id", "token"),
     "_convert_id_to_token": lambda: _takes(transformers.PreTrainedTokenizer, "_convert_id_to_token", "index"),
     "_decode": lambda: _takes(transformers.PreTrainedTokenizer, "_decode", "token_ids", "skip_special_tokens"),
