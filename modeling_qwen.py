@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_qwen import QWenConfig
 from .qwen_attention import ALL_ATTENTION_FUNCTIONS, create_causal_mask
@@ -26,10 +25,13 @@ from .qwen_decode import QWenGenerationMixin, decoding_step
 from .qwen_generation_utils import StopWordsLogitsProcessor, decode_tokens, get_stop_words_ids, make_context
 from .qwen_loading import QWenPreTrainedModel
 from .transformers_compat import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
     GradientCheckpointingLayer,
     as_cache,
     cache_kwargs,
     can_return_tuple,
+    known_arguments,
     tensor_parallel_plan,
     tied_weights,
     to_device_of,
@@ -275,6 +277,7 @@ class QWenModel(QWenPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.wte = value
 
+    @known_arguments
     @can_return_tuple
     @decoding_step
     def forward(
@@ -493,6 +496,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
+    @known_arguments
     @can_return_tuple
     @decoding_step
     def forward(

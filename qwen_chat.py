@@ -18,12 +18,13 @@ from .qwen_generation_utils import (
     make_context,
     stream_generate,
 )
-from .transformers_compat import DynamicCache, crop_cache, input_device
+from .transformers_compat import DynamicCache, accepts_cache, crop_cache, input_device
 
 
 class QWenChatMixin:
     """Chat for a model that has `generate`."""
 
+    @accepts_cache
     def chat(
         self,
         tokenizer,
@@ -78,6 +79,7 @@ class QWenChatMixin:
         history = [*(history or []), (query, response)]
         return (response, history, turn.cache) if return_past_key_values else (response, history)
 
+    @accepts_cache
     def chat_stream(
         self,
         tokenizer,
