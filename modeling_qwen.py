@@ -452,8 +452,8 @@ def lengths_so_far(position_ids: torch.Tensor) -> torch.Tensor:
     position_ids: int64 (B, T). A sequence ends where the next position does not follow: rows may be packed with
     several, each counted from 0.
     """
-    begins = F.pad((position_ids[:, 1:] != position_ids[:, :-1] + 1).long(), (1, 0))  # (B, T)
-    sequence = begins.cumsum(-1)  # (B, T), which of its row's a token belongs to
+    begins = (position_ids != position_ids.roll(1, dims=1) + 1).long()  # (B, T)
+    sequence = begins.cumsum(-1) - begins[:, :1]  # (B, T), which of its row's a token belongs to
     last = torch.zeros_like(position_ids).scatter_reduce(1, sequence, position_ids, "amax")  # (B, sequences)
     return last.gather(1, sequence) + 1
 
