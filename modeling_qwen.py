@@ -314,7 +314,7 @@ class QWenModel(QWenPreTrainedModel):
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, or a mask too short for the cache.
-            IndexError: an id outside the vocabulary (on a CPU; a GPU stops the process by an assertion).
+            IndexError: an id outside the vocabulary (where the device reports it).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -329,8 +329,7 @@ class QWenModel(QWenPreTrainedModel):
 
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, hidden)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        # kwargs hold it when a release up to 4.57 generates; it means the same.
-        cache_position = kwargs.pop("cache_position", None)
+        cache_position = kwargs.pop("cache_position", None)  # where in the cache the tokens go; `generate` may say it
         if cache_position is None:
             cache_position = torch.arange(x.shape[1], device=x.device) + past_length  # (T,)
         if position_ids is None:
