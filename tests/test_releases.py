@@ -38,7 +38,6 @@ def test_the_newest_tested_release_is_the_same_everywhere():
     page = (ROOT / "docs" / "compatibility.md").read_text()
     assert f"With a release newer than {newest} " in page
     assert f"4.57.6 and {newest}:" in page
-    assert all(f"\n| {release} | " in page for release in matrix.RELEASES)
 
 
 def test_the_newest_version_is_read_from_what_pip_prints():
