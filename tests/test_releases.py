@@ -86,7 +86,7 @@ def test_two_caches_are_refused():
 
 def test_chat_takes_both_names(demo_tokenizer):
     model = tiny_model(vocab_size=len(demo_tokenizer))
-    model.generation_config.chat_format = "chatml"
+    model.generation_config = transformers.GenerationConfig(chat_format="chatml")
     settings = {"do_sample": False, "max_new_tokens": 4}
     _, history, cache = model.chat(demo_tokenizer, "hi", None, return_past_key_values=True, **settings)
     expected, _ = model.chat(demo_tokenizer, "and?", history, **settings)
