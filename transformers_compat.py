@@ -1163,7 +1163,7 @@ def _takes(owner, name: str, *arguments: str) -> bool:
 
 
 def _has(owner, name: str) -> bool:
-    return hasattr(owner, name) or masking_utils is None
+    return hasattr(owner, name) or _CACHE_WANTS_POSITIONS  # up to 4.57 some are missing
 
 
 # All private names of transformers that the modules use, and whether each is what they take it for. Public ones that
@@ -1183,7 +1183,7 @@ PRIVATE_NAMES = {
             *("_supports_attention_backend", "_can_set_attn_implementation"),
         )
     },
-    "_fsdp_plan": lambda: not KEEPS_FUSED_HEADS or hasattr(transformers.PreTrainedModel, "_fsdp_plan"),
+    "_fsdp_plan": lambda: CACHE != "cache" or hasattr(transformers.PreTrainedModel, "_fsdp_plan"),
     # what a tokenizer brings, or calls
     "_encode_plus": lambda: _takes(transformers.PreTrainedTokenizer, "_encode_plus", "text", "text_pair"),
     "_eventual_warn_about_too_long_sequence": lambda: _takes(

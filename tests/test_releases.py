@@ -38,7 +38,6 @@ def test_the_newest_tested_release_is_the_same_everywhere():
     page = (ROOT / "docs" / "compatibility.md").read_text()
     assert f"With a release newer than {newest} " in page
     assert f"4.57.6 and {newest}:" in page
-    assert all(f"\n| {release} | " in page for release in matrix.RELEASES)
 
 
 def test_the_newest_version_is_read_from_what_pip_prints():
@@ -87,7 +86,7 @@ def test_two_caches_are_refused():
 
 def test_chat_takes_both_names(demo_tokenizer):
     model = tiny_model(vocab_size=len(demo_tokenizer))
-    model.generation_config.chat_format = "chatml"
+    model.generation_config = transformers.GenerationConfig(chat_format="chatml")
     settings = {"do_sample": False, "max_new_tokens": 4}
     _, history, cache = model.chat(demo_tokenizer, "hi", None, return_past_key_values=True, **settings)
     expected, _ = model.chat(demo_tokenizer, "and?", history, **settings)
