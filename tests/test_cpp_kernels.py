@@ -597,6 +597,94 @@ def make_version(tmp_path, monkeypatch):
     return make
 
 
+def plant(version, path):
+    """Another user's library under the name of ours: loading it would leave a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = path.with_suffix(".cpp")
+    mark = path.with_name("loaded")
+    source.write_text(f'#include <cstdio>\nstruct A {{ A() {{ std::fclose(std::fopen("{mark}", "w")); }} }} a;\n')
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
+    return mark
+
+
+@needs_compiler
+@pytest.mark.skipif(os.name != "posix", reason="needs owners and modes of files")
+@pytest.mark.parametrize("how", ["file", "folder", "above", "owner", "owner of the folder"])
+@pytest.mark.parametrize("compiler", [True, False], ids=["", "no compiler"])
+def test_a_library_that_others_can_change_is_not_loaded(make_version, tmp_path, monkeypatch, how, compiler):
+    if how.startswith("owner") and os.getuid() != 0:
+        pytest.skip("only root can give a file to another user")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    version = make_version()
+    folder = tmp_path / "cache" / version.module.NAMESPACE
+    os.umask(os.umask(0o022))
+    own = version.module._library()  # its name
+    mark = plant(version, own)
+    changed = {"file": own, "folder": folder, "above": folder.parent, "owner": own, "owner of the folder": folder}[how]
+    if how.startswith("owner"):
+        os.chown(changed, 12345, 12345)
+    else:
+        changed.chmod(0o777)
+    if not compiler:
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.delenv("CXX", raising=False)
+    assert version.answers_right()
+    assert not mark.exists()
+    used = version.module.kernels_in_use()
+    assert used["native"] == compiler
+    if how.startswith(("file", "owner")) and changed == own:  # the folder is ours: built anew in the place of the other
+        assert version.warnings() == [] or not compiler
+        assert not compiler or used["library"] == own
+        assert not compiler or os.stat(own).st_uid == os.getuid()
+    else:
+        assert f"Other users can change {changed} (owner {changed.stat().st_uid}, mode" in version.warnings()[0]
+        if compiler:
+            assert used["library"].parent == tmp_path / "home" / ".cache" / "torch_extensions" / folder.name
+            assert not version.module._who_else_writes(used["library"])
+
+
+@needs_compiler
+def test_what_is_built_is_for_its_user_alone_whatever_the_umask(make_version):
+    version, old = make_version(), os.umask(0)
+    try:
+        library = version.module._library()
+    finally:
+        os.umask(old)
+    assert library.stat().st_mode & 0o022 == library.parent.stat().st_mode & 0o022 == 0
+
+
+@needs_compiler
+def test_without_any_private_place(make_version, tmp_path, monkeypatch):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    for name in ("HOME", "TORCH_EXTENSIONS_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "open" / name))
+    version = make_version()
+    monkeypatch.setattr(version.module.tempfile, "gettempdir", lambda: str(tmp_path / "open"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "open" / "ext"))
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert "Set TORCH_EXTENSIONS_DIR to a folder of your own" in warning
+
+
+def test_a_group_that_is_the_users_own_may_write(make_version, tmp_path):
+    version = make_version()
+    if not version.module._is_own_group(os.getgid()):
+        pytest.skip("this user has no group of its own")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    folder.chmod(0o775)
+    assert version.module._who_else_writes(folder) is None
+    folder.chmod(0o777)
+    assert "mode 777" in version.module._who_else_writes(folder / "not there")
+    folder.chmod(0o1777)
+    assert version.module._who_else_writes(folder / "not there") is None
+    if os.getuid() == 0:
+        folder.chmod(0o775)
+        os.chown(folder, 0, 12345)
+        assert "mode 775" in version.module._who_else_writes(folder)
+
+
 def test_the_pin_is_that_of_the_source():
     found = hashlib.sha256((ROOT / "cpp_kernels.cpp").read_bytes()).hexdigest()
     assert found == kernels.SOURCE_SHA256, "renew it: python tools/build_kernels.py --pin"
