@@ -617,7 +617,6 @@ def test_a_library_that_others_can_change_is_not_loaded(make_version, tmp_path, 
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     version = make_version()
     folder = tmp_path / "cache" / version.module.NAMESPACE
-    os.umask(os.umask(0o022))
     own = version.module._library()  # its name
     mark = plant(version, own)
     changed = {"file": own, "folder": folder, "above": folder.parent, "owner": own, "owner of the folder": folder}[how]

@@ -81,8 +81,9 @@ def test_gradients_of_a_few_parameters_are_those_of_all(dtype, shape, which):
     found = {name: p.grad for name, p in some.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert gradient.abs().max() > 0
-        torch.testing.assert_close(found[name], gradient, rtol=0.05, atol=float(gradient.abs().max()) * 0.02)
+        assert gradient.norm() > 0
+        error = (found[name].double() - gradient.double()).norm() / gradient.double().norm()
+        assert error < (1e-5 if dtype == torch.float32 else 0.05)
 
 
 CACHES = {"ours": QWenCache, "int8": lambda: QWenQuantizedCache(8), "dynamic": compat.DynamicCache}
@@ -112,30 +113,18 @@ def test_a_mask_longer_than_the_keys(cache, surplus, padded):
 def test_stop_texts_are_found_among_tokens_that_were_accepted_at_once(demo_tokenizer):
     """Prompt look-up can accept thirty tokens in a step: a stop text among the first of them ends the row."""
     if not hasattr(transformers.GenerationConfig(), "prompt_lookup_num_tokens"):
-        lacks("has no prompt look-up")
+        lacks("has no prompt look-up decoding")
     model = tiny_model(vocab_size=len(demo_tokenizer))
-    with torch.no_grad():  # without attention every token is a function of the one before
+    ids = [i for token, i in demo_tokenizer.mergeable_ranks.items() if token.isalpha() and len(token) == 3][:60]
+    stop = demo_tokenizer.decode(ids[2:5])
+    assert demo_tokenizer.decode(ids).count(stop) == 1
+    with torch.no_grad():  # a model that says them in this order: each token is chosen by the one before alone
         for block in model.transformer.h:
             block.attn.c_proj.weight.zero_()
-        following = model(torch.arange(len(demo_tokenizer))[:, None]).logits[:, 0].argmax(-1).tolist()
-
-    def walk(token, steps=80):
-        ids = [token]
-        while len(ids) < steps:
-            ids.append(following[ids[-1]])
-        return ids
-
-    def is_good(ids):
-        return (
-            len({*ids[:45]}) == 45
-            and max(ids) < demo_tokenizer.eod_id
-            and demo_tokenizer.decode(ids[2:5]).isprintable()
-        )
-
-    ids = next(ids for ids in map(walk, range(len(following))) if is_good(ids))
-    stop = demo_tokenizer.decode(ids[2:5])
-    assert demo_tokenizer.decode(ids[1:]).count(stop) <= 2
-    prompt = torch.tensor([[*ids[:60], ids[0]]])
+            block.mlp.c_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[ids[1:]] = model.transformer.wte.weight[ids[:-1]]
+    prompt = torch.tensor([[*ids, ids[0]]])
     settings = {"do_sample": False, "pad_token_id": demo_tokenizer.eod_id, "max_new_tokens": 45}
     free = model.generate(prompt, **settings, prompt_lookup_num_tokens=30)[0, prompt.shape[1] :].tolist()
     assert free == ids[1:46]
@@ -148,7 +137,7 @@ def test_stop_texts_are_found_among_tokens_that_were_accepted_at_once(demo_token
 
 def test_answers_with_stop_texts_and_prompt_look_up(demo_tokenizer):
     if not hasattr(transformers.GenerationConfig(), "prompt_lookup_num_tokens"):
-        lacks("has no prompt look-up")
+        lacks("has no prompt look-up decoding")
     model = tiny_model(vocab_size=len(demo_tokenizer), seq_length=512)
     eod = demo_tokenizer.eod_id
     model.generation_config = transformers.GenerationConfig(
