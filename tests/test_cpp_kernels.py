@@ -597,68 +597,86 @@ def make_version(tmp_path, monkeypatch):
     return make
 
 
-def plant(version, path):
-    """Another user's library under the name of ours: loading it would leave a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    source = path.with_suffix(".cpp")
-    mark = path.with_name("loaded")
-    source.write_text(f'#include <cstdio>\nstruct A {{ A() {{ std::fclose(std::fopen("{mark}", "w")); }} }} a;\n')
-    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(path)], check=True)
-    return mark
+@pytest.fixture
+def quick_compiler(tmp_path, monkeypatch):
+    """A compiler that writes a word where the library belongs; for tests that don't load it."""
+    script = tmp_path / "quick"
+    script.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo quick && exit\n'
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && echo built > "$2"; shift; done; true\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
 
 
-@needs_compiler
 @pytest.mark.skipif(os.name != "posix", reason="needs owners and modes of files")
-@pytest.mark.parametrize("how", ["file", "folder", "above", "owner", "owner of the folder"])
-@pytest.mark.parametrize("compiler", [True, False], ids=["", "no compiler"])
-def test_a_library_that_others_can_change_is_not_loaded(make_version, tmp_path, monkeypatch, how, compiler):
+@pytest.mark.parametrize("how", ["file", "folder", "above", "owner of the file", "owner of the folder"])
+def test_a_library_that_others_can_change_is_not_taken(make_version, quick_compiler, tmp_path, monkeypatch, how):
     if how.startswith("owner") and os.getuid() != 0:
         pytest.skip("only root can give a file to another user")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     version = make_version()
-    folder = tmp_path / "cache" / version.module.NAMESPACE
-    own = version.module._library()  # its name
-    mark = plant(version, own)
-    changed = {"file": own, "folder": folder, "above": folder.parent, "owner": own, "owner of the folder": folder}[how]
+    own = version.module._library()
+    assert own.read_text() == "built\n"
+    own.write_text("planted")
+    assert version.module._library().read_text() == "planted"  # by the user, who may
+    changed = {"file": own, "folder": own.parent, "above": own.parent.parent}.get(how.split()[-1])
     if how.startswith("owner"):
         os.chown(changed, 12345, 12345)
     else:
-        changed.chmod(0o777)
-    if not compiler:
-        monkeypatch.setenv("PATH", "")
-        monkeypatch.delenv("CXX", raising=False)
-    assert version.answers_right()
-    assert not mark.exists()
-    used = version.module.kernels_in_use()
-    assert used["native"] == compiler
-    if how.startswith(("file", "owner")) and changed == own:  # the folder is ours: built anew in the place of the other
-        assert version.warnings() == [] or not compiler
-        assert not compiler or used["library"] == own
-        assert not compiler or os.stat(own).st_uid == os.getuid()
+        changed.chmod(changed.stat().st_mode | 0o002)
+    took = version.module._library()
+    assert took.read_text() == "built\n"
+    if changed == own:  # the folder is ours: a new one takes the place of the other
+        assert took == own
+        assert version.warnings() == []
     else:
-        assert f"Other users can change {changed} (owner {changed.stat().st_uid}, mode" in version.warnings()[0]
-        if compiler:
-            assert used["library"].parent == tmp_path / "home" / ".cache" / "torch_extensions" / folder.name
-            assert not version.module._who_else_writes(used["library"])
+        assert took.parent == tmp_path / "home" / ".cache" / "torch_extensions" / own.parent.name
+        (warning,) = version.warnings()
+        assert f"Other users can change {changed} (owner {changed.stat().st_uid}, mode" in warning
+        assert str(took.parent) in warning
+    assert version.module._who_else_writes(took) is None
+    assert took.stat().st_uid == os.getuid()
+
+    took.write_text("planted")
+    took.chmod(0o777)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX")
+    with pytest.raises(version.module._Unavailable, match=r"There is no C\+\+ compiler"):
+        version.module._library()
 
 
 @needs_compiler
-def test_what_is_built_is_for_its_user_alone_whatever_the_umask(make_version):
+@pytest.mark.skipif(os.name != "posix", reason="needs modes of files")
+def test_what_another_user_planted_is_not_run(make_version, tmp_path):
+    version = make_version()
+    library, mark = version.module._library(), tmp_path / "run"
+    source = tmp_path / "planted.cpp"
+    source.write_text(f'#include <cstdio>\nstruct A {{ A() {{ std::fclose(std::fopen("{mark}", "w")); }} }} a;\n')
+    subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    library.chmod(0o777)
+    assert version.answers_right()
+    assert version.module.kernels_in_use()["library"] == library
+    assert not mark.exists()
+    subprocess.run([sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(library)!r})"], check=True)
+    assert not mark.exists()
+
+
+def test_what_is_built_is_for_its_user_alone_whatever_the_umask(make_version, quick_compiler):
     version, old = make_version(), os.umask(0)
     try:
         library = version.module._library()
     finally:
         os.umask(old)
-    assert library.stat().st_mode & 0o022 == library.parent.stat().st_mode & 0o022 == 0
+    assert version.module._who_else_writes(library) is None
+    assert version.module._library() == library
 
 
-@needs_compiler
 def test_without_any_private_place(make_version, tmp_path, monkeypatch):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
-    for name in ("HOME", "TORCH_EXTENSIONS_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "open" / name))
     version = make_version()
+    monkeypatch.setenv("HOME", str(tmp_path / "open" / "home"))
     monkeypatch.setattr(version.module.tempfile, "gettempdir", lambda: str(tmp_path / "open"))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "open" / "ext"))
     assert version.answers_right()
