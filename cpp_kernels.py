@@ -671,6 +671,8 @@ def _library() -> Path:
     try:
         for each in (*reversed(folder.parents), folder):  # `parents=True` takes no mode for them
             each.mkdir(mode=0o755, exist_ok=True)
+        if _who_else_writes(folder):  # somebody was faster
+            raise OSError(f"other users can change {_who_else_writes(folder)}")
         with _only_process(library.with_suffix(".lock")):
             if not library.exists() or _who_else_writes(library):
                 _build(source, compiler, flags, own_openmp, library)
@@ -693,17 +695,18 @@ def _cache_folder() -> Path:
 
 def _private(folder: Path) -> Path:
     """This folder if only its user can change what is in it, else one of which that is true; loading runs the file."""
+    folder = Path(os.path.realpath(folder))  # others may turn a link elsewhere
     others = _who_else_writes(folder)
     if not others:
         return folder
-    places = [Path(tempfile.gettempdir()) / f"qwen_kernels_{os.getuid()}" / NAMESPACE]
+    places = [Path(os.path.realpath(tempfile.gettempdir())) / f"qwen_kernels_{os.geteuid()}" / NAMESPACE]
     with contextlib.suppress(RuntimeError):  # no home
-        places.insert(0, Path.home() / ".cache" / "torch_extensions" / NAMESPACE)
+        places.insert(0, Path(os.path.realpath(Path.home())) / ".cache" / "torch_extensions" / NAMESPACE)
     place = next((place for place in places if not _who_else_writes(place)), None)
     advice = f"Other users can change {others}, so what lies in {folder} is not loaded"
     if place is None:
         raise _Unavailable(f"{advice}. Set TORCH_EXTENSIONS_DIR to a folder of your own.")
-    logger.warning(f"{advice}; native CPU kernels are built and kept in {place}. TORCH_EXTENSIONS_DIR says where.")
+    logger.warning_once(f"{advice}; native CPU kernels are kept in {place}. TORCH_EXTENSIONS_DIR names another place.")
     return place
 
 
@@ -712,7 +715,7 @@ def _who_else_writes(path: Path) -> str | None:
     The first of this file or folder and the folders above it, as far as they exist, that others than this user and
     root can change; in words. In a folder with the sticky bit, such as /tmp, others can't touch what is not theirs.
     """
-    path = Path(os.path.realpath(path))
+    trusted = {0, os.geteuid()}
     for each in (path, *path.parents):
         try:
             status = os.lstat(each)
@@ -725,7 +728,8 @@ def _who_else_writes(path: Path) -> str | None:
             writable = 0
         if writable == stat.S_IWGRP and _is_own_group(status.st_gid):
             writable = 0
-        if writable or status.st_uid not in (0, os.getuid()):
+        # In a user namespace root may have another number: that of the owner of "/".
+        if writable or status.st_uid not in (trusted if each == path else {*trusted, os.stat("/").st_uid}):
             return f"{each} (owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o})"
     return None
 
@@ -734,7 +738,7 @@ def _is_own_group(gid: int) -> bool:
     """Whether a group is that of this user alone: many systems make one for each, with a umask that lets it write."""
     users, groups = map(importlib.import_module, ("pwd", "grp"))  # not import statements: see `_only_process`
     try:
-        user, group = users.getpwuid(os.getuid()), groups.getgrgid(gid)
+        user, group = users.getpwuid(os.geteuid()), groups.getgrgid(gid)
     except KeyError:
         return False
     return user.pw_gid == gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}

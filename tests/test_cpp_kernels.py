@@ -662,6 +662,17 @@ def test_what_another_user_planted_is_not_run(make_version, tmp_path):
     assert not mark.exists()
 
 
+def test_a_link_that_others_can_turn_is_not_followed_twice(make_version, quick_compiler, tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "open" / "link").symlink_to(tmp_path / "own")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "open" / "link"))
+    version = make_version()
+    assert version.module._library().parent == tmp_path / "own" / version.module.NAMESPACE
+    assert version.warnings() == []
+
+
 def test_what_is_built_is_for_its_user_alone_whatever_the_umask(make_version, quick_compiler):
     version, old = make_version(), os.umask(0)
     try:
