@@ -53,14 +53,11 @@ def test_dropout_in_padded_prompts(monkeypatch, threshold):
         with torch.no_grad():
             return model(ids, attention_mask=mask, use_cache=False).logits
 
-    some = torch.stack([logits(seed) for seed in range(300)])
-    torch.testing.assert_close(some[0], logits(0), rtol=0, atol=0)
-    changes = (some[0] - some[1]).abs().amax(-1)  # (3, 16)
-    assert (changes[mask.bool()] > 1e-3).sum() >= mask.sum() - 3  # all, perhaps but the first of a row
-    assert (changes * mask).amax(1).min() > 0.1
-    # Inputs of the first block's output are unbiased, so that a rate other than 0.5 shows: half of a single key.
-    first = some[:, 0, 5]  # the first real token sees itself only: its attention is dropped in a quarter of all heads
-    assert 2 <= first.unique(dim=0).shape[0] <= 2 ** (model.config.num_attention_heads * model.config.num_hidden_layers)
+    one, same, other = logits(0), logits(0), logits(1)
+    torch.testing.assert_close(one, same, rtol=0, atol=0)
+    changes = (one - other).abs().amax(-1) * mask  # (3, 16)
+    assert changes.amax(1).min() > 0.1
+    assert (changes > 1e-3).sum() >= mask.sum() - 3  # everywhere, but perhaps where few keys are seen
     model.eval()
     torch.testing.assert_close(logits(0), logits(1), rtol=0, atol=0)
 
