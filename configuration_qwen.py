@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .transformers_compat import PretrainedConfig, tensor_parallel_plan
 
 PRECISION_FLAGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # as torch calls them
@@ -28,6 +30,49 @@ CODE_FILES = (
     "tokenization_qwen.py",
     "modeling_qwen.py",
 )
+
+
+def _is_integer(value, smallest: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= smallest
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_POSITIVE_INTEGER = ("a positive integer", _is_integer)
+_POSITIVE_NUMBER = ("a number above 0", lambda value: _is_number(value) and value > 0)
+_PROBABILITY = ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
+_FLAG = ("true or false", lambda value: isinstance(value, bool))
+# Each key of ours: what it must be, in words, and whether a value is that.
+_VALUES = {
+    "vocab_size": _POSITIVE_INTEGER,
+    "hidden_size": _POSITIVE_INTEGER,
+    "intermediate_size": (
+        "an even integer, both halves of the SwiGLU together",
+        lambda value: _is_integer(value, 2) and value % 2 == 0,
+    ),
+    "num_hidden_layers": _POSITIVE_INTEGER,
+    "num_attention_heads": _POSITIVE_INTEGER,
+    "kv_channels": _POSITIVE_INTEGER,
+    "max_position_embeddings": _POSITIVE_INTEGER,
+    "seq_length": ("an integer of at least 2", lambda value: _is_integer(value, 2)),  # LogN divides by its logarithm
+    "rotary_pct": ("a number above 0, at most 1", lambda value: _is_number(value) and 0 < value <= 1),
+    "rotary_emb_base": _POSITIVE_NUMBER,
+    "layer_norm_epsilon": _POSITIVE_NUMBER,
+    "initializer_range": ("a number of at least 0", lambda value: _is_number(value) and value >= 0),
+    "emb_dropout_prob": _PROBABILITY,
+    "attn_dropout_prob": _PROBABILITY,
+    "cache_bits": ("8 or 4", lambda value: _is_integer(value) and value in (4, 8)),
+    "use_flash_attn": ("'auto', true or false", lambda value: isinstance(value, bool) or value == "auto"),
+    **dict.fromkeys(
+        (
+            *("scale_attn_weights", "use_cache", "bf16", "fp16", "fp32", "use_dynamic_ntk", "use_logn_attn", "no_bias"),
+            *("use_cache_quantization", "use_cache_kernel", "softmax_in_fp32", "int8_weights", "tie_word_embeddings"),
+        ),
+        _FLAG,
+    ),
+}
 
 
 class QWenConfig(PretrainedConfig):
@@ -65,7 +110,8 @@ class QWenConfig(PretrainedConfig):
         int8_weights: the matrices of the checkpoint but the embedding are int8, as `tools/quantize_weights.py` writes.
 
     Raises:
-        ValueError: for a value no Qwen model can have; the message names the key and what it may be.
+        ValueError: for a value no Qwen model can have, a number or a flag in quotes among them; the message names the
+            key and what it may be.
 
     Example:
         >>> QWenConfig(hidden_size=2048, num_attention_heads=16).head_dim
@@ -191,41 +237,36 @@ class QWenConfig(PretrainedConfig):
 
     def check(self) -> None:
         """
-        Raise ValueError if the values contradict each other.
+        Raise ValueError if a value has another type or is out of range, or values contradict each other.
 
-        Called at construction, and again when a model is built: `from_pretrained` sets keywords
-        (`bf16=True`) on a configuration that exists already.
+        NumPy's and PyTorch's scalars become Python's. Called at construction, and again when a model is built:
+        `from_pretrained` sets keywords (`bf16=True`) on a configuration that exists already.
         """
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_channels"):
-            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
-                raise ValueError(f"config.{key} must be a positive integer, found {getattr(self, key)!r}.")
+        for key, (what, is_right) in _VALUES.items():
+            value = getattr(self, key)
+            if getattr(value, "shape", None) == ():
+                value = value.item()
+                setattr(self, key, value)
+            if not is_right(value):
+                raise ValueError(f"config.{key} must be {what}, found {value!r}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"config.hidden_size ({self.hidden_size}) must be a multiple of "
                 f"config.num_attention_heads ({self.num_attention_heads})."
             )
-        if self.intermediate_size < 2 or self.intermediate_size % 2:
-            raise ValueError(
-                f"config.intermediate_size counts both halves of the SwiGLU and must be even, "
-                f"found {self.intermediate_size}."
-            )
-        if self.rotary_dim < 2 or self.rotary_dim > self.kv_channels or self.rotary_dim % 2:
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise ValueError(
                 f"config.kv_channels * config.rotary_pct must be an even number of channels between 2 and "
                 f"{self.kv_channels}, found {self.kv_channels} * {self.rotary_pct}."
             )
-        if self.seq_length < 2:  # LogN divides by its logarithm
-            raise ValueError(f"config.seq_length must be at least 2 tokens, found {self.seq_length}.")
-        if self.use_flash_attn not in ("auto", True, False):
-            raise ValueError(f"config.use_flash_attn must be 'auto', true or false, found {self.use_flash_attn!r}.")
-        if not isinstance(self.int8_weights, bool):
-            raise ValueError(f"config.int8_weights must be true or false, found {self.int8_weights!r}.")
-        if self.cache_bits not in (4, 8) or (
-            self.cache_bits == 4 and self.use_cache_quantization and self.kv_channels % 16
-        ):
+        if self.use_dynamic_ntk and self.rotary_dim == 2:  # the exponent of the scale is d / (d - 2)
             raise ValueError(
-                f"config.cache_bits must be 8, or 4 with kv_channels that 16 divides, found {self.cache_bits!r} with "
-                f"{self.kv_channels}."
+                f"config.use_dynamic_ntk needs at least 4 rotated channels, found {self.kv_channels} * "
+                f"{self.rotary_pct} = 2. Set it to false, or kv_channels or rotary_pct higher."
+            )
+        if self.cache_bits == 4 and self.use_cache_quantization and self.kv_channels % 16:
+            raise ValueError(
+                f"config.cache_bits must be 8, or 4 with kv_channels that 16 divides, found 4 with {self.kv_channels}."
             )
         if self.tie_word_embeddings and self.int8_weights:
             raise ValueError("config.int8_weights needs tie_word_embeddings=False: lm_head is int8, wte is not.")

@@ -6,7 +6,8 @@ never an answer.
 
     QWEN_NATIVE_KERNELS=0    don't build or load native kernels
     CXX                      the compiler (default: g++, c++ or clang++)
-    TORCH_EXTENSIONS_DIR     where the compiled library is kept (default: torch_extensions in the user's cache)
+    TORCH_EXTENSIONS_DIR     where the compiled library is kept (default: torch_extensions in the user's cache); a
+                             folder that other users can change is not used
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -166,7 +168,7 @@ def _library() -> Path:
     """The compiled library, built now if it is not in the cache."""
     if os.name != "posix":
         raise _Unavailable(f"They are built on Linux and macOS only, this is {platform.system()}.")
-    folder = _cache_folder() / NAMESPACE
+    folder = _private(_cache_folder() / NAMESPACE)
     flags = _flags()
     key = _digest(torch.__version__, platform.machine(), *flags)
     compiler = (
@@ -176,21 +178,24 @@ def _library() -> Path:
     try:
         version = subprocess.run([*compiler, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
     except OSError:  # built where there was a compiler, used where there is none
-        built = sorted(folder.glob(f"{key}-*.so"))
+        built = [path for path in sorted(folder.glob(f"{key}-*.so")) if not _who_else_writes(path)]
         if built:
             return built[-1]
         named = f"CXX names {compiler[0]}" if compiler else "none of g++, c++ and clang++ is on the PATH"
         raise _Unavailable(f"There is no C++ compiler: {named}. Install g++, or set CXX to a compiler.") from None
     library = folder / f"{key}-{_digest(*compiler, version)}.so"
-    if library.exists():
+    if library.exists() and not _who_else_writes(library):
         return library
     source = _source()
     # What g++ compiles calls the OpenMP library that PyTorch has loaded, with its threads; clang's needs another one.
     own_openmp = ["-fopenmp"] if "-fopenmp" in flags and b"clang" in version else []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for each in (*reversed(folder.parents), folder):  # `parents=True` takes no mode for them
+            each.mkdir(mode=0o755, exist_ok=True)
+        if _who_else_writes(folder):  # somebody was faster
+            raise OSError(f"other users can change {_who_else_writes(folder)}")
         with _only_process(library.with_suffix(".lock")):
-            if not library.exists():
+            if not library.exists() or _who_else_writes(library):
                 _build(source, compiler, flags, own_openmp, library)
     except OSError as error:
         raise _Unavailable(
@@ -207,6 +212,57 @@ def _cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     except RuntimeError as error:
         raise _Unavailable("This user has no home folder. Set TORCH_EXTENSIONS_DIR to a folder.") from error
+
+
+def _private(folder: Path) -> Path:
+    """This folder if only its user can change what is in it, else one of which that is true; loading runs the file."""
+    folder = Path(os.path.realpath(folder))  # others may turn a link elsewhere
+    others = _who_else_writes(folder)
+    if not others:
+        return folder
+    places = [Path(os.path.realpath(tempfile.gettempdir())) / f"qwen_kernels_{os.geteuid()}" / NAMESPACE]
+    with contextlib.suppress(RuntimeError):  # no home
+        places.insert(0, Path(os.path.realpath(Path.home())) / ".cache" / "torch_extensions" / NAMESPACE)
+    place = next((place for place in places if not _who_else_writes(place)), None)
+    advice = f"Other users can change {others}, so what lies in {folder} is not loaded"
+    if place is None:
+        raise _Unavailable(f"{advice}. Set TORCH_EXTENSIONS_DIR to a folder of your own.")
+    logger.warning_once(f"{advice}; native CPU kernels are kept in {place}. TORCH_EXTENSIONS_DIR names another place.")
+    return place
+
+
+def _who_else_writes(path: Path) -> str | None:
+    """
+    The first of this file or folder and the folders above it, as far as they exist, that others than this user and
+    root can change; in words. In a folder with the sticky bit, such as /tmp, others can't touch what is not theirs.
+    """
+    trusted = {0, os.geteuid()}
+    for each in (path, *path.parents):
+        try:
+            status = os.lstat(each)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            return f"{each} ({error})"
+        writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if each != path and status.st_mode & stat.S_ISVTX:
+            writable = 0
+        if writable == stat.S_IWGRP and _is_own_group(status.st_gid):
+            writable = 0
+        # In a user namespace root may have another number: that of the owner of "/".
+        if writable or status.st_uid not in (trusted if each == path else {*trusted, os.stat("/").st_uid}):
+            return f"{each} (owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o})"
+    return None
+
+
+def _is_own_group(gid: int) -> bool:
+    """Whether a group is that of this user alone: many systems make one for each, with a umask that lets it write."""
+    users, groups = map(importlib.import_module, ("pwd", "grp"))  # not import statements: see `_only_process`
+    try:
+        user, group = users.getpwuid(os.geteuid()), groups.getgrgid(gid)
+    except KeyError:
+        return False
+    return user.pw_gid == gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
 def _digest(*parts) -> str:
@@ -278,6 +334,7 @@ def _build(source: bytes, compiler: list, flags: list, own_openmp: list, library
         log = library.with_suffix(".log")
         _run([*compiler, *flags, *paths, "-c", str(file), "-o", str(object_file)], log)
         _run([*compiler, "-shared", str(object_file), "-o", str(built), *libraries, *own_openmp], log)
+        built.chmod(built.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
         os.replace(built, library)
 
 

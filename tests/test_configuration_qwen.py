@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 
+import numpy as np
 import pytest
+import torch
 from accelerate import init_empty_weights
-from conftest import ROOT, configuration_qwen, golden_folder, modeling_qwen, tiny_config
+from conftest import ROOT, configuration_qwen, golden_folder, modeling_qwen, random_ids, tiny_config
 from transformers import AutoConfig
 
 QWenConfig = configuration_qwen.QWenConfig
@@ -44,11 +48,33 @@ def test_every_published_key_is_kept_and_72b_has_the_published_weights():
         ({"bf16": True, "fp16": True}, "At most one of bf16, fp16 and fp32 may be true, found bf16 and fp16"),
         ({"fp16": True, "fp32": True}, "found fp16 and fp32"),
         ({"hidden_size": 65}, r"hidden_size \(65\) must be a multiple of config.num_attention_heads \(4\)"),
-        ({"intermediate_size": 191}, "intermediate_size counts both halves"),
+        ({"intermediate_size": 191}, "intermediate_size must be an even integer, both halves .* found 191"),
         ({"vocab_size": 0}, "vocab_size must be a positive integer, found 0"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers must be a positive integer, found '3'"),
         ({"rotary_pct": 0.01}, "an even number of channels between 2 and 16"),
-        ({"seq_length": 1}, "seq_length must be at least 2"),
+        ({"seq_length": 1}, "seq_length must be an integer of at least 2, found 1"),
+        ({"rotary_emb_base": 0}, "rotary_emb_base must be a number above 0, found 0"),
+        ({"rotary_emb_base": -1}, "rotary_emb_base must be a number above 0, found -1"),
+        ({"rotary_emb_base": float("inf")}, "rotary_emb_base must be a number above 0, found inf"),
+        ({"layer_norm_epsilon": -1}, "layer_norm_epsilon must be a number above 0, found -1"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon must be a number above 0, found nan"),
+        ({"layer_norm_epsilon": True}, "layer_norm_epsilon must be a number above 0, found True"),
+        ({"initializer_range": -0.1}, "initializer_range must be a number of at least 0, found -0.1"),
+        ({"emb_dropout_prob": 1.5}, "emb_dropout_prob must be a number from 0 to 1, found 1.5"),
+        ({"attn_dropout_prob": -0.1}, "attn_dropout_prob must be a number from 0 to 1, found -0.1"),
+        ({"rotary_pct": 0}, "rotary_pct must be a number above 0, at most 1, found 0"),
+        ({"rotary_pct": 1.5}, "rotary_pct must be a number above 0, at most 1, found 1.5"),
+        ({"hidden_size": 64.0}, "hidden_size must be a positive integer, found 64.0"),
+        ({"vocab_size": True}, "vocab_size must be a positive integer, found True"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings must be a positive integer, found 0"),
+        ({"cache_bits": 2}, "cache_bits must be 8 or 4, found 2"),
+        ({"bf16": "false"}, "bf16 must be true or false, found 'false'"),
+        ({"no_bias": 1}, "no_bias must be true or false, found 1"),
+        ({"use_cache": None}, "use_cache must be true or false, found None"),
+        ({"use_flash_attn": 1}, "use_flash_attn must be 'auto', true or false, found 1"),
+        ({"vocab_size": np.float32(320)}, "vocab_size must be a positive integer, found 320.0"),
+        ({"vocab_size": np.array([320])}, r"vocab_size must be a positive integer, found array\(\[320\]\)"),
+        ({"use_dynamic_ntk": True, "rotary_pct": 0.125}, r"needs at least 4 rotated channels, found 16 \* 0.125 = 2"),
         ({"int8_weights": 8}, "int8_weights must be true or false, found 8"),
         ({"use_flash_attn": "yes"}, "use_flash_attn must be 'auto', true or false, found 'yes'"),
         ({"tie_word_embeddings": True, "int8_weights": True}, "needs tie_word_embeddings=False"),
@@ -57,6 +83,45 @@ def test_every_published_key_is_kept_and_72b_has_the_published_weights():
 def test_impossible_values_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**changes)
+
+
+KEYS = sorted(set(inspect.signature(QWenConfig.__init__).parameters) - {"self", "kwargs"})
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("change", [str, lambda value: json.dumps(value), lambda value: "false", lambda value: [value]])
+def test_no_key_takes_a_number_or_a_flag_in_quotes(key, change):
+    value = change(getattr(tiny_config(), key))
+    if (key, value) == ("use_flash_attn", "auto"):
+        return
+    with pytest.raises(ValueError, match=rf"config\.{key} must be .*, found {re.escape(repr(value))}\."):
+        tiny_config(**{key: value})
+
+
+def test_such_a_value_in_config_json_is_refused(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "hidden_size": "64"}))
+    with pytest.raises(ValueError, match=r"config\.hidden_size must be a positive integer, found '64'"):
+        QWenConfig.from_pretrained(tmp_path)
+
+
+def test_scalars_of_numpy_and_pytorch_become_pythons(tmp_path):
+    config = tiny_config()
+    types = {int: np.int64, float: np.float64, bool: np.bool_}
+    changes = {key: types[type(getattr(config, key))](getattr(config, key)) for key in KEYS if key != "use_flash_attn"}
+    numpy_config = tiny_config(**{**changes, "vocab_size": torch.tensor(320)})
+    assert {key: type(getattr(numpy_config, key)) for key in KEYS} == {key: type(getattr(config, key)) for key in KEYS}
+    assert numpy_config.to_dict() == config.to_dict()
+    numpy_config.save_pretrained(tmp_path)
+    assert QWenConfig.from_pretrained(tmp_path).to_dict() == numpy_config.to_dict()
+
+
+def test_two_rotated_channels_without_ntk():
+    model = modeling_qwen.QWenLMHeadModel(tiny_config(use_dynamic_ntk=False, rotary_pct=0.125)).eval()
+    ids = random_ids(1, 40)  # longer than seq_length
+    with torch.no_grad():
+        assert model(ids).logits.isfinite().all()
 
 
 def test_values_set_after_construction_are_checked_when_a_model_is_built():

@@ -600,6 +600,122 @@ def make_version(tmp_path, monkeypatch):
     return make
 
 
+@pytest.fixture
+def quick_compiler(tmp_path, monkeypatch):
+    """A compiler that writes a word where the library belongs; for tests that don't load it."""
+    script = tmp_path / "quick"
+    script.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo quick && exit\n'
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && echo built > "$2"; shift; done; true\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs owners and modes of files")
+@pytest.mark.parametrize("how", ["file", "folder", "above", "owner of the file", "owner of the folder"])
+def test_a_library_that_others_can_change_is_not_taken(make_version, quick_compiler, tmp_path, monkeypatch, how):
+    if how.startswith("owner") and os.getuid() != 0:
+        pytest.skip("only root can give a file to another user")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    version = make_version()
+    own = version.module._library()
+    assert own.read_text() == "built\n"
+    own.write_text("planted")
+    assert version.module._library().read_text() == "planted"  # by the user, who may
+    changed = {"file": own, "folder": own.parent, "above": own.parent.parent}.get(how.split()[-1])
+    if how.startswith("owner"):
+        os.chown(changed, 12345, 12345)
+    else:
+        changed.chmod(changed.stat().st_mode | 0o002)
+    took = version.module._library()
+    assert took.read_text() == "built\n"
+    if changed == own:  # the folder is ours: a new one takes the place of the other
+        assert took == own
+        assert version.warnings() == []
+    else:
+        assert took.parent == tmp_path / "home" / ".cache" / "torch_extensions" / own.parent.name
+        (warning,) = version.warnings()
+        assert f"Other users can change {changed} (owner {changed.stat().st_uid}, mode" in warning
+        assert str(took.parent) in warning
+    assert version.module._who_else_writes(took) is None
+    assert took.stat().st_uid == os.getuid()
+
+    took.write_text("planted")
+    took.chmod(0o777)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX")
+    with pytest.raises(version.module._Unavailable, match=r"There is no C\+\+ compiler"):
+        version.module._library()
+
+
+@needs_compiler
+@pytest.mark.skipif(os.name != "posix", reason="needs modes of files")
+def test_what_another_user_planted_is_not_run(make_version, tmp_path):
+    version = make_version()
+    library, mark = version.module._library(), tmp_path / "run"
+    source = tmp_path / "planted.cpp"
+    source.write_text(f'#include <cstdio>\nstruct A {{ A() {{ std::fclose(std::fopen("{mark}", "w")); }} }} a;\n')
+    subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    subprocess.run([sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(library)!r})"], check=True)
+    mark.unlink()  # it does run where it is loaded
+    library.chmod(0o777)
+    assert version.answers_right()
+    assert version.module.kernels_in_use()["library"] == library
+    assert not mark.exists()
+
+
+def test_a_link_that_others_can_turn_is_not_followed_twice(make_version, quick_compiler, tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "open" / "link").symlink_to(tmp_path / "own")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "open" / "link"))
+    version = make_version()
+    assert version.module._library().parent == tmp_path / "own" / version.module.NAMESPACE
+    assert version.warnings() == []
+
+
+def test_what_is_built_is_for_its_user_alone_whatever_the_umask(make_version, quick_compiler):
+    version, old = make_version(), os.umask(0)
+    try:
+        library = version.module._library()
+    finally:
+        os.umask(old)
+    assert version.module._who_else_writes(library) is None
+    assert version.module._library() == library
+
+
+def test_without_any_private_place(make_version, tmp_path, monkeypatch):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    version = make_version()
+    monkeypatch.setenv("HOME", str(tmp_path / "open" / "home"))
+    monkeypatch.setattr(version.module.tempfile, "gettempdir", lambda: str(tmp_path / "open"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "open" / "ext"))
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert "Set TORCH_EXTENSIONS_DIR to a folder of your own" in warning
+
+
+def test_a_group_that_is_the_users_own_may_write(make_version, tmp_path):
+    version = make_version()
+    if not version.module._is_own_group(os.getgid()):
+        pytest.skip("this user has no group of its own")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    folder.chmod(0o775)
+    assert version.module._who_else_writes(folder) is None
+    folder.chmod(0o777)
+    assert "mode 777" in version.module._who_else_writes(folder / "not there")
+    folder.chmod(0o1777)
+    assert version.module._who_else_writes(folder / "not there") is None
+    if os.getuid() == 0:
+        folder.chmod(0o775)
+        os.chown(folder, 0, 12345)
+        assert "mode 775" in version.module._who_else_writes(folder)
+
+
 def test_the_pin_is_that_of_the_source():
     found = hashlib.sha256((ROOT / "cpp_kernels.cpp").read_bytes()).hexdigest()
     assert found == building.SOURCE_SHA256, "renew it: python tools/build_kernels.py --pin"

@@ -156,7 +156,7 @@ def test_it_refuses(checkpoints, tmp_path, capsys):
         (tmp_path / "nothing", tmp_path / "new", "There is no folder"),
         (folder / "whole", tmp_path / "taken", "taken exists"),
         (folder / "int8", tmp_path / "new", "has int8 weights already"),
-        (tmp_path / "empty", tmp_path / "new", "has no .safetensors"),
+        (tmp_path / "empty", tmp_path / "new", "There are no weights"),
     ):
         assert tool.main([str(source), str(target)]) == 2
         assert message in capsys.readouterr().err

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import doctest
+import importlib
+import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import sys
+import threading
+import time
 import traceback
 
 import pytest
 import torch
 from conftest import ROOT, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, dynamic_module_utils
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, dynamic_module_utils
 
-spec = importlib.util.spec_from_file_location("upgrade_checkpoint", ROOT / "tools" / "upgrade_checkpoint.py")
-upgrade = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(upgrade)
+sys.path.insert(0, str(ROOT / "tools"))
+checkpoint_files, upgrade = map(importlib.import_module, ("checkpoint_files", "upgrade_checkpoint"))
 
 # An earlier version of the code in miniature: the published modules' names and imports of each other.
 EARLIER = {
@@ -79,6 +84,9 @@ def checkpoint(tmp_path):
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class":"QWenTokenizer","model_max_length":32}')
     shutil.copy(ROOT / "demo" / "qwen.tiktoken", folder)
     return folder
+
+
+BACKUP = upgrade.BACKUP_PREFIX
 
 
 def contents(folder):
@@ -216,6 +224,136 @@ def test_a_kill_at_any_moment_leaves_a_folder_that_loads(checkpoint, tmp_path, m
     assert len(states) == len(plan) + 1
 
 
+KILLS = int(os.environ.get("QWEN_KILLS", "8"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
+@pytest.mark.parametrize("action", ["--write", "--restore", "--copy-to"])
+def test_a_kill_at_random_moments_leaves_no_broken_folder(checkpoint, tmp_path, action):
+    """
+    The whole command in a process of its own, killed by the clock: every other time at any moment, else soon after its
+    first change. QWEN_KILLS says how often.
+    """
+    written, work, target = tmp_path / "written", tmp_path / "work", tmp_path / "copy"
+    shutil.copytree(checkpoint, written)
+    plan = upgrade.planned(written)
+    upgrade.write(written, plan)
+    before, after = contents(checkpoint), contents(written)
+    beginning = written if action == "--restore" else checkpoint
+    end = before if action == "--restore" else after
+
+    def command():
+        tqdm.set_lock(threading.RLock())  # the lock of all processes would be killed with this one
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert upgrade.main([str(work), action, *([str(target)] if action == "--copy-to" else [])]) == 0
+
+    def is_whole(folder):
+        return contents(folder).items() >= {name: end[name] for name in end if BACKUP not in name}.items()
+
+    def has_begun():
+        return any(path.name.startswith((".", "partial_")) for path in (*tmp_path.iterdir(), *work.iterdir()))
+
+    def start():
+        """A process that does it as soon as it is told to: until fork returns here it could be through."""
+        ready, go = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.read(ready, 1)
+            command()
+            os._exit(0)
+        os.write(go, b"1")
+        os.close(ready)
+        os.close(go)
+        return pid, time.monotonic()
+
+    duration = 60.0
+    for _ in range(3):
+        shutil.copytree(beginning, work)
+        pid, began = start()
+        assert os.waitpid(pid, 0)[1] == 0
+        duration = min(duration, time.monotonic() - began)
+        shutil.rmtree(work)
+        shutil.rmtree(target, ignore_errors=True)
+    chance, states, killed = random.Random(0), set(), 0
+    for i in range(KILLS):
+        shutil.copytree(beginning, work)
+        pid, began = start()
+        while i % 2 and not has_begun() and time.monotonic() < began + 2 * duration:
+            pass
+        time.sleep(chance.uniform(0, duration / 10 if i % 2 else duration))
+        os.kill(pid, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        if action == "--copy-to":
+            assert contents(work) == before
+            assert not target.exists() or is_whole(target)
+            state = target.exists()
+        else:
+            now = {name: (work / name).read_bytes() for name in {**before, **plan} if (work / name).exists()}
+            assert all(content in (before.get(name), after[name]) for name, content in now.items())
+            state = tuple(now.get(name) == after[name] for name in plan)
+        if state not in states and (action != "--copy-to" or state):
+            loads(target if state is True else work, tmp_path / f"modules{i}")
+        states.add(state)
+        if action == "--restore":  # the command goes on where it stopped
+            with contextlib.suppress(upgrade.Problem):
+                upgrade.restore(work)
+            assert contents(work) == before
+        elif action == "--write":
+            upgrade.write(work, upgrade.planned(work))
+            assert is_whole(work)
+        elif not target.exists():
+            upgrade.copy_to(work, target, False)
+            assert is_whole(target)
+        assert not has_begun()
+        shutil.rmtree(work)
+        shutil.rmtree(target, ignore_errors=True)
+    print(f"{action}: {killed} of {KILLS} killed in up to {duration:.2f} s, {len(states)} states")
+    assert killed
+
+
+def test_what_a_killed_run_left_is_removed(checkpoint, tmp_path):
+    """By the next run, whatever it does."""
+    before = contents(checkpoint)
+
+    def leave():
+        (checkpoint / ".before_upgrade_1").mkdir()
+        for name in (".config.json.new", ".modeling_qwen.py.new", ".generation_config.json.new"):
+            (checkpoint / name).write_text("half of it")
+        (checkpoint / ".before_upgrade_1" / "config.json").write_text("a copy")
+        for backup in checkpoint.glob("before_upgrade_*"):
+            (backup / ".manifest.json.new").write_text("{")
+
+    leave()
+    assert upgrade.main([str(checkpoint), "--restore"]) == 2  # there is nothing to restore
+    assert contents(checkpoint) == before
+    leave()
+    assert upgrade.main([str(checkpoint), "--write"]) == 0
+    assert not [path for path in checkpoint.rglob(".*")]
+    leave()
+    assert upgrade.main([str(checkpoint), "--restore"]) == 0
+    assert contents(checkpoint) == before
+
+    with checkpoint_files.new_folder(tmp_path / "copy") as partial:
+        pass
+    shutil.rmtree(tmp_path / "copy")
+    (partial / "inner").mkdir(parents=True)
+    (partial / "model.safetensors").write_text("half of it")
+    assert upgrade.main([str(checkpoint), "--copy-to", str(tmp_path / "copy")]) == 0
+    assert not partial.exists()
+    assert not (tmp_path / "copy" / "inner").exists()
+
+
+def test_two_runs_with_one_target(tmp_path):
+    pytest.importorskip("fcntl")
+    with checkpoint_files.new_folder(tmp_path / "new") as partial:
+        (partial / "file").write_text("1")
+        with pytest.raises(upgrade.Problem, match="Another run is making"), checkpoint_files.new_folder(
+            tmp_path / "new"
+        ):
+            pass
+    assert contents(tmp_path) == {"new/file": b"1"}
+
+
 def test_restore_keeps_what_the_user_changed(checkpoint, capsys):
     assert upgrade.main([str(checkpoint), "--write"]) == 0
     change_config(checkpoint, mine=1)
@@ -243,7 +381,13 @@ def test_links_into_a_shared_cache_are_refused_and_copied_instead(checkpoint, tm
     assert upgrade.main([str(snapshot), "--copy-to", str(tmp_path / "copy")]) == 0
     assert contents(blobs) == before
     assert not any(path.is_symlink() for path in (tmp_path / "copy").iterdir())
-    loads(tmp_path / "copy", tmp_path / "modules")
+    for path in (tmp_path / "copy").iterdir():  # what writes in place writes here only
+        if path.is_file():
+            with open(path, "r+b") as file:
+                file.write(b"#")
+    assert contents(blobs) == before
+    assert upgrade.main([str(snapshot), "--copy-to", str(tmp_path / "copy2")]) == 0
+    loads(tmp_path / "copy2", tmp_path / "modules")
     assert upgrade.main([str(snapshot), "--copy-to", str(tmp_path / "copy")]) == 2
 
 
@@ -284,7 +428,7 @@ def test_sharded_and_pickled_weights(checkpoint, capsys):
     assert "weights: all 27 are there, in the shapes" in capsys.readouterr().out
     (checkpoint / "b.safetensors").unlink()
     assert upgrade.main([str(checkpoint)]) == 2
-    assert "b.safetensors is missing" in capsys.readouterr().err
+    assert "1 weight files are missing: b.safetensors. Copy them again." in capsys.readouterr().err
 
     (checkpoint / "model.safetensors.index.json").unlink()
     torch.save({}, checkpoint / "p.bin")
@@ -298,10 +442,65 @@ def test_sharded_and_pickled_weights(checkpoint, capsys):
     assert "pytorch_model.bin, which is not opened" in capsys.readouterr().out
 
 
-def test_chat_checkpoints_get_advice(checkpoint, capsys):
-    (checkpoint / "generation_config.json").write_text('{"chat_format": "chatml", "eos_token_id": 151643}')
-    upgrade.main([str(checkpoint)])
-    assert '"eos_token_id": [151643, 151645]' in capsys.readouterr().out
+def test_chat_checkpoints_are_told_to_end_at_im_end_and_can_be_made_to(checkpoint, capsys):
+    settings = checkpoint / "generation_config.json"
+    written = '{"chat_format": "chatml",\r\n "eos_token_id": 3888, "top_p": 0.80}'
+    settings.write_bytes(written.encode())
+    assert upgrade.main([str(checkpoint), "--write"]) == 0
+    assert 'add --end-at-im-end, which sets "eos_token_id": [3888, 3890]' in capsys.readouterr().out
+    assert settings.read_bytes() == written.encode()
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    assert (tokenizer.eod_id, tokenizer.im_end_id) == (3888, 3890)
+    assert upgrade.main([str(checkpoint), "--end-at-im-end"]) == 1
+    assert upgrade.main([str(checkpoint), "--end-at-im-end", "--write"]) == 0
+    assert GenerationConfig.from_pretrained(checkpoint).eos_token_id == [3888, 3890]
+    new = settings.read_bytes().decode()
+    assert new.startswith('{"chat_format": "chatml",\r\n "eos_token_id": [')
+    assert new.endswith('], "top_p": 0.80}')
+    assert "advice" not in capsys.readouterr().out.split("would replace")[-1]
+    for option in ([], ["--end-at-im-end"]):
+        assert upgrade.main([str(checkpoint), *option]) == 0
+        assert "advice" not in capsys.readouterr().out
+
+    assert upgrade.main([str(checkpoint), "--restore"]) == 0
+    assert settings.read_bytes() == written.encode()
+
+
+@pytest.mark.parametrize(
+    ("eos", "expected"),
+    [("3890", None), ("[3888, 3890]", None), ("[3888]", [3888, 3890]), ("3889", [3889, 3890]), ("null", [3888, 3890])],
+)
+def test_what_ends_an_answer_already_stays(checkpoint, eos, expected):
+    settings = checkpoint / "generation_config.json"
+    settings.write_text(f'{{"eos_token_id": {eos}, "chat_format": "chatml"}}')
+    assert upgrade.ends_of_answers(checkpoint) == expected
+    assert (settings.name in upgrade.planned(checkpoint, end_at_im_end=True)) == (expected is not None)
+
+
+def test_ends_of_other_models_are_left_alone(checkpoint, capsys):
+    assert upgrade.main([str(checkpoint), "--end-at-im-end", "--write"]) == 2
+    for text in ('{"chat_format": "raw", "eos_token_id": 3888}', "{}", "[]"):
+        (checkpoint / "generation_config.json").write_text(text)
+        before = contents(checkpoint)
+        assert upgrade.main([str(checkpoint), "--end-at-im-end", "--write"]) == 2
+        assert "generation_config.json" in capsys.readouterr().err
+        assert contents(checkpoint) == before
+
+
+def test_a_name_with_a_point(checkpoint, capsys):
+    """transformers up to 4.56 looks for a module `8B-Chat` in the folder Qwen-1 then."""
+    named = checkpoint.rename(checkpoint.parent / "Qwen-1.8B-Chat")
+    advice = "advice: the name of the folder, {}, has a point, by which transformers up to 4.56"
+    assert upgrade.main([str(named)]) == 1
+    assert advice.format("Qwen-1.8B-Chat") in (said := capsys.readouterr().out)
+    assert "rename it, for instance to Qwen-1_8B-Chat" in said
+    assert upgrade.main([str(named), "--copy-to", str(checkpoint)]) == 0
+    assert "advice" not in capsys.readouterr().out
+    assert upgrade.main([str(checkpoint), "--copy-to", str(checkpoint.parent / "v1.5")]) == 0  # loads where it is made
+    assert advice.format("v1.5") in capsys.readouterr().out
+    with contextlib.chdir(named) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
+        assert checkpoint_files.advice_about_name(type(named)("." if hasattr(contextlib, "chdir") else named))
 
 
 @pytest.mark.parametrize(
@@ -311,14 +510,59 @@ def test_chat_checkpoints_get_advice(checkpoint, capsys):
         '{"a": 1}',
         '{\n\t"a": 1,\n\t"auto_map": {"AutoConfig": "x.y"},\n\t"b": [1,2]\n}\n',
         '{"auto_map":{},"z":0}',
+        '{"auto_map": null, "z": [{}, "\\"auto_map\\": 1"]}',
+        '{"inner": {"auto_map": {"AutoModel": "n.N"}}, "s": "\\"auto_map\\": {}", "auto_map": {"A": "b.C"}}',
+        '{"inner": [{"auto_map": {"AutoModel": "n.N"}}], "x": NaN, "y": 1e400, "z": 12345678901234567890123}',
+        '\n { "a" : {"auto_map":{}} , "auto_map" :{"AutoModel":"m.N"} , "auto_map" : {"A":"b.C"} } \n',
+        '{"a": {"auto_map": 1}, "auto\\u005fmap": {"A": "b.C"}}',
+        '{\r\n  "a": "\u4f60",\r\n  "auto_map": {"A": "b.C"},\r\n  "b": 1\r\n}\r\n',
+        '{\r\n    "a": 1\r\n}\r\n',
     ],
 )
 def test_auto_map_is_merged_into_any_formatting(text):
     merged = upgrade.merged_auto_map(text, {"AutoModel": "m.M"})
     old, new = json.loads(text), json.loads(merged)
-    assert new.pop("auto_map") == {**old.pop("auto_map", {}), "AutoModel": "m.M"}
-    assert new == old
+    assert new.pop("auto_map") == {**(old.pop("auto_map", None) or {}), "AutoModel": "m.M"}
+    assert repr(new) == repr(old)  # repr: NaN is not equal to itself
     assert upgrade.merged_auto_map(merged, {"AutoModel": "m.M"}) == merged
+    if "\r" in text:
+        assert merged.count("\n") == merged.count("\r\n") > text.count("\n")
+    outside = re.compile(r'"auto(_|\\u005f)map"\s*:\s*({[^{}]*}|null),?|\s')
+    assert outside.sub("", merged) == outside.sub("", text)  # the other values are written as they were
+
+
+@pytest.mark.parametrize("value", ["[1]", '"x"', "3", "true"])
+def test_an_auto_map_that_is_none_is_refused(checkpoint, capsys, value):
+    text = (checkpoint / "config.json").read_text()
+    (checkpoint / "config.json").write_text(re.sub(r'"auto_map": \{[^}]*\}', f'"auto_map": {value}', text))
+    before = contents(checkpoint)
+    assert upgrade.main([str(checkpoint), "--write"]) == 2
+    assert '"auto_map" must be an object' in capsys.readouterr().err
+    assert contents(checkpoint) == before
+
+
+def test_line_ends_are_kept(checkpoint):
+    for name in ("config.json", "tokenizer_config.json"):
+        path = checkpoint / name
+        path.write_bytes(json.dumps(json.loads(path.read_text()), indent=2).replace("\n", "\r\n").encode())
+    before = contents(checkpoint)
+    assert upgrade.main([str(checkpoint), "--write"]) == 0
+    for name in ("config.json", "tokenizer_config.json"):
+        now = (checkpoint / name).read_bytes()
+        assert now != before[name]
+        assert now.count(b"\n") == now.count(b"\r\n") > 5
+    assert upgrade.main([str(checkpoint), "--restore"]) == 0
+    assert contents(checkpoint) == before
+
+
+def test_an_edit_that_would_say_something_else_is_refused(monkeypatch):
+    monkeypatch.setattr(checkpoint_files, "_value_span", lambda text, key: (19, 21))  # the inner one
+    with pytest.raises(upgrade.Problem, match=r'"auto_map" can.t be changed .* by hand'):
+        upgrade.merged_auto_map('{"a": {"auto_map": {}}}', {"AutoModel": "m.M"})
+
+
+def test_the_example_in_the_docstring():
+    assert doctest.testmod(checkpoint_files) == (0, 1)
 
 
 def test_the_modules_are_all_that_the_code_imports():

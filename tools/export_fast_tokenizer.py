@@ -6,7 +6,8 @@ Write the tokenizer of a checkpoint as a tokenizer.json, for servers and tools t
 OUTPUT is a new folder, with tokenizer.json and tokenizer_config.json, which `AutoTokenizer` and
 `PreTrainedTokenizerFast` load; the checkpoint is only read. The ids are the same, the special tokens and the chat
 template too, and there are offsets, which point into the text as it was given. Exit status: 0 done; 2 something is
-wrong, or the tokenizer made does not encode the text of every token as ours does, and nothing is written.
+wrong, or can't be written, or the tokenizer made does not encode the text of every token as ours does, and there is no
+OUTPUT.
 
 How the parts of a tokenizer.json make what tiktoken does:
 
@@ -22,16 +23,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 from byte_pairs import merges
+from checkpoint_files import Problem, exit_status, new_folder, write_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from upgrade_checkpoint import ROOT, Problem, write_file
+from upgrade_checkpoint import ROOT
 
 QWenTokenizer = get_class_from_dynamic_module("tokenization_qwen.QWenTokenizer", str(ROOT))
 tokenization_qwen = sys.modules[QWenTokenizer.__module__]
@@ -141,21 +141,15 @@ def check(tokenizer, folder: Path) -> None:
 def export(checkpoint: Path, output: Path) -> None:
     if not (checkpoint / "qwen.tiktoken").exists():
         raise Problem(f"There is no vocabulary {checkpoint / 'qwen.tiktoken'}.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise Problem(f"{output} exists and is not an empty folder. Name a new one.")
-    try:
-        tokenizer = QWenTokenizer.from_pretrained(checkpoint)
-    except ValueError as error:
-        raise Problem(str(error)) from None
-    files = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": tokenizer_config(tokenizer)}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
-        folder = Path(temporary) / "tokenizer"
-        folder.mkdir()
+    with new_folder(output) as folder:
+        try:
+            tokenizer = QWenTokenizer.from_pretrained(checkpoint)
+        except ValueError as error:
+            raise Problem(str(error)) from None
+        files = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": tokenizer_config(tokenizer)}
         for name, content in files.items():
             write_file(folder / name, json.dumps(content, ensure_ascii=False, indent=1).encode())
         check(tokenizer, folder)
-        os.replace(folder, output)
     print(f"{len(tokenizer)} tokens in {output}: PreTrainedTokenizerFast.from_pretrained({str(output)!r})")
 
 
@@ -164,12 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="folder with qwen.tiktoken and tokenizer_config.json")
     parser.add_argument("output", type=Path, help="folder to write, new or empty")
     args = parser.parse_args(arguments)
-    try:
-        export(args.checkpoint, args.output)
-        return 0
-    except Problem as problem:
-        print(f"problem: {problem}", file=sys.stderr)
-        return 2
+    return exit_status(export, args.checkpoint, args.output)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Learn new tokens for words of your domain, behind a vocabulary that exists.
 
 VOCABULARY is the checkpoint's qwen.tiktoken, WORDS a text file in UTF-8 with one `word<TAB>frequency` a line, OUTPUT
 the file to write: as `qwen_extra.tiktoken` beside the vocabulary it is found by itself, anywhere else pass it as
-`extra_vocab_file`. Exit status: 0 done; 2 something is wrong with the files, and nothing is written.
+`extra_vocab_file`. Exit status: 0 done; 2 something is wrong with the files, or OUTPUT can't be written, and there is
+no OUTPUT.
 
 The method is the byte pair encoding of Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with
 Subword Units" (2016), https://arxiv.org/abs/1508.07909, section 3.2, begun where the vocabulary ends:
@@ -32,11 +33,12 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from byte_pairs import merges
+from checkpoint_files import Problem, exit_status, write_file
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from upgrade_checkpoint import ROOT, Problem, write_file
+from upgrade_checkpoint import ROOT
 
 QWenTokenizer = get_class_from_dynamic_module("tokenization_qwen.QWenTokenizer", str(ROOT))
 tokenization_qwen = sys.modules[QWenTokenizer.__module__]
@@ -158,12 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--max-tokens", type=int, help="learn at most so many, such as the spare embeddings of the model"
     )
     args = parser.parse_args(arguments)
-    try:
-        extend(args.vocabulary, args.words, args.output, args.start_id, args.max_tokens)
-        return 0
-    except Problem as problem:
-        print(f"problem: {problem}", file=sys.stderr)
-        return 2
+    return exit_status(extend, args.vocabulary, args.words, args.output, args.start_id, args.max_tokens)
 
 
 if __name__ == "__main__":

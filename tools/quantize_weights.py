@@ -16,18 +16,25 @@ import argparse
 import json
 import shutil
 import sys
-import uuid
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from checkpoint_files import (
+    INDEX,
+    Problem,
+    advice_about_name,
+    exit_status,
+    new_folder,
+    read_json,
+    weight_files,
+    write_file,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
-from upgrade_checkpoint import Problem, check_weights, planned, read_json, try_loading, write_file
-
-INDEX = "model.safetensors.index.json"
+from upgrade_checkpoint import check_weights, planned, try_loading
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,15 +80,12 @@ def make(source: Path, target: Path) -> None:
     config = read_json(source / "config.json")
     if config.get("int8_weights"):
         raise Problem(f"{source} has int8 weights already.")
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
+    files = [source / name for name in weight_files(source)]
+    if not all(file.suffix == ".safetensors" for file in files):
         raise Problem(f"{source} has no .safetensors. Load it and call save_pretrained, which writes them.")
     print(check_weights(source))
 
-    # Code is loaded from it, for which older releases of transformers want a name without points.
-    partial = target.parent / f"quantizing_{uuid.uuid4().hex}"
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(target) as partial:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.suffix not in (".safetensors", ".bin") and path.name != INDEX:
                 shutil.copy2(path, partial)  # the files that links point to
@@ -94,15 +98,15 @@ def make(source: Path, target: Path) -> None:
             written = quantize_file(file, partial / file.name, names)
             sizes.update(written)
             places.update(dict.fromkeys(written, file.name))
-        if (source / INDEX).exists():
+        if [file.name for file in files] != ["model.safetensors"]:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
             write_file(partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
         try_loading(partial)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     before = sum(file.stat().st_size for file in files)
     print(f"{target}: {len(names)} matrices in int8, {before / 1e9:.2f} GB became {sum(sizes.values()) / 1e9:.2f}")
+    advice = advice_about_name(target)
+    if advice is not None:
+        print(f"advice: {advice}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,12 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", type=Path, help="folder of the checkpoint")
     parser.add_argument("target", type=Path, help="the folder to make")
     args = parser.parse_args(arguments)
-    try:
-        make(args.source, args.target)
-        return 0
-    except (Problem, OSError) as problem:  # OSError names the file that can't be read or written
-        print(f"problem: {problem}", file=sys.stderr)
-        return 2
+    return exit_status(make, args.source, args.target)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,18 @@ Put this code into a checkpoint folder that has the published one.
     python tools/upgrade_checkpoint.py PATH --restore    undo the last --write exactly
     python tools/upgrade_checkpoint.py PATH --copy-to NEW    make an upgraded copy, for folders of a shared cache
 
+--end-at-im-end, with each of them, has the generation_config.json of a chat model end answers at <|im_end|>, for
+pipelines and servers.
+
 Exit status: 0 nothing to do, or done; 1 there is something to do (--check); 2 the checkpoint has a problem, or the
-folder can't be written. Weights are never written, and never read beyond their headers.
+folder can't be written: it is as it was then, and there is no NEW. Weights are never written, and never read beyond
+their headers; --copy-to copies them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import json
@@ -23,6 +28,17 @@ import sys
 from pathlib import Path
 
 from accelerate import init_empty_weights
+from checkpoint_files import (
+    Problem,
+    advice_about_name,
+    exit_status,
+    new_folder,
+    read_json,
+    staged,
+    weight_files,
+    with_value,
+    write_file,
+)
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -34,14 +50,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # from then on everything is new. So a checkpoint loads whenever writing stops.
 MODULES = get_class_from_dynamic_module("configuration_qwen.CODE_FILES", str(ROOT))
 AUTO_MAPS = {"config.json": ROOT / "config.json", "tokenizer_config.json": ROOT / "tokenizer_config.json"}
-VOCABULARY = "qwen.tiktoken"
+VOCABULARY, SETTINGS = "qwen.tiktoken", "generation_config.json"
 OFFICIAL_VOCABULARY = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
 BACKUP_PREFIX = "before_upgrade_"
-MANIFEST = "manifest.json"
-
-
-class Problem(Exception):
-    """Something the user has to look at; the message says what was found and what to do."""
+MANIFEST, FINISHED = "manifest.json", "finished.json"  # the second takes the place of the first in the end
 
 
 # --- Reading -----------------------------------------------------------------------------------------------------
@@ -51,49 +63,27 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Problem(f"{path.name} is missing. It comes with the checkpoint; copy it into the folder.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Problem(f"{path.name} is not valid JSON ({error}). Copy it again.") from None
-
-
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...] | None]:
     """
     Names of the weights with their shapes; None where only an index of .bin files tells the name, and nothing for a
     single .bin file: it would have to be unpickled, which can execute anything.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        by_file: dict[str, set[str]] = {}
-        for name, file in read_json(index)["weight_map"].items():
-            by_file.setdefault(file, set()).add(name)
-    elif (folder / "model.safetensors").exists():
-        by_file = {"model.safetensors": set()}
-    elif (folder / "pytorch_model.bin.index.json").exists():
-        weight_map = read_json(folder / "pytorch_model.bin.index.json")["weight_map"]
-        lacking = sorted({file for file in weight_map.values() if not (folder / file).exists()})
-        if lacking:
-            raise Problem(f"{len(lacking)} weight files are missing: {', '.join(lacking[:4])}. Copy them again.")
-        return dict.fromkeys(weight_map)
-    elif (folder / "pytorch_model.bin").exists():
-        return {}
-    else:
-        raise Problem("There are no weights: neither model.safetensors nor pytorch_model.bin nor an index of files.")
-
+    files = weight_files(folder)
+    if not all(file.endswith(".safetensors") for file in files):
+        return dict.fromkeys(name for names in files.values() for name in names)
+    place = {name: file for file, names in files.items() for name in names}
     shapes: dict[str, tuple[int, ...] | None] = {}
-    for file, names in tqdm(sorted(by_file.items()), desc="weight headers", unit="file", disable=len(by_file) < 2):
+    for file, names in tqdm(files.items(), desc="weight headers", unit="file", disable=len(files) < 2):
         try:
             with safe_open(folder / file, framework="pt") as weights:
                 found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise Problem(f"The weight file {file} is missing. Copy it again.") from None
         except SafetensorError as error:
             raise Problem(f"The weight file {file} is damaged ({error}). Copy it again.") from None
         if names - found.keys():
             raise Problem(f"{file} lacks {sorted(names - found.keys())[0]}, which the index says is in it.")
+        for name in found:  # of two, the file that happens to be read last would win
+            if place.get(name, file) != file:
+                raise Problem(f"{file} has {name}, which the index says is in {place[name]}. Copy both again.")
         shapes.update(found)
     return shapes
 
@@ -132,49 +122,70 @@ def check_weights(folder: Path) -> str:
     )
 
 
-def check_vocabulary(folder: Path) -> str:
-    """A line about the vocabulary; Problem if it is damaged or larger than the model's."""
-    path = folder / VOCABULARY
+def load_vocabulary(folder: Path) -> dict[bytes, int]:
     load = get_class_from_dynamic_module("tokenization_qwen.load_tiktoken_bpe", str(ROOT))
     try:
-        ranks = load(str(path))
+        return load(str(folder / VOCABULARY))
     except (FileNotFoundError, ValueError) as error:
         raise Problem(str(error)) from None
-    size, rows = len(ranks) + 208, read_json(folder / "config.json").get("vocab_size", 0)
+
+
+def check_vocabulary(folder: Path) -> str:
+    """A line about the vocabulary; Problem if it is damaged or larger than the model's."""
+    size, rows = len(load_vocabulary(folder)) + 208, read_json(folder / "config.json").get("vocab_size", 0)
     if size > rows:
         raise Problem(f"{VOCABULARY} has {size} tokens with the special ones, more than the model's {rows} embeddings.")
-    official = file_digest(path) == OFFICIAL_VOCABULARY
+    official = file_digest(folder / VOCABULARY) == OFFICIAL_VOCABULARY
     return f"vocabulary: {size} tokens, {'the official one' if official else 'not the official one'}"
 
 
 # --- What would change -------------------------------------------------------------------------------------------
 
 
+def read_text(path: Path) -> str:
+    """The text of a JSON object, line ends as they are; Problem if it is something else."""
+    read_json(path)
+    return path.read_bytes().decode("utf-8")
+
+
 def merged_auto_map(text: str, auto_map: dict) -> str:
     """The text of a JSON object with these entries in its "auto_map", everything else to the letter as it was."""
-    old = json.loads(text)
-    merged = {**old.get("auto_map", {}), **auto_map}
-    if old.get("auto_map") == merged:
-        return text
-    indent = re.search(r'^([ \t]+)"', text, re.MULTILINE)
-    step = indent.group(1) if indent else "  "
-    value = json.dumps(merged, indent=step).replace("\n", "\n" + step)
-    decoder = json.JSONDecoder()
-    key = re.search(r'"auto_map"\s*:\s*', text)
-    if key:
-        _, end = decoder.raw_decode(text, key.end())
-        return text[: key.end()] + value + text[end:]
-    start = text.index("{") + 1
-    return f'{text[:start]}\n{step}"auto_map": {value}{"," if old else ""}{text[start:] if old else chr(10) + "}"}'
+    old = json.loads(text).get("auto_map") or {}
+    if not isinstance(old, dict):
+        raise Problem(
+            f'"auto_map" must be an object {{...}}, found {old!r}. Remove it; --write puts in what belongs there.'
+        )
+    return with_value(text, "auto_map", {**old, **auto_map})
 
 
-def planned(folder: Path) -> dict[str, bytes]:
+def ends_of_answers(folder: Path) -> list[int] | None:
+    """
+    The "eos_token_id" of a chat model that ends its answers at <|im_end|>, and wherever sequences end now; None where
+    they end there already, and for other models.
+    """
+    if not (folder / SETTINGS).exists():
+        return None
+    values = read_json(folder / SETTINGS)
+    if values.get("chat_format") != "chatml":
+        return None
+    endoftext = len(load_vocabulary(folder))  # <|im_start|> and <|im_end|> follow
+    eos = values.get("eos_token_id")
+    eos = [endoftext] if eos is None else eos if isinstance(eos, list) else [eos]
+    return None if endoftext + 2 in eos else [*eos, endoftext + 2]
+
+
+def planned(folder: Path, end_at_im_end: bool = False) -> dict[str, bytes]:
     """Files to write, in order, with their new content; empty when everything is as it should be."""
     contents = {name: (ROOT / name).read_bytes() for name in MODULES}
     for name, source in AUTO_MAPS.items():
-        read_json(folder / name)
-        text = (folder / name).read_text(encoding="utf-8")
-        contents[name] = merged_auto_map(text, json.loads(source.read_text(encoding="utf-8"))["auto_map"]).encode()
+        contents[name] = merged_auto_map(read_text(folder / name), read_json(source)["auto_map"]).encode()
+    if end_at_im_end:
+        found = read_json(folder / SETTINGS).get("chat_format")
+        if found != "chatml":
+            raise Problem(f'--end-at-im-end is for chat models, but {SETTINGS} has "chat_format": {json.dumps(found)}.')
+        ends = ends_of_answers(folder)
+        if ends is not None:
+            contents[SETTINGS] = with_value(read_text(folder / SETTINGS), "eos_token_id", ends).encode()
     return {
         name: content
         for name, content in contents.items()
@@ -182,36 +193,23 @@ def planned(folder: Path) -> dict[str, bytes]:
     }
 
 
-def inspect(folder: Path) -> dict[str, bytes]:
+def inspect(folder: Path, end_at_im_end: bool) -> dict[str, bytes]:
     """Print what is found and what would change; returns the plan."""
     print(check_weights(folder))
     print(check_vocabulary(folder))
-    plan = planned(folder)
+    plan = planned(folder, end_at_im_end)
     for name in plan:
         print(f"{'would replace' if (folder / name).exists() else 'would add':13} {name}")
-    settings = folder / "generation_config.json"
-    if settings.exists():
-        values = read_json(settings)
-        eos = values.get("eos_token_id")
-        if values.get("chat_format") == "chatml" and isinstance(eos, int):
-            print(
-                f"advice: generation_config.json ends sequences at {eos} only; for pipelines and servers "
-                f'set "eos_token_id": [{eos}, {eos + 2}], so that an answer ends with <|im_end|>'
-            )
+    ends = None if end_at_im_end else ends_of_answers(folder)
+    if ends is not None:
+        print(
+            f"advice: {SETTINGS} does not end sequences at <|im_end|>, where an answer ends; for pipelines and "
+            f'servers add --end-at-im-end, which sets "eos_token_id": {ends}'
+        )
     return plan
 
 
 # --- Writing -----------------------------------------------------------------------------------------------------
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Replace a file in one step: whoever reads it sees the old content or the new."""
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def refuse_links(folder: Path, names) -> None:
@@ -232,19 +230,22 @@ def backups(folder: Path) -> list[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """What a killed run left half-written, under the names that only this program uses."""
-    for name in (*MODULES, *AUTO_MAPS):
+    for name in (*MODULES, *AUTO_MAPS, SETTINGS):
         (folder / f".{name}.new").unlink(missing_ok=True)
-    for path in (*folder.glob(f".{BACKUP_PREFIX}*"), *folder.glob(f"{BACKUP_PREFIX}*/.{MANIFEST}.new")):
+    for path in (*folder.glob(f".{BACKUP_PREFIX}*"), *folder.glob(f"{BACKUP_PREFIX}*/.*.new")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write(folder: Path, plan: dict[str, bytes]) -> None:
-    """Carry out the plan. A run that was interrupted is continued: its backup has the originals."""
+    """
+    Carry out the plan, or change nothing if there is no room for all of it. A run that was killed is continued: its
+    backup has the originals.
+    """
     refuse_links(folder, plan)
     remove_leftovers(folder)
     unfinished = [path for path in backups(folder) if not read_json(path / MANIFEST)["finished"]]
     if unfinished:
-        backup = unfinished[-1]
+        backup = at = unfinished[-1]
         manifest = read_json(backup / MANIFEST)
         if not {*manifest["replaced"], *manifest["added"]} >= plan.keys():
             raise Problem(f"{backup.name} is of an interrupted run with other files; --restore first, then --write.")
@@ -256,19 +257,25 @@ def write(folder: Path, plan: dict[str, bytes]) -> None:
             "finished": False,
         }
         backup = folder / f"{BACKUP_PREFIX}{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
-        temporary = folder / f".{backup.name}"
-        temporary.mkdir()
-        for name in replaced:
-            shutil.copy2(folder / name, temporary / name)
-        write_file(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
-        os.rename(temporary, backup)
+        at = folder / f".{backup.name}"
     written = {name: hashlib.sha256(content).hexdigest() for name, content in plan.items()}
     manifest["written"] = {**manifest.get("written", {}), **written}
-    write_file(backup / MANIFEST, json.dumps(manifest, indent=2).encode())
-    for name, content in plan.items():
-        write_file(folder / name, content)
+    try:
+        with staged(folder, plan):
+            if not unfinished:
+                at.mkdir()
+                for name in manifest["replaced"]:
+                    shutil.copy2(folder / name, at / name)
+            write_file(at / MANIFEST, json.dumps(manifest, indent=2).encode())
+            write_file(at / FINISHED, json.dumps({**manifest, "finished": True}, indent=2).encode())
+            os.replace(at, backup)
+        os.replace(backup / FINISHED, backup / MANIFEST)
+    except OSError:
+        with contextlib.suppress(OSError):
+            remove_leftovers(folder)
+        raise
+    for name in plan:
         print(f"wrote {name}")
-    write_file(backup / MANIFEST, json.dumps({**manifest, "finished": True}, indent=2).encode())
     print(f"what was replaced is in {backup.name}")
 
 
@@ -287,33 +294,31 @@ def restore(folder: Path) -> None:
         if path.exists() and file_digest(path) not in known:
             raise Problem(f"{name} was changed after the upgrade. Rename it to keep it, then --restore again.")
     remove_leftovers(folder)
-    for name in reversed(manifest["replaced"]):
-        temporary = folder / f".{name}.new"
-        shutil.copy2(backup / name, temporary)
-        os.replace(temporary, folder / name)
-        print(f"restored {name}")
+    with staged(folder, {name: backup / name for name in reversed(manifest["replaced"])}):
+        pass
     for name in reversed(manifest["added"]):
         (folder / name).unlink(missing_ok=True)
-        print(f"removed {name}")
     os.rename(backup, folder / f".{backup.name}")  # in one step: half a backup could not be restored again
     remove_leftovers(folder)
+    for done, names in (("restored", manifest["replaced"]), ("removed", manifest["added"])):
+        for name in names:
+            print(f"{done} {name}")
 
 
-def copy_to(folder: Path, target: Path) -> None:
-    """A copy with real files; weights are hard links where the file system allows, which costs no space."""
-    if target.exists() and any(target.iterdir()):
-        raise Problem(f"{target} is not empty. Name a folder that does not exist yet.")
-    target.mkdir(parents=True, exist_ok=True)
+def copy_to(folder: Path, target: Path, end_at_im_end: bool) -> None:
+    """
+    An upgraded copy that shares nothing with the original: a hard link would be written through, as `save_pretrained`
+    into the copy does with safetensors up to 0.7.
+    """
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    for path in tqdm(files, desc="copying", unit="file"):
-        source, to = path.resolve(), target / path.name
-        if path.suffix in (".safetensors", ".bin"):
-            try:
-                os.link(source, to)
-                continue
-            except OSError:
-                pass  # another file system
-        shutil.copy2(source, to)
+    with new_folder(target) as partial:
+        needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(partial).free
+        if needed > free:
+            raise Problem(f"A copy takes {needed / 1e9:.1f} GB, and {target.parent} has {free / 1e9:.1f} GB of room.")
+        for path in tqdm(files, desc="copying", unit="file"):
+            shutil.copy2(path, partial / path.name)  # the files that links point to
+        write(partial, planned(partial, end_at_im_end))
+        try_loading(partial)
 
 
 def try_loading(folder: Path) -> None:
@@ -324,9 +329,38 @@ def try_loading(folder: Path) -> None:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
     except Exception as error:
-        raise Problem(f"The folder does not load ({type(error).__name__}: {error}). --restore undoes it.") from error
+        hint = advice_about_name(folder)
+        raise Problem(
+            f"The folder does not load ({type(error).__name__}: {error}). --restore undoes a --write."
+            + (f" Perhaps {hint}." if hint else "")
+        ) from error
     count = sum(p.numel() for p in model.parameters())
     print(f"loads: {type(model).__name__} with {count / 1e9:.2f} billion parameters, {len(tokenizer)} tokens")
+
+
+def upgrade(args: argparse.Namespace) -> int:
+    folder: Path = args.path
+    if not folder.is_dir():
+        raise Problem(f"There is no folder {folder}.")
+    if args.restore:
+        restore(folder)
+        return 0
+    plan = inspect(folder, args.end_at_im_end)
+    advice = advice_about_name(folder if args.copy_to is None else args.copy_to)
+    if advice is not None:
+        print(f"advice: {advice}")
+    if args.copy_to is not None:
+        copy_to(folder, args.copy_to, args.end_at_im_end)
+        return 0
+    if not args.write:
+        print("everything is up to date" if not plan else "run again with --write to do it")
+        return 1 if plan else 0
+    if plan:
+        write(folder, plan)
+    else:
+        print("everything is up to date")
+    try_loading(folder)
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -337,31 +371,10 @@ def main(arguments: list[str] | None = None) -> int:
     action.add_argument("--write", action="store_true", help="write this code into the folder")
     action.add_argument("--restore", action="store_true", help="undo the last --write")
     action.add_argument("--copy-to", type=Path, metavar="NEW", help="make an upgraded copy in the folder NEW")
-    args = parser.parse_args(arguments)
-    folder: Path = args.path
-    try:
-        if not folder.is_dir():
-            raise Problem(f"There is no folder {folder}.")
-        if args.restore:
-            restore(folder)
-            return 0
-        plan = inspect(folder)
-        if args.copy_to is not None:
-            copy_to(folder, args.copy_to)
-            folder = args.copy_to
-            plan = planned(folder)
-        elif not args.write:
-            print("everything is up to date" if not plan else "run again with --write to do it")
-            return 1 if plan else 0
-        if plan:
-            write(folder, plan)
-        else:
-            print("everything is up to date")
-        try_loading(folder)
-        return 0
-    except (Problem, OSError) as problem:  # OSError names the file that can't be read or written
-        print(f"problem: {problem}", file=sys.stderr)
-        return 2
+    parser.add_argument(
+        "--end-at-im-end", action="store_true", help="have generation_config.json end answers at <|im_end|>"
+    )
+    return exit_status(upgrade, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

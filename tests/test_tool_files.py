@@ -1,0 +1,267 @@
+"""What every tool does with files: which weights it reads, and what a full disk, a read-only one or a kill leaves."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from conftest import ROOT, modeling_qwen, random_ids, tiny_model
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+sys.path.insert(0, str(ROOT / "tools"))
+NAMES = ("checkpoint_files", "upgrade_checkpoint", "quantize_weights", "extend_vocabulary", "export_fast_tokenizer")
+checkpoint_files, upgrade, quantize, extend, export = map(importlib.import_module, NAMES)
+INDEX = checkpoint_files.INDEX
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A checkpoint with this code in it but one module, which an upgrade would write."""
+    folder = tmp_path_factory.mktemp("whole") / "checkpoint"
+    tiny_model(vocab_size=4096).save_pretrained(folder)
+    shutil.copy(ROOT / "demo" / "qwen.tiktoken", folder)
+    shutil.copy(ROOT / "tokenizer_config.json", folder)
+    upgrade.write(folder, upgrade.planned(folder))
+    for backup in upgrade.backups(folder):
+        shutil.rmtree(backup)
+    (folder / "modeling_qwen.py").write_text("import torch\n" + (ROOT / "modeling_qwen.py").read_text())
+    (folder / "words.tsv").write_text("我是一只猫\t20\n", encoding="utf-8")
+    return folder
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# --- Which weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(whole, tmp_path):
+    """A copy with the weights in two files and an index."""
+    folder = tmp_path / "sharded"
+    shutil.copytree(whole, folder)
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    files = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
+    (folder / INDEX).write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def logits(folder):
+    model = modeling_qwen.QWenLMHeadModel.from_pretrained(folder, fp32=True).eval()
+    with torch.no_grad():
+        return model(random_ids(1, 20)).logits
+
+
+def test_only_the_files_that_the_index_names_are_quantised(sharded, tmp_path):
+    assert quantize.main([str(sharded), str(tmp_path / "expected")]) == 0
+    stray = {name: torch.zeros_like(weight) for name, weight in load_file(sharded / "model-2.safetensors").items()}
+    for name in ("a.safetensors", "model-3.safetensors", "z.safetensors"):
+        save_file(stray, sharded / name, metadata={"format": "pt"})
+    assert quantize.main([str(sharded), str(tmp_path / "int8")]) == 0
+    assert contents(tmp_path / "int8").keys() == contents(tmp_path / "expected").keys()
+    torch.testing.assert_close(logits(tmp_path / "int8"), logits(tmp_path / "expected"), rtol=0, atol=0)
+    torch.testing.assert_close(logits(tmp_path / "int8"), logits(sharded), rtol=0.1, atol=0.5)
+
+
+def test_a_file_without_an_index_comes_first_as_in_transformers(sharded, whole, tmp_path):
+    shutil.copy(whole / "model.safetensors", sharded)
+    zeros = {name: torch.zeros_like(weight) for name, weight in load_file(sharded / "model-1.safetensors").items()}
+    save_file(zeros, sharded / "model-1.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(logits(sharded), logits(whole), rtol=0, atol=0)
+    assert checkpoint_files.weight_files(sharded) == {"model.safetensors": set()}
+    assert quantize.main([str(sharded), str(tmp_path / "int8")]) == 0
+    assert not (tmp_path / "int8" / INDEX).exists()
+    torch.testing.assert_close(logits(tmp_path / "int8"), logits(whole), rtol=0.1, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model-2.safetensors").unlink(), "weight files are missing: model-2.safetensors"),
+        (lambda f: (f / INDEX).write_text("{}"), 'has no "weight_map"'),
+        (lambda f: (f / INDEX).write_text('{"weight_map": {"a": 1}}'), 'has no "weight_map"'),
+        (lambda f: (f / INDEX).write_text("[]"), "holds list, not an object"),
+        (lambda f: (f / INDEX).unlink(), "There are no weights"),
+        (
+            lambda f: save_file(
+                {**load_file(f / "model-1.safetensors"), **load_file(f / "model-2.safetensors")},
+                f / "model-2.safetensors",
+            ),
+            "model-2.safetensors has .*, which the index says is in model-1.safetensors",
+        ),
+    ],
+)
+def test_an_index_that_does_not_fit_the_files(sharded, tmp_path, capsys, damage, message):
+    damage(sharded)
+    for tool, arguments in ((upgrade, [str(sharded)]), (quantize, [str(sharded), str(tmp_path / "new")])):
+        assert tool.main(arguments) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
+
+
+# --- Where nothing can be written ---------------------------------------------------------------------------------
+
+
+TOOLS = {  # tool, and its arguments for a target
+    "upgrade --copy-to": (upgrade, lambda whole, target: [str(whole), "--copy-to", str(target)]),
+    "quantize": (quantize, lambda whole, target: [str(whole), str(target)]),
+    "export": (export, lambda whole, target: [str(whole), str(target)]),
+    "extend": (extend, lambda whole, target: [str(whole / "qwen.tiktoken"), str(whole / "words.tsv"), str(target)]),
+}
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Gives a function that mounts a file system of so many bytes, and one that makes it read-only."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def call(*command):
+        if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs a user who may mount a small file system (root)")
+
+    def mounted(size):
+        call("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place))
+        return place
+
+    yield mounted, lambda: call("mount", "-o", "remount,ro", str(place))
+    subprocess.run(["umount", str(place)], capture_output=True)
+
+
+def total(folder):
+    return sum(len(content) for content in contents(folder).values())
+
+
+@pytest.mark.parametrize("name", TOOLS)
+@pytest.mark.parametrize("room", [0.0, 0.02, 0.9])
+def test_a_full_disk_leaves_no_target(whole, mount, capsys, name, room):
+    """With no room at all, with some, and with nearly enough."""
+    tool, arguments = TOOLS[name]
+    disk = mount[0]("64m")
+    assert tool.main(arguments(whole, disk / "target")) == 0
+    needed = total(disk)
+    shutil.rmtree(disk / "target") if (disk / "target").is_dir() else (disk / "target").unlink()
+    free = shutil.disk_usage(disk).free - int(needed * room) // 4096 * 4096
+    (disk / "ballast").write_bytes(b"\1" * free)
+    capsys.readouterr()
+    assert tool.main(arguments(whole, disk / "target")) == 2
+    assert re.search("No space left on device|A copy takes", capsys.readouterr().err)
+    assert [path.name for path in disk.iterdir()] == ["ballast"]
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(whole, mount, capsys):
+    disk = mount[0]("64m")
+    shutil.copytree(whole, disk / "checkpoint")
+    before = contents(disk)
+    plan = upgrade.planned(disk / "checkpoint")
+    needed = 2 * len(plan["modeling_qwen.py"])  # new and, in the backup, old
+    for room in (0, needed // 3, needed * 9 // 10):
+        (disk / "ballast").write_bytes(b"\1" * (shutil.disk_usage(disk).free - room // 4096 * 4096))
+        assert upgrade.main([str(disk / "checkpoint"), "--write"]) == 2
+        assert "No space left on device: " in capsys.readouterr().err  # and where
+        (disk / "ballast").unlink()
+        assert contents(disk) == before
+        assert not [path for path in disk.rglob("*before_upgrade*")]
+    assert upgrade.main([str(disk / "checkpoint"), "--write"]) == 0
+    written = contents(disk)
+    (disk / "ballast").write_bytes(b"\1" * shutil.disk_usage(disk).free)
+    assert upgrade.main([str(disk / "checkpoint"), "--restore"]) == 2
+    (disk / "ballast").unlink()
+    assert contents(disk) == written
+    assert upgrade.main([str(disk / "checkpoint"), "--restore"]) == 0
+    assert contents(disk) == before
+
+
+@pytest.mark.parametrize("name", [*TOOLS, "upgrade --write"])
+def test_a_read_only_target(whole, mount, capsys, name):
+    disk = mount[0]("64m")
+    shutil.copytree(whole, disk / "checkpoint")
+    mount[1]()
+    before = contents(disk)
+    tool, arguments = TOOLS.get(name, (upgrade, lambda whole, target: [str(disk / "checkpoint"), "--write"]))
+    assert tool.main(arguments(whole, disk / "target")) == 2
+    message = capsys.readouterr().err
+    assert "Read-only file system" in message
+    assert str(disk) in message
+    assert contents(disk) == before
+
+
+def test_unreadable_input_and_a_target_in_no_folder(whole, tmp_path, capsys):
+    """An OSError of any kind is status 2 and names the file."""
+    (tmp_path / "file").write_text("")
+    for tool, arguments in TOOLS.values():
+        assert tool.main(arguments(whole, tmp_path / "file" / "target")) == 2
+        assert "file" in capsys.readouterr().err
+    assert extend.main([str(whole / "qwen.tiktoken"), str(tmp_path), str(tmp_path / "target")]) == 2
+    assert f"directory: '{tmp_path}'" in capsys.readouterr().err
+    assert contents(tmp_path) == {"file": b""}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
+@pytest.mark.parametrize("name", [name for name in TOOLS if name != "upgrade --copy-to"])
+def test_a_killed_run_leaves_no_target_and_the_next_one_makes_it(whole, tmp_path, name):
+    """Killed by the clock; tests/test_upgrade_checkpoint.py does it with the upgrade."""
+    tool, arguments = TOOLS[name]
+    target, chance, killed = tmp_path / "target", random.Random(0), 0
+
+    def start():
+        ready, go = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.read(ready, 1)
+            tqdm.set_lock(threading.RLock())  # the lock of all processes would be killed with this one
+            os._exit(tool.main(arguments(whole, target)))
+        os.write(go, b"1")
+        os.close(ready)
+        os.close(go)
+        return pid, time.monotonic()
+
+    def remove():
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+    pid, began = start()
+    assert os.waitpid(pid, 0)[1] == 0
+    duration = time.monotonic() - began
+    complete = contents(tmp_path)
+    remove()
+    for _ in range(int(os.environ.get("QWEN_KILLS", "4"))):
+        pid, _ = start()
+        time.sleep(chance.uniform(0, duration))
+        os.kill(pid, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        if target.exists():
+            assert contents(tmp_path).items() >= complete.items()
+            remove()
+        assert tool.main(arguments(whole, target)) == 0
+        assert contents(tmp_path).items() >= complete.items()
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith("partial_")]
+        remove()
+    assert killed
+
+
+def test_a_tool_that_is_interrupted_leaves_nothing(whole, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "check", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export.main([str(whole), str(tmp_path / "target")])
+    assert list(tmp_path.iterdir()) == []

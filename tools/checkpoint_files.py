@@ -1,0 +1,229 @@
+"""What the tools share: which files a checkpoint has, and writing that is complete or leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Callable, Iterator
+
+from safetensors import SafetensorError
+
+INDEX = "model.safetensors.index.json"
+
+
+class Problem(Exception):
+    """Something the user has to look at; the message says what was found and what to do."""
+
+
+def exit_status(work: Callable[..., int | None], *arguments) -> int:
+    """
+    Call `work(*arguments)`: what it returns, 0 for None; 2, after a line about it, for what the user can mend.
+
+    An OSError names the file that can't be read or written; safetensors reports a full disk in its own way.
+    """
+    try:
+        return work(*arguments) or 0
+    except (Problem, OSError, SafetensorError) as problem:
+        print(f"problem: {problem}", file=sys.stderr)
+        return 2
+
+
+# --- Reading -----------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; Problem if it is not there or is something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Problem(f"{path.name} is missing. It comes with the checkpoint; copy it into the folder.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Problem(f"{path.name} is not valid JSON ({error}). Copy it again.") from None
+    if not isinstance(values, dict):
+        raise Problem(f"{path.name} holds {type(values).__name__}, not an object {{...}}. Copy it again.")
+    return values
+
+
+def weight_files(folder: Path) -> dict[str, set[str]]:
+    """
+    The weight files of a checkpoint, each with the names of the weights that its index says are in it.
+
+    As transformers chooses: model.safetensors, else the files that model.safetensors.index.json names; then the same of
+    pytorch_model.bin. What else lies in the folder does not belong to the checkpoint. A file without an index has no
+    names here.
+
+    Raises Problem if there are no weights, an index is not one, or a file that it names is missing.
+    """
+    for single, index in (("model.safetensors", INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        if (folder / single).exists():
+            return {single: set()}
+        if not (folder / index).exists():
+            continue
+        weight_map = read_json(folder / index).get("weight_map")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(f, str) for f in weight_map.values())
+        ):
+            raise Problem(f'{index} has no "weight_map" of names and files. Copy it again.')
+        files: dict[str, set[str]] = {}
+        for name, file in sorted(weight_map.items(), key=lambda item: item[1]):
+            files.setdefault(file, set()).add(name)
+        lacking = [file for file in files if not (folder / file).is_file()]
+        if lacking:
+            raise Problem(f"{len(lacking)} weight files are missing: {', '.join(lacking[:4])}. Copy them again.")
+        return files
+    raise Problem("There are no weights: neither model.safetensors nor pytorch_model.bin nor an index of files.")
+
+
+def advice_about_name(folder: Path) -> str | None:
+    """What to do about a folder that not every release of transformers can load code from."""
+    name = folder.resolve().name
+    if "." not in name:
+        return None
+    return (
+        f"the name of the folder, {name}, has a point, by which transformers up to 4.56 can't load the code in it "
+        f"(ModuleNotFoundError); rename it, for instance to {name.replace('.', '_')}"
+    )
+
+
+# --- Writing -----------------------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file in one step: whoever reads it sees the old content or the new."""
+    with staged(path.parent, {path.name: content}):
+        pass
+
+
+@contextlib.contextmanager
+def staged(folder: Path, contents: dict[str, bytes | Path]) -> Iterator[None]:
+    """
+    Write files under other names, `.NAME.new`, and give them their own when the block is left, each in one step and in
+    this order.
+
+    contents: of each file; a path stands for a file to copy with its times and its mode. All space is taken before the
+    first file is replaced: if something can't be written, or the block raises, nothing is changed and nothing is left.
+    """
+    paths = {name: folder / f".{name}.new" for name in contents}
+    try:
+        for name, content in contents.items():
+            try:
+                if isinstance(content, Path):
+                    shutil.copy2(content, paths[name])
+                    continue
+                with open(paths[name], "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                error.filename = error.filename or str(paths[name])  # a full disk names none
+                raise
+        yield
+    except BaseException:
+        for path in paths.values():
+            with contextlib.suppress(OSError):  # the error that is on its way says more
+                path.unlink()
+        raise
+    for name, path in paths.items():
+        os.replace(path, folder / name)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """
+    Gives a folder beside `target`, which takes its place in one step when the block is left; after an error there is
+    neither. What a killed run left is removed by the next run for this target.
+
+    Raises Problem if `target` is there already, unless it is an empty folder, or another run is making it.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise Problem(f"{target} exists and is not an empty folder. Name a folder that does not exist yet.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Code is loaded from it, for which older releases of transformers want a name without points.
+    partial = target.parent / f"partial_{hashlib.sha256(target.name.encode()).hexdigest()[:16]}"
+    partial.mkdir(exist_ok=True)
+    with _only_run(partial, target):
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield partial
+            os.replace(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _only_run(folder: Path, target: Path) -> Iterator[None]:
+    """Problem if another process holds this folder; the system lets go of what a killed one held."""
+    try:
+        fcntl = importlib.import_module("fcntl")
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Problem(f"Another run is making {target}, in {folder}. Wait for it.") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+# --- JSON text ---------------------------------------------------------------------------------------------------
+
+
+def with_value(text: str, key: str, value) -> str:
+    """
+    The text of a JSON object with `value` for `key`, everything else to the letter as it was, line ends included.
+
+    Raises Problem if the text that would come out does not say exactly that.
+
+    Example:
+        >>> with_value('{ "a":{"b": 1},  "b":[] }', "b", 2)
+        '{ "a":{"b": 1},  "b":2 }'
+    """
+    old = json.loads(text)
+    if key in old and json.dumps(old[key]) == json.dumps(value):
+        return text
+    indent = re.search(r'^([ \t]+)"', text, re.MULTILINE)
+    step = indent.group(1) if indent else "  "
+    newline = "\r\n" if "\r\n" in text else "\n"
+    written = json.dumps(value, indent=step, ensure_ascii=False).replace("\n", newline + step)
+    place = _value_span(text, key)
+    if place is not None:
+        new = text[: place[0]] + written + text[place[1] :]
+    else:
+        start = text.index("{") + 1
+        rest = "," + text[start:] if old else newline + text[start:].lstrip()
+        new = f'{text[:start]}{newline}{step}"{key}": {written}{rest}'
+    if json.dumps(json.loads(new), sort_keys=True) != json.dumps({**old, key: value}, sort_keys=True):
+        raise Problem(f'"{key}" can\'t be changed in this JSON text. Set it to {json.dumps(value)} by hand.')
+    return new
+
+
+def _value_span(text: str, key: str) -> tuple[int, int] | None:
+    """Where the value of a key of the outermost object begins and ends; of the last one, which is what counts."""
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    position, found = space.match(text, text.index("{") + 1).end(), None
+    while text[position] == '"':
+        name, position = decoder.raw_decode(text, position)
+        start = space.match(text, space.match(text, position).end() + 1).end()  # behind the colon
+        _, end = decoder.raw_decode(text, start)
+        found = (start, end) if name == key else found
+        position = space.match(text, space.match(text, end).end() + 1).end()  # behind the comma
+        if position >= len(text):
+            break
+    return found
