@@ -286,6 +286,36 @@ def test_window_drops_the_oldest_turns_first(demo_tokenizer):
     assert utils.make_context(demo_tokenizer, "now", history, "sys", max_window_size=1) == none
 
 
+def test_a_turn_that_fills_the_window_is_dropped(demo_tokenizer):
+    """As published: the system prompt and the turns stay below `max_window_size`; the question is not counted."""
+    history = [("question", "answer")]
+    question = demo_tokenizer.encode("now")
+    rest = len(question) + 4 + len(demo_tokenizer.encode("user")) + 2 + len(demo_tokenizer.encode("assistant")) + 1
+    whole = utils.make_context(demo_tokenizer, "now", history, "sys", max_window_size=10**6)
+    size = len(whole[1]) - rest
+    assert utils.make_context(demo_tokenizer, "now", history, "sys", max_window_size=size + 1) == whole
+    dropped = utils.make_context(demo_tokenizer, "now", None, "sys")
+    assert utils.make_context(demo_tokenizer, "now", history, "sys", max_window_size=size) == dropped
+
+
+def test_the_earliest_stop_text_ends_a_stream(demo_tokenizer):
+    """Both come with one token; the one that is named first stands behind the other."""
+    (token,) = demo_tokenizer.encode(" capital")
+    stream = utils.TextStream(demo_tokenizer, stop=["tal", "api"])
+    assert stream.put(64)
+    assert not stream.put(token)
+    assert stream.finish() == "a c"
+
+
+def test_a_stream_holds_back_all_that_may_begin_a_stop_text(demo_tokenizer):
+    for text, shown in (("xabc", "x x x x"), ("xabd", "x x x xabd"), ("ababc", "_ _ ab ab ab")):
+        stream, parts = utils.TextStream(demo_tokenizer, stop=["abc"]), []
+        for letter in text:
+            stream.put(*demo_tokenizer.encode(letter))
+            parts.append(stream.text or "_")
+        assert " ".join(parts) == shown
+
+
 @pytest.mark.parametrize("chat_format", ["ChatML", None, "alpaca"])
 def test_unknown_chat_format(demo_tokenizer, chat_format):
     with pytest.raises(ValueError, match=r"Unknown chat_format .*'chatml', 'raw'"):
