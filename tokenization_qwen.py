@@ -334,9 +334,7 @@ class QWenTokenizer(PreTrainedTokenizer):
                 return self._rendered_to_ids(text, *special, *marks)
             if isinstance(text, (list, tuple)) and not is_split_into_words:
                 if return_offsets_mapping:
-                    raise ValueError(
-                        f"return_offsets_mapping=True takes texts, found {str(text)[:80]}."
-                    )
+                    raise ValueError(f"return_offsets_mapping=True takes texts, found {str(text)[:80]}.")
                 return self._tokens_to_ids(text), []
             ids: list[int] = []
             offsets: list[tuple[int, int]] = []
