@@ -178,7 +178,7 @@ OBSERVATION = "Observation:"
 
 def _fill(text: str, values: dict) -> str:
     """`str.format` that leaves other braces alone."""
-    return re.sub(r"\{(%s)\}" % "|".join(values), lambda name: values[name.group(1)], text)
+    return re.sub(r"\{(\w+)\}", lambda field: values.get(field.group(1), field.group(0)), text)
 
 
 def _tool_values(tool: dict) -> dict:
@@ -226,16 +226,16 @@ def _steps(messages: Sequence[dict]) -> Iterator[tuple[str, str, dict | None]]:
             continue
         results = {}
         while rest and rest[0].get("role") in ("function", "tool"):
-            results[rest[0].get("tool_call_id")] = rest.popleft()
+            result = rest.popleft()
+            results[result.get("tool_call_id")] = result
         for call in calls:
             yield message.get("role"), content, call
             if call["id"] in results:
                 yield from _steps([results.pop(call["id"])])
             content = ""
         if results:
-            raise ValueError(
-                f"There are results of calls that were not made: tool_call_id {', '.join(map(str, results))}."
-            )
+            unknown = ", ".join(map(str, results))
+            raise ValueError(f"There are results of calls that were not made: tool_call_id {unknown}.")
 
 
 def make_tool_context(

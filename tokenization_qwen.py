@@ -194,7 +194,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         self.mergeable_ranks = {**self.base_ranks, **self.extra_ranks}
         self.decoder: dict[int, bytes | str] = {rank: token for token, rank in self.mergeable_ranks.items()}
         self.decoder.update({rank: token for token, rank in self.special_tokens.items()})
-        self.tokenizer = tiktoken.Encoding(
+        self._encoding = tiktoken.Encoding(
             "Qwen", pat_str=PAT_STR, mergeable_ranks=self.mergeable_ranks, special_tokens=self.special_tokens
         )
 
@@ -242,7 +242,7 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     def __getstate__(self):
         state = self.__dict__.copy()
-        for name in ("mergeable_ranks", "decoder", "tokenizer"):
+        for name in ("mergeable_ranks", "decoder", "_encoding"):
             del state[name]
         for name in ("base_ranks", "extra_ranks"):
             state[name] = format_tiktoken_bpe(state[name])
@@ -254,12 +254,17 @@ class QWenTokenizer(PreTrainedTokenizer):
             self.__dict__[name] = {token: rank for _, token, rank in _parse(state[name], name)}
         self._index_vocabulary()
 
+    @property
+    def tokenizer(self) -> tiktoken.Encoding:
+        """tiktoken's Encoding of this vocabulary, under its published name."""
+        return self._encoding
+
     def __len__(self) -> int:
-        return self.tokenizer.n_vocab
+        return self._encoding.n_vocab
 
     @property
     def vocab_size(self) -> int:
-        return self.tokenizer.n_vocab
+        return self._encoding.n_vocab
 
     def get_vocab(self) -> dict[bytes | str, int]:
         """Every token with its id; regular tokens are bytes, special tokens str."""
@@ -505,8 +510,8 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     def _encode_nfc(self, text: str, allowed: frozenset, disallowed: frozenset) -> list[int]:
         if "|" not in text or "<|" not in text:  # every special token has both; the second takes longer to look for
-            return self.tokenizer.encode_ordinary(text)
-        return self.tokenizer.encode(text, allowed_special=set(allowed), disallowed_special=disallowed)
+            return self._encoding.encode_ordinary(text)
+        return self._encoding.encode(text, allowed_special=set(allowed), disallowed_special=disallowed)
 
     def _encode_long_space(self, text: str, allowed: frozenset, disallowed: frozenset) -> list[int]:
         """
@@ -591,15 +596,15 @@ class QWenTokenizer(PreTrainedTokenizer):
     def _decode(self, token_ids, skip_special_tokens: bool = False, errors: str | None = None, **kwargs) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         try:
-            data = self.tokenizer.decode_bytes(ids)
+            data = self._encoding.decode_bytes(ids)
         except BaseException:  # a panic of Rust in tiktoken before 0.8
             known = [index for index in ids if self._has_token(index)]
             if len(known) == len(ids):
                 raise
-            ids, data = known, self.tokenizer.decode_bytes(known)
+            ids, data = known, self._encoding.decode_bytes(known)
         if skip_special_tokens and b"|" in data and b"<|" in data:
             special = set(self.special_tokens.values())
-            data = self.tokenizer.decode_bytes([index for index in ids if index not in special])
+            data = self._encoding.decode_bytes([index for index in ids if index not in special])
         return data.decode("utf-8", errors=errors or self.errors)
 
     def _has_token(self, index: int) -> bool:
