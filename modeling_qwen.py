@@ -66,6 +66,7 @@ from .transformers_compat import (
     create_causal_mask,
     crop_cache,
     forget_device_map,
+    generation_tokens,
     gpu_supports_bf16,
     is_compiling,
     is_flash_attn_2_available,
@@ -375,10 +376,13 @@ class QWenPreTrainedModel(PreTrainedModel):
             attention, reason = cls._choose_attention(config, kwargs[DTYPE], on_accelerator)
         set_attention(config, kwargs, attention)
         info_wanted = kwargs.pop("output_loading_info", False)
+        tokens = generation_tokens(kwargs)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
         forget_device_map(model, device_map)
+        if tokens:
+            model.generation_config.update(**tokens)
         model._forget_precision_flags()
         chosen = model.config._attn_implementation
         why = f" ({reason})" if reason else ""

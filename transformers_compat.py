@@ -714,6 +714,18 @@ def forget_device_map(model, device_map) -> None:
         del model.hf_device_map
 
 
+def generation_tokens(kwargs: dict) -> dict:
+    """
+    Takes out of the arguments of loading what the published programs pass and transformers 5 refuses.
+
+    Returns ids of tokens, which were keys of a configuration before; today they belong to the one of generation.
+    """
+    hub = transformers.utils.hub
+    if "resume_download" not in inspect.signature(getattr(hub, "cached_files", hub.cached_file)).parameters:
+        kwargs.pop("resume_download", None)  # from 5.0 every download is resumed
+    return {key: kwargs.pop(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in kwargs}
+
+
 _HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",

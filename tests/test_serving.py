@@ -153,7 +153,7 @@ def test_names_of_the_model(client):
         client.completions.create(model=name, prompt="The", max_tokens=1)
     for what in ({"messages": KENYA}, {"prompt": "a"}):
         create = client.chat.completions.create if "messages" in what else client.completions.create
-        with pytest.raises(openai.NotFoundError, match="There is no model 'qwen' here; there is .*demo"):
+        with pytest.raises(openai.NotFoundError, match=r"There is no model 'qwen' here; there is .*demo"):
             create(model="qwen", **what)
 
 
