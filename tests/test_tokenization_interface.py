@@ -212,7 +212,7 @@ def test_offsets_are_cut_and_padded_with_the_ids(demo_tokenizer, side):
     each = [[tokenizer(word, return_offsets_mapping=True)["offset_mapping"] for word in row] for row in words]
     assert ours["offset_mapping"] == [one + other for one, other in each]
     with pytest.raises(ValueError, match="takes texts"):
-        tokenizer([[1, 2]], return_offsets_mapping=True)
+        tokenizer.encode([1, 2], return_offsets_mapping=True)
 
 
 def test_offsets_point_into_a_text_that_is_not_normal(demo_tokenizer):
