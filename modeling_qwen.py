@@ -381,7 +381,7 @@ class QWenPreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
         forget_device_map(model, device_map)
-        if tokens:
+        if tokens and getattr(model, "generation_config", None) is not None:  # a QWenModel has none
             model.generation_config.update(**tokens)
         model._forget_precision_flags()
         chosen = model.config._attn_implementation

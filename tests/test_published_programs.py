@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +108,7 @@ def _(model, tokenizer):
 def _(model, tokenizer):
     other = load(pad_token_id=5)  # a key of the configuration up to transformers 4
     assert 5 in (getattr(other.config, "pad_token_id", None), other.generation_config.pad_token_id)
+    assert not hasattr(load(AutoModel, pad_token_id=5), "lm_head")  # without a configuration of generation
 
 
 @use("AutoModelForCausalLM.from_pretrained(path, bf16=True or fp16=True, ...)", "eval/evaluate_chat_*; examples/*")
