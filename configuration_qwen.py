@@ -44,6 +44,7 @@ _POSITIVE_INTEGER = ("a positive integer", _is_integer)
 _POSITIVE_NUMBER = ("a number above 0", lambda value: _is_number(value) and value > 0)
 _PROBABILITY = ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 _FLAG = ("true or false", lambda value: isinstance(value, bool))
+_TOKEN = ("the id of a token, or null", lambda value: value is None or _is_integer(value, -1))
 # Each key of ours: what it must be, in words, and whether a value is that.
 _VALUES = {
     "vocab_size": _POSITIVE_INTEGER,
@@ -65,6 +66,12 @@ _VALUES = {
     "attn_dropout_prob": _PROBABILITY,
     "cache_bits": ("8 or 4", lambda value: _is_integer(value) and value in (4, 8)),
     "use_flash_attn": ("'auto', true or false", lambda value: isinstance(value, bool) or value == "auto"),
+    "bos_token_id": _TOKEN,
+    "pad_token_id": _TOKEN,
+    "eos_token_id": (
+        "the id of a token, a list of ids, or null",
+        lambda value: value is None or all(_is_integer(i, -1) for i in (value if isinstance(value, list) else [value])),
+    ),
     **dict.fromkeys(
         (
             *("scale_attn_weights", "use_cache", "bf16", "fp16", "fp32", "use_dynamic_ntk", "use_logn_attn", "no_bias"),
@@ -108,6 +115,7 @@ class QWenConfig(PretrainedConfig):
         cache_bits: of the quantised cache, 8 or 4.
         softmax_in_fp32: accepted as published; the softmax is always taken in float32.
         int8_weights: the matrices of the checkpoint but the embedding are int8, as `tools/quantize_weights.py` writes.
+        bos_token_id, eos_token_id, pad_token_id: for other software; generation reads generation_config.json.
 
     Raises:
         ValueError: for a value no Qwen model can have, a number or a flag in quotes among them; the message names the
@@ -169,6 +177,9 @@ class QWenConfig(PretrainedConfig):
         softmax_in_fp32=False,
         int8_weights=False,
         seq_length=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -199,7 +210,8 @@ class QWenConfig(PretrainedConfig):
         self.cache_bits = cache_bits
         self.softmax_in_fp32 = softmax_in_fp32
         self.int8_weights = int8_weights
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **tokens, **kwargs)
         self.check()
 
     @property

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 
 import torch
@@ -138,6 +139,8 @@ class QWenChatMixin:
             value = kwargs.get(name, getattr(settings, name, None))
             return default if value is None else value
 
+        if "stream" in kwargs:
+            raise ValueError("chat has no argument stream; for the answer as it grows call chat_stream.")
         chat_format = getattr(settings, "chat_format", None)
         if chat_format != "chatml":
             found = "names no chat_format" if chat_format is None else f"has chat_format={chat_format!r}"
@@ -173,6 +176,16 @@ class QWenChatMixin:
                 alpha = self.transformer.prompt_alpha(torch.tensor([len(tokens)]))
             keep_common_prefix(cache, tokens, alpha)
         kwargs = {key: value for key, value in kwargs.items() if key != "max_window_size"}
+        own = {
+            "pad_token_id": setting("pad_token_id", tokenizer.eod_id),
+            "eos_token_id": eos,
+            "return_dict_in_generate": False,
+        }
+        if generation_config is not None:  # with keywords besides transformers warns: these are not the caller's
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**own)
+            kwargs = {key: value for key, value in kwargs.items() if key not in own}
+            own = {}
         return _Turn(
             tokenizer=tokenizer,
             input_ids=ids,
@@ -182,12 +195,10 @@ class QWenChatMixin:
             cache=cache,
             settings={
                 "attention_mask": torch.ones_like(ids),
-                "pad_token_id": setting("pad_token_id", tokenizer.eod_id),
                 **kwargs,
+                **own,
                 "generation_config": generation_config,
                 "stop_words_ids": stop_words_ids,
-                "eos_token_id": eos,
-                "return_dict_in_generate": False,
             },
         )
 

@@ -7,6 +7,7 @@ Knows tokens and text, not the network.
 from __future__ import annotations
 
 import ast
+import collections
 import copy
 import json
 import queue
@@ -130,38 +131,111 @@ def decode_tokens(
     return (response, end_reason) if return_end_reason else response
 
 
-# Of this wording only the names in front of the colons matter: `make_tool_context` and `parse_react` look for them.
-# For a checkpoint that was tuned on another wording pass that.
-TOOL_PROMPT = """You can call these tools to answer the question:
+class ToolPrompt(NamedTuple):
+    """
+    The wording of a prompt with tools.
+
+    instruction: what stands in front of the question; {tools} are their descriptions, {names} their names.
+    tool: the description of one, with its {name}, its name for {human}s, {description} and {parameters}.
+    comma: what separates the names.
+    """
+
+    instruction: str
+    tool: str
+    comma: str
+
+
+# The published wordings, which the chat models were tuned on, to the letter. The first is that of openai_api.py,
+# react_demo.py and function_call_finetune_examples.py, the second that of react_prompt.md.
+TOOL_PROMPT = ToolPrompt(
+    """Answer the following questions as best you can. You have access to the following APIs:
 
 {tools}
 
-Write your answer in this form:
+Use the following format:
 
-Question: the question to answer
-Thought: what to do next, and why
-Action: the tool to call, one of [{names}]
-Action Input: a JSON object with its arguments
-Observation: what the tool returned
-... (Thought, Action, Action Input and Observation as often as needed)
-Thought: the question can be answered now
-Final Answer: the answer to the question
+Question: the input question you must answer
+Thought: you should always think about what to do
+Action: the action to take, should be one of [{names}]
+Action Input: the input to the action
+Observation: the result of the action
+... (this Thought/Action/Action Input/Observation can be repeated zero or more times)
+Thought: I now know the final answer
+Final Answer: the final answer to the original input question
 
-Question: {query}"""
+Begin!""",
+    "{name}: Call this tool to interact with the {human} API. What is the {human} API useful for? {description} "
+    "Parameters: {parameters}",
+    ", ",
+)
+REACT_PROMPT = ToolPrompt(
+    TOOL_PROMPT.instruction.replace("APIs", "tools"),
+    TOOL_PROMPT.tool + " Format the arguments as a JSON object.",
+    ",",
+)
 OBSERVATION = "Observation:"
 
 
-def _describe_tool(tool: dict) -> tuple[str, str]:
-    """Name and description of a tool, in the published form, or as a function or a tool of OpenAI's interface."""
+def _fill(text: str, values: dict) -> str:
+    """`str.format` that leaves other braces alone."""
+    return re.sub(r"\{(\w+)\}", lambda field: values.get(field.group(1), field.group(0)), text)
+
+
+def _tool_values(tool: dict) -> dict:
+    """What a description says of a tool in the published form, or of a function or a tool of OpenAI's interface."""
     tool = tool.get("function", tool) if isinstance(tool, dict) else {}
     name = tool.get("name_for_model", tool.get("name"))
     if not isinstance(name, str) or not name or "\n" in name:
         raise ValueError(
             f"A tool must be a dictionary with a name (or name_for_model), description and parameters, found {tool!r}."
         )
-    description = tool.get("description_for_model", tool.get("description", ""))
-    parameters = json.dumps(tool.get("parameters", {}), ensure_ascii=False)
-    return name, f"{name}: {description} Parameters: {parameters}"
+    return {
+        "name": name,
+        "human": tool.get("name_for_human", name),
+        "description": tool.get("description_for_model", tool.get("description", "")),
+        "parameters": json.dumps(tool.get("parameters", {}), ensure_ascii=False),
+    }
+
+
+def _calls(message: dict) -> list[dict]:
+    """The calls of a message, each with an `id` or None, a `name` and `arguments`, a JSON text."""
+    calls = message.get("tool_calls") or [{"function": message.get("function_call")}]
+    functions = [(call.get("id"), call.get("function", call)) for call in calls]
+    return [
+        {
+            "id": index,
+            "name": function["name"],
+            "arguments": function["arguments"]
+            if isinstance(function["arguments"], str)
+            else json.dumps(function["arguments"], ensure_ascii=False),
+        }
+        for index, function in functions
+        if function is not None
+    ]
+
+
+def _steps(messages: Sequence[dict]) -> Iterator[tuple[str, str, dict | None]]:
+    """Role, content and call of each message; of several calls in one each is followed by its result."""
+    rest = collections.deque(messages)
+    while rest:
+        message = rest.popleft()
+        content = (message.get("content") or "").lstrip("\n").rstrip()
+        calls = _calls(message)
+        if len(calls) < 2:
+            yield message.get("role"), content, calls[0] if calls else None
+            continue
+        results = {}
+        while rest and rest[0].get("role") in ("function", "tool"):
+            result = rest.popleft()
+            results[result.get("tool_call_id")] = result
+        for call in calls:
+            yield message.get("role"), content, call
+            if call["id"] in results:
+                yield from _steps([results.pop(call["id"])])
+            content = ""
+        if results:
+            unknown = ", ".join(map(str, results))
+            raise ValueError(f"There are results of calls that were not made: tool_call_id {unknown}.")
 
 
 def make_tool_context(
@@ -170,18 +244,24 @@ def make_tool_context(
     tools: Sequence[dict],
     system: str = "You are a helpful assistant.",
     max_window_size: int = 6144,
-    prompt: str = TOOL_PROMPT,
+    prompt: ToolPrompt = TOOL_PROMPT,
 ) -> tuple[str, list[int]]:
     """
     The prompt for the next step of an answer that may call tools (ReAct, https://arxiv.org/abs/2210.03629).
 
+    It is the published one, as the published server makes it of the same messages: the tools are described with the
+    last question that has an answer, or part of one, else with the only question.
+
     Args:
         messages: `{"role": "user", "content": ...}`, `{"role": "assistant", "content": ..., "function_call": {"name":
             ..., "arguments": JSON}}` for a call, `{"role": "function", "name": ..., "content": ...}` for its result,
-            and `{"role": "assistant", "content": ...}` for an answer; calls and results follow their question.
+            and `{"role": "assistant", "content": ...}` for an answer; calls and results follow their question. Calls
+            may be `tool_calls` too, and results messages of the role "tool" with a `tool_call_id`, as OpenAI's
+            interface has them. A first message of the role "system" replaces `system`.
         tools: a name, a description and parameters (any JSON) each; the tools of OpenAI's interface and those of the
-            published examples (`name_for_model`, `description_for_model`) are read too.
-        prompt: puts `{tools}`, their `{names}` and the `{query}` together.
+            published examples (`name_for_model`, `name_for_human`, `description_for_model`) are read too. A model is
+            more likely to write JSON if a description ends in "Format the arguments as a JSON object."
+        prompt: its wording; REACT_PROMPT is that of the published examples/react_prompt.md.
 
     Returns the prompt as text and as token ids, like `make_context`: nothing that a person or a tool wrote becomes a
     control token. The model's next words follow; stop it at `Observation:`, and read them with `parse_react`.
@@ -192,17 +272,22 @@ def make_tool_context(
         >>> text, ids = make_tool_context(tokenizer, [{"role": "user", "content": "What is 17 * 23?"}], tools)
     """
     turns: list[list[str]] = []
-    for message in messages:
-        role, content = message.get("role"), message.get("content") or ""
-        call = message.get("function_call")
-        if role == "user" and (not turns or turns[-1][1]):
+    role = None
+    for number, (role, content, call) in enumerate(_steps(messages)):
+        said = content
+        if call is not None:
+            said = content if content.startswith("Thought:") else f"Thought: {content}"
+            said += f"\nAction: {call['name']}\nAction Input: {call['arguments']}"
+        elif tools:
+            said = f"Thought: I now know the final answer.\nFinal Answer: {content}"
+        if role == "system" and number == 0:
+            system = content
+        elif role == "user" and (not turns or turns[-1][1]):
             turns.append([content, ""])
-        elif role == "assistant" and turns and call is not None:
-            turns[-1][1] += f"Thought: {content}\nAction: {call['name']}\nAction Input: {call['arguments']}\n"
-        elif role in ("function", "tool") and turns and turns[-1][1]:
-            turns[-1][1] += f"{OBSERVATION} {content}\n"
         elif role == "assistant" and turns:
-            turns[-1][1] += f"Final Answer: {content}" if turns[-1][1] else content
+            turns[-1][1] = f"{turns[-1][1]}\n{said}" if turns[-1][1] else said.rstrip()
+        elif role in ("function", "tool") and turns and turns[-1][1]:
+            turns[-1][1] += f"\n{OBSERVATION} {content}"
         else:
             raise ValueError(
                 f"After {len(turns)} questions a message of the role {role!r} has no place: the first is a user's, "
@@ -210,12 +295,23 @@ def make_tool_context(
             )
     if not turns:
         raise ValueError("There is no message from a user.")
-    names, descriptions = zip(*map(_describe_tool, tools)) if tools else ((), ())
-    query, answer = turns.pop()
-    values = {"tools": "\n\n".join(descriptions), "names": ", ".join(names), "query": query}
-    query = re.sub(r"\{(tools|names|query)\}", lambda name: values[name.group(1)], prompt)
-    text, ids = make_context(tokenizer, query, [tuple(turn) for turn in turns], system, max_window_size)
-    answer += "Thought:"
+    described = [_tool_values(tool) for tool in tools]
+    values = {
+        "tools": "\n\n".join(_fill(prompt.tool, tool) for tool in described),
+        "names": prompt.comma.join(tool["name"] for tool in described),
+    }
+    instruction = _fill(prompt.instruction, values) + "\n\nQuestion: " if tools else ""
+
+    def context(place: int) -> tuple[str, list[int]]:
+        """With the instruction in front of this question."""
+        asked = [(instruction + query if i == place else query, said.strip()) for i, (query, said) in enumerate(turns)]
+        return make_context(tokenizer, asked[-1][0], asked[:-1], system, max_window_size)
+
+    last = len(turns) - 1
+    text, ids = context(last if turns[last][1] or not last else last - 1)
+    if instruction not in text:  # its turn does not fit into the window
+        text, ids = context(last)
+    answer = turns[last][1].lstrip("\n").rstrip() + ("\nThought:" if role in ("function", "tool") else "")
     return text + answer, ids + tokenizer.encode(answer, allowed_special=set())
 
 
@@ -224,7 +320,8 @@ class ReactStep(NamedTuple):
     What a model wrote behind a prompt of `make_tool_context`.
 
     Either `action` is the name of a tool and `arguments` are its arguments, or `answer` is the final answer. `error`
-    says what is wrong with a call, in words to give back to the model as the tool's result.
+    says what is wrong with a call, in words to give back to the model as the tool's result. `written` are the arguments
+    as the model wrote them.
     """
 
     thought: str
@@ -232,6 +329,7 @@ class ReactStep(NamedTuple):
     arguments: Optional[dict] = None
     answer: Optional[str] = None
     error: Optional[str] = None
+    written: Optional[str] = None
 
 
 def parse_react(text: str) -> ReactStep:
@@ -256,14 +354,15 @@ def parse_react(text: str) -> ReactStep:
     name = call.group(1).strip().strip("`\"'[]")
     rest = re.search(r"^\s*Action Input\s*:", text[call.end() :], re.MULTILINE)
     if rest is None:
-        return ReactStep(thought, name, error="There was no line 'Action Input:' with the arguments.")
+        return ReactStep(thought, name, error="There was no line 'Action Input:' with the arguments.", written="")
     written = text[call.end() + rest.end() :].strip()
     if final is not None:
         written = written.split("Final Answer")[0].strip()
     arguments = _read_arguments(written)
     if arguments is None:
-        return ReactStep(thought, name, error=f"The Action Input is not a JSON object: {written[:200]}")
-    return ReactStep(thought, name, arguments)
+        error = f"The Action Input is not a JSON object: {written[:200]}"
+        return ReactStep(thought, name, error=error, written=written)
+    return ReactStep(thought, name, arguments, written=written)
 
 
 def _read_arguments(written: str) -> dict | None:

@@ -23,8 +23,10 @@ from .transformers_compat import (
     PreTrainedModel,
     cpu_supports_bf16,
     cpu_supports_fp16,
+    drop_old_arguments,
     forget_device_map,
     gpu_supports_bf16,
+    has_mps,
     is_flash_attn_2_available,
     load_config,
     loading_defaults,
@@ -34,6 +36,8 @@ from .transformers_compat import (
 )
 
 logger = logging.get_logger(__name__)
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # keys of the configuration, which generation reads
 
 
 class QWenPreTrainedModel(PreTrainedModel):
@@ -96,7 +100,13 @@ class QWenPreTrainedModel(PreTrainedModel):
 
         Raises ValueError for a contradiction in the configuration, RuntimeError for weights that don't fit it.
         """
+        kwargs = dict(kwargs)
+        drop_old_arguments(kwargs)
+        tokens = {name: kwargs.pop(name) for name in TOKEN_IDS if name in kwargs}
+        given = config if isinstance(config, QWenConfig) else None
         config, kwargs = load_config(cls.config_class, config, pretrained_model_name_or_path, kwargs)
+        if given is not None:
+            config = cls._settle(given, kwargs)
         cls._find_kernels(config, pretrained_model_name_or_path, kwargs)
         device_map = kwargs.get("device_map")
         on_accelerator = _goes_to_accelerator(device_map)
@@ -106,16 +116,21 @@ class QWenPreTrainedModel(PreTrainedModel):
         elif dtype is None:
             dtype = "auto"  # that of the `state_dict`
         kwargs[DTYPE] = cls._choose_dtype(config, dtype, on_accelerator)
-        cls._warn_of_precision(kwargs[DTYPE], on_accelerator)
+        main = kwargs[DTYPE].get("", "auto") if isinstance(kwargs[DTYPE], dict) else kwargs[DTYPE]
+        cls._warn_of_precision(main, on_accelerator)
         attention, reason = named_attention(config, kwargs), ""
         if attention is None:
-            attention, reason = cls._choose_attention(config, kwargs[DTYPE], on_accelerator)
+            attention, reason = cls._choose_attention(config, main, on_accelerator)
         set_attention(config, kwargs, attention)
         info_wanted = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
         forget_device_map(model, device_map)
+        for name, value in tokens.items():
+            setattr(model.config, name, value)
+            if getattr(model, "generation_config", None) is not None:  # a QWenModel has none
+                setattr(model.generation_config, name, value)
         model._forget_precision_flags()
         chosen = model.config._attn_implementation
         why = f" ({reason})" if reason else ""
@@ -144,6 +159,17 @@ class QWenPreTrainedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             copy_source(save_directory)
         super().save_pretrained(save_directory, **kwargs)
+
+    @staticmethod
+    def _settle(config: QWenConfig, kwargs: dict) -> QWenConfig:
+        """A configuration that the caller brings, without its precision flag if a precision is passed beside it."""
+        wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if wanted is None or any(kwargs.get(flag) for flag in PRECISION_FLAGS):
+            return config
+        config = copy.deepcopy(config)
+        for flag in PRECISION_FLAGS:
+            setattr(config, flag, False)
+        return config
 
     @staticmethod
     def _find_kernels(config: QWenConfig, path, kwargs: dict) -> None:
@@ -304,4 +330,6 @@ def _goes_to_accelerator(device_map) -> bool:
     places = device_map.values() if isinstance(device_map, dict) else [device_map]
     if all(str(place) in ("cpu", "disk", "meta") for place in places):
         return False
-    return torch.cuda.is_available() or any(str(place).split(":")[0] in ("mps", "xpu", "npu") for place in places)
+    if torch.cuda.is_available() or has_mps():
+        return True
+    return any(str(place).split(":")[0] in ("mps", "xpu", "npu") for place in places)

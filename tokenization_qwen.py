@@ -46,17 +46,35 @@ _SPACE = "\t\v\f \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # t
 # unicodedata sorts a run of combining marks in quadratic time.
 _LONG_MARKS = 500
 
-# ChatML, as `make_context` writes it. Like `chat`, it begins with a system prompt even when none is given.
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+
+def _chat_template(message: str) -> str:
+    """ChatML, as `make_context` writes it. Like `chat`, it begins with a system prompt even when none is given."""
+    return (
+        "{% if messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+        "{% endif %}"
+        "{% for message in messages %}"
+        + message
+        + "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+# What lies in `generation` is what an assistant says, for `return_assistant_tokens_mask`.
+CHAT_TEMPLATE = _chat_template(
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}"
+    "{{ message['content'] + '<|im_end|>' }}"
     "{% endif %}"
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
-    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# The same for programs that do not know `generation`, such as transformers up to 4.41.
+PLAIN_CHAT_TEMPLATE = _chat_template(
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
+)
+_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 
 def load_tiktoken_bpe(path: str) -> dict[bytes, int]:
@@ -176,7 +194,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         self.mergeable_ranks = {**self.base_ranks, **self.extra_ranks}
         self.decoder: dict[int, bytes | str] = {rank: token for token, rank in self.mergeable_ranks.items()}
         self.decoder.update({rank: token for token, rank in self.special_tokens.items()})
-        self.tokenizer = tiktoken.Encoding(
+        self._encoding = tiktoken.Encoding(
             "Qwen", pat_str=PAT_STR, mergeable_ranks=self.mergeable_ranks, special_tokens=self.special_tokens
         )
 
@@ -224,7 +242,7 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     def __getstate__(self):
         state = self.__dict__.copy()
-        for name in ("mergeable_ranks", "decoder", "tokenizer"):
+        for name in ("mergeable_ranks", "decoder", "_encoding"):
             del state[name]
         for name in ("base_ranks", "extra_ranks"):
             state[name] = format_tiktoken_bpe(state[name])
@@ -236,12 +254,17 @@ class QWenTokenizer(PreTrainedTokenizer):
             self.__dict__[name] = {token: rank for _, token, rank in _parse(state[name], name)}
         self._index_vocabulary()
 
+    @property
+    def tokenizer(self) -> tiktoken.Encoding:
+        """tiktoken's Encoding of this vocabulary, under its published name."""
+        return self._encoding
+
     def __len__(self) -> int:
-        return self.tokenizer.n_vocab
+        return self._encoding.n_vocab
 
     @property
     def vocab_size(self) -> int:
-        return self.tokenizer.n_vocab
+        return self._encoding.n_vocab
 
     def get_vocab(self) -> dict[bytes | str, int]:
         """Every token with its id; regular tokens are bytes, special tokens str."""
@@ -298,36 +321,59 @@ class QWenTokenizer(PreTrainedTokenizer):
         split_special_tokens=None,
         sanitize_control_tokens=False,  # `apply_chat_template` always does
         marks=None,
+        return_assistant_tokens_mask=False,
         num_threads=None,
         return_offsets_mapping=False,
         **kwargs,
     ) -> BatchEncoding:
         """All that `__call__`, `encode` and their relatives do, to pairs of a text and a second text or None."""
-        if return_offsets_mapping:
-            raise NotImplementedError(
-                "This tokenizer gives no offsets. The fast one that tools/export_fast_tokenizer.py writes does, and "
-                "has the same ids."
-            )
+        if return_offsets_mapping and marks is not None:
+            raise ValueError("A chat template has no offsets: the text that it makes is not what is encoded.")
         special = self._choose_special(allowed_special, disallowed_special, split_special_tokens)
 
-        def to_ids(text) -> list[int]:
-            if is_split_into_words:
-                if isinstance(text, str):
-                    raise ValueError(f"is_split_into_words=True takes a list of words, found the text {text[:80]!r}.")
-                return [token for word in text for token in self._text_to_ids(word, *special)]
-            if isinstance(text, (list, tuple)):
-                return list(text) if text and isinstance(text[0], int) else self.convert_tokens_to_ids(text)
-            return self._text_to_ids(text, *special) if marks is None else self._rendered_to_ids(text, *special, *marks)
+        def encode(text) -> tuple[list[int], list]:
+            """Ids, and what else is asked for about each of them."""
+            if is_split_into_words and isinstance(text, str):
+                raise ValueError(f"is_split_into_words=True takes a list of words, found the text {text[:80]!r}.")
+            if marks is not None:
+                return self._rendered_to_ids(text, *special, *marks)
+            if isinstance(text, (list, tuple)) and not is_split_into_words:
+                if return_offsets_mapping:
+                    raise ValueError(f"return_offsets_mapping=True takes texts, found {str(text)[:80]}.")
+                return self._tokens_to_ids(text), []
+            ids: list[int] = []
+            offsets: list[tuple[int, int]] = []
+            for word in text if is_split_into_words else [text]:
+                new = self._text_to_ids(word, *special)
+                ids += new
+                if return_offsets_mapping:
+                    offsets += self._offsets(word, new)
+            return ids, offsets
 
         texts = [text for first, second in pairs for text in ((first,) if second is None else (first, second))]
-        ids = iter(_map(to_ids, texts, num_threads))
-        pairs = [(next(ids), None if second is None else next(ids)) for _, second in pairs]
-        return self._prepare(pairs, is_batch, **kwargs)
+        encoded = iter(_map(encode, texts, num_threads))
+        pairs = [(next(encoded), None if second is None else next(encoded)) for _, second in pairs]
+        column = ()
+        if return_offsets_mapping or return_assistant_tokens_mask:
+            values = [[*first[1], *(second[1] if second else [])] for first, second in pairs]
+            column = ("offset_mapping", values, (0, 0)) if return_offsets_mapping else ("assistant_masks", values, 0)
+        pairs = [(first[0], second[0] if second else None) for first, second in pairs]
+        return self._prepare(pairs, is_batch, column, **kwargs)
+
+    def _tokens_to_ids(self, tokens) -> list[int]:
+        """The ids of a text that is given as ids or tokens; ValueError for a token that does not exist."""
+        if tokens and isinstance(tokens[0], int):
+            return list(tokens)
+        ids = self.convert_tokens_to_ids(tokens)
+        if None in ids:
+            raise ValueError(f"There is no token {tokens[ids.index(None)]!r} in this vocabulary.")
+        return ids
 
     def _prepare(
         self,
         pairs: list,
         is_batch: bool,
+        column: tuple,
         padding_strategy,
         truncation_strategy,
         max_length=None,
@@ -338,7 +384,12 @@ class QWenTokenizer(PreTrainedTokenizer):
         return_overflowing_tokens=False,
         **kwargs,
     ) -> BatchEncoding:
-        """What transformers' `prepare_for_model` makes of pairs of ids and further ids or None, padded together."""
+        """
+        What transformers' `prepare_for_model` makes of pairs of ids and further ids or None, padded together.
+
+        column: a name, values for the ids of every pair, and the value of padding, which are cut and padded with them.
+        """
+        name, values, filler = column or (None, [], None)
         preparing = {name: kwargs.pop(name) for name in _PREPARING if name in kwargs}
         if kwargs:
             logger.warning_once(f"Arguments that QWenTokenizer does not know are ignored: {', '.join(sorted(kwargs))}.")
@@ -350,21 +401,30 @@ class QWenTokenizer(PreTrainedTokenizer):
             and not any(preparing.get(name) for name in _FURTHER_LISTS)
         )
         rows = []
-        for first, second in pairs:
+        for i, (first, second) in enumerate(pairs):
+            ids = self.build_inputs_with_special_tokens(first, second)
             if ids_only:
-                row = {"input_ids": self.build_inputs_with_special_tokens(first, second)}
+                row = {"input_ids": ids}
                 verbose = preparing.get("verbose", True)
                 self._eventual_warn_about_too_long_sequence(row["input_ids"], max_length, verbose)
             else:
+                places = list(range(len(ids)))  # instead of the ids: so it is known which of them are left
                 row = self.prepare_for_model(
-                    first,
-                    second,
+                    places[: len(first)],
+                    None if second is None else places[len(first) :],
                     truncation=truncation_strategy,
                     max_length=max_length,
                     return_attention_mask=False,
                     return_overflowing_tokens=return_overflowing_tokens,
                     **preparing,
-                )
+                ).data
+                places = row["input_ids"]
+                for kind in {"input_ids", "overflowing_tokens"} & set(row):
+                    row[kind] = [ids[place] for place in row[kind]]
+                if "special_tokens_mask" in row and preparing.get("add_special_tokens", True):
+                    row["special_tokens_mask"] = self.get_special_tokens_mask(row["input_ids"])
+            if name:
+                row[name] = values[i] if ids_only else [values[i][place] for place in places]
             if return_overflowing_tokens:
                 row.setdefault("overflowing_tokens", [])
                 row.setdefault("num_truncated_tokens", 0)
@@ -386,6 +446,11 @@ class QWenTokenizer(PreTrainedTokenizer):
                 padding_side=padding_side,
                 return_attention_mask=return_attention_mask,
             ).data
+            if name:
+                left = (padding_side or self.padding_side) == "left"
+                for i, (row, ids) in enumerate(zip(columns[name], columns["input_ids"])):
+                    padding = [filler] * (len(ids) - len(row))
+                    columns[name][i] = [*padding, *row] if left else [*row, *padding]
         if is_batch or return_tensors is not None:
             return BatchEncoding(columns, tensor_type=return_tensors)
         return BatchEncoding({name: column[0] for name, column in columns.items()})
@@ -398,24 +463,55 @@ class QWenTokenizer(PreTrainedTokenizer):
             return self._encode_long_space(text, allowed, disallowed)
         return self._encode_nfc(text, allowed, disallowed)
 
-    def _rendered_to_ids(self, text: str, allowed: frozenset, disallowed: frozenset, bar: str, edge: str) -> list[int]:
-        """Ids of what a template made of messages with marks in them (see `_mark`): only its own words are special."""
+    def _rendered_to_ids(
+        self, text: str, allowed: frozenset, disallowed: frozenset, bar: str, edge: str, begin: str, end: str
+    ) -> tuple[list[int], list[int]]:
+        """
+        Ids of what a template made of messages with marks in them (see `_mark`): only its own words are special.
+
+        Besides, 1 for those that have a part of what lies between `begin` and `end`, 0 for the others.
+        """
         surfaces = [token for token in SPECIAL_TOKENS if token in allowed and token in text]
         pattern = "|".join(map(re.escape, surfaces)) or "(?!)"
         ids: list[int] = []
+        flags: list[int] = []
+        inside = False
         for part in text.split(edge):
             for i, piece in enumerate(re.split(f"({pattern})", part)):
                 if i % 2:
                     ids.append(self.special_tokens[piece])
+                    flags.append(int(inside))
+                    continue
+                plain, blocks = "", []
+                for bit in re.split(f"([{begin}{end}])", piece.replace(bar, "|").replace(_json_escape(bar), "|")):
+                    if bit in (begin, end):
+                        inside = bit == begin
+                    elif bit:
+                        blocks += [(len(plain), len(plain) + len(bit))] if inside else []
+                        plain += bit
+                new = self._text_to_ids(plain, frozenset(), disallowed)
+                ids += new
+                if not blocks or blocks == [(0, len(plain))]:
+                    flags += [len(blocks)] * len(new)
                 else:
-                    piece = piece.replace(bar, "|").replace(_json_escape(bar), "|")
-                    ids += self._text_to_ids(piece, frozenset(), disallowed)
-        return ids
+                    offsets = self._offsets(plain, new)
+                    flags += [int(any(first < b and a < last for a, b in blocks)) for first, last in offsets]
+        return ids, flags
+
+    def _offsets(self, text: str, ids: list[int]) -> list[tuple[int, int]]:
+        """Where each token lies in the text: the first of its characters, and the one behind its last."""
+        characters = [place for character, place in _aligned_nfc(text) for _ in character.encode("utf-8")]
+        offsets, begin = [], 0
+        for index in ids:
+            end = begin + len(self.decoder[index])  # special tokens are ASCII
+            offsets.append((characters[begin][0], characters[end - 1][1]))
+            begin = end
+        return offsets
 
     def _encode_nfc(self, text: str, allowed: frozenset, disallowed: frozenset) -> list[int]:
         if "|" not in text or "<|" not in text:  # every special token has both; the second takes longer to look for
-            return self.tokenizer.encode_ordinary(text)
-        return self.tokenizer.encode(text, allowed_special=set(allowed), disallowed_special=disallowed)
+            return self._encoding.encode_ordinary(text)
+        return self._encoding.encode(text, allowed_special=set(allowed), disallowed_special=disallowed)
 
     def _encode_long_space(self, text: str, allowed: frozenset, disallowed: frozenset) -> list[int]:
         """
@@ -444,12 +540,15 @@ class QWenTokenizer(PreTrainedTokenizer):
         if token in self.special_tokens:
             return self.special_tokens[token]
         data = token.encode("utf-8", errors="surrogatepass") if isinstance(token, str) else token
-        if data in self.mergeable_ranks:
-            return self.mergeable_ranks[data]
-        raise ValueError(f"There is no token {token!r} in this vocabulary.")
+        index = self.mergeable_ranks.get(data)
+        return self.unk_token_id if index is None else index
 
     def convert_tokens_to_ids(self, tokens):
-        """The id of a token (bytes or str), or the ids of a list of them; ValueError for one that does not exist."""
+        """
+        The id of a token (bytes or str), or the ids of a list of them.
+
+        For a token that does not exist it is `unk_token_id`, which is None unless you set an `unk_token`.
+        """
         if tokens is None:
             return None
         if isinstance(tokens, (str, bytes)):
@@ -485,7 +584,7 @@ class QWenTokenizer(PreTrainedTokenizer):
             clean_up_tokenization_spaces: ignored, Qwen's tokens need no cleaning.
             errors: what to do with bytes that are not UTF-8, "replace", "ignore" or "strict"; default: the tokenizer's.
 
-        Raises ValueError for an id that does not exist.
+        An id that has no token is decoded as nothing, with a warning; ValueError for a negative one.
         """
         if isinstance(token_ids, list) and token_ids:  # transformers would look at each id to find out what this is
             if isinstance(token_ids[0], list):
@@ -497,14 +596,29 @@ class QWenTokenizer(PreTrainedTokenizer):
     def _decode(self, token_ids, skip_special_tokens: bool = False, errors: str | None = None, **kwargs) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         try:
-            data = self.tokenizer.decode_bytes(ids)
+            data = self._encoding.decode_bytes(ids)
         except BaseException:  # a panic of Rust in tiktoken before 0.8
-            self.convert_ids_to_tokens(ids)  # says which id does not exist
-            raise
+            known = [index for index in ids if self._has_token(index)]
+            if len(known) == len(ids):
+                raise
+            ids, data = known, self._encoding.decode_bytes(known)
         if skip_special_tokens and b"|" in data and b"<|" in data:
             special = set(self.special_tokens.values())
-            data = self.tokenizer.decode_bytes([index for index in ids if index not in special])
+            data = self._encoding.decode_bytes([index for index in ids if index not in special])
         return data.decode("utf-8", errors=errors or self.errors)
+
+    def _has_token(self, index: int) -> bool:
+        """Whether there is something to decode; a model's vocabulary is padded with ids that have no token."""
+        if index in self.decoder:
+            return True
+        if index < 0:
+            return self._convert_id_to_token(index) is not None  # raises: this was no model
+        logger.warning_once(
+            f"Ids that have no token are decoded as nothing. This vocabulary has {len(self)} tokens; a model with more "
+            f"rows in its embedding gives such an id, rarely, when it samples. To exclude them pass "
+            f"suppress_tokens=list(range(len(tokenizer), model.config.vocab_size)) to generate or chat."
+        )
+        return False
 
     def decode_stream(self, skip_special_tokens: bool = False) -> DecodeStream:
         """Decodes ids that come one at a time; see `DecodeStream`."""
@@ -550,6 +664,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         *,
         tokenize: bool = True,
         tokenizer_kwargs=None,
+        return_assistant_tokens_mask: bool = False,
         **kwargs,
     ):
         """
@@ -559,28 +674,52 @@ class QWenTokenizer(PreTrainedTokenizer):
         With the default template the ids are exactly those of `make_context`. The text (`tokenize=False`) can't keep
         that apart: encode it only if you trust the messages.
 
-        Raises ValueError for an empty conversation, or tools that the default template has no place for, and TypeError
-        for messages that are not made of dictionaries, lists, texts and numbers.
+        return_assistant_tokens_mask: add `assistant_masks`, 1 for the tokens of what an assistant says (in the default
+        template its content and `<|im_end|>`), on any release. A template of yours marks it with `{% generation %}`.
+
+        Raises ValueError for an empty conversation, tools that the default template has no place for, or a mask from
+        a template that marks nothing, and TypeError for messages that are not made of dictionaries, lists, texts and
+        numbers.
         """
         conversation = _as_data(conversation)
         if not conversation:
             raise ValueError("The conversation is empty; it needs at least one message.")
-        is_default = (chat_template or self.chat_template) == CHAT_TEMPLATE
+        template = chat_template or self.chat_template
+        if isinstance(self.chat_template, dict) and hasattr(self, "get_chat_template"):  # several, with names
+            template = self.get_chat_template(chat_template, tools)
+        is_default = template in (CHAT_TEMPLATE, PLAIN_CHAT_TEMPLATE)
         if is_default:
             if tools:
-                raise ValueError("The default chat template has no place for tools; pass a chat_template that has.")
+                raise ValueError(
+                    "The default chat template has no place for tools; pass a chat_template that has, or see "
+                    "make_tool_context in qwen_generation_utils.py."
+                )
             conversation = _plain(conversation)
+        if return_assistant_tokens_mask and not (tokenize and _GENERATION.search(str(template))):
+            raise ValueError(
+                "return_assistant_tokens_mask=True needs tokenize=True, and a template that says with "
+                "{% generation %} ... {% endgeneration %} what the assistant's words are."
+            )
         given = {"tools": tools, "documents": documents}
         kwargs.update({name: value for name, value in given.items() if value is not None})
         if tokenize:
             kwargs.pop("sanitize_control_tokens", None)  # done here, of itself
-            marks = _unused_characters([conversation, kwargs])
-            conversation = _mark(conversation, *marks, whole_contents=is_default)
-            kwargs = _mark(kwargs, *marks)
-            tokenizer_kwargs = {**(tokenizer_kwargs or {}), "marks": marks}
-        return super().apply_chat_template(
+            marks = _unused_characters([conversation, kwargs, template], 4)
+            conversation = _mark(conversation, *marks[:2], whole_contents=is_default)
+            kwargs = _mark(kwargs, *marks[:2])
+            tokenizer_kwargs = {
+                **(tokenizer_kwargs or {}),
+                "marks": marks,
+                "return_assistant_tokens_mask": return_assistant_tokens_mask,
+            }
+        if isinstance(template, str):
+            chat_template = _mark_generation(template, *(marks[2:] if return_assistant_tokens_mask else ("", "")))
+        encoded = super().apply_chat_template(
             conversation, chat_template=chat_template, tokenize=tokenize, tokenizer_kwargs=tokenizer_kwargs, **kwargs
         )
+        if return_assistant_tokens_mask and not isinstance(encoded, Mapping):
+            raise ValueError("return_assistant_tokens_mask=True needs return_dict=True.")
+        return encoded
 
     # Saving
 
@@ -623,8 +762,10 @@ class DecodeStream:
         """
         Take the next id; returns the text that is now certain, and was not before.
 
-        Raises ValueError for an id that does not exist.
+        An id that has no token adds nothing, with a warning; ValueError for a negative one.
         """
+        if not self._tokenizer._has_token(token):
+            return ""
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if isinstance(piece, bytes):
             return self._bytes.decode(piece)
@@ -704,17 +845,62 @@ def _sort_marks(text: str) -> str:
     return "".join(parts) + text[done:]
 
 
+def _as_encoded(text: str) -> str:
+    """The text in form C, and lone surrogates, which are no text, as tiktoken reads them."""
+    text = _nfc(text)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _aligned_nfc(text: str) -> list[tuple[str, tuple[int, int]]]:
+    """The characters that are encoded, each with where it comes from: the first character, the one behind the last."""
+    encoded = _as_encoded(text)
+    if encoded == text:
+        return [(character, (i, i + 1)) for i, character in enumerate(text)]
+    aligned: list[tuple[str, tuple[int, int]]] = []
+    begin = 0
+    for end in range(1, len(text) + 1):
+        if end < len(text) and (
+            _is_mark(text[end])
+            or _as_encoded(text[begin : end + 1]) != _as_encoded(text[begin:end]) + _as_encoded(text[end])
+        ):
+            continue  # the next character belongs to these
+        part = _as_encoded(text[begin:end])
+        same = part == text[begin:end]
+        aligned += [(c, (begin + i, begin + i + 1) if same else (begin, end)) for i, c in enumerate(part)]
+        begin = end
+    return aligned
+
+
+def _mark_generation(template: str, begin: str, end: str) -> str:
+    """
+    The template with `begin` and `end` in the text that it makes, around what stands in its `{% generation %}` blocks.
+
+    Up to 4.41 transformers does not know these blocks, and has no characters' places for this tokenizer later either.
+    """
+
+    def tag(found) -> str:
+        left, closing, right = found.groups()
+        mark = end if closing else begin
+        return f"{{%{left} if true %}}" + (f"{{{{ '{mark}' }}}}" if mark else "") + f"{{% endif {right}%}}"
+
+    return _GENERATION.sub(tag, template)
+
+
 def _json_escape(character: str) -> str:
     return f"\\u{ord(character):04x}"
 
 
-def _unused_characters(conversation) -> tuple[str, str]:
-    """Two characters that do not occur in the conversation; Unicode reserves these for such internal use."""
+def _unused_characters(conversation, number: int) -> list[str]:
+    """Characters that do not occur in the conversation; Unicode reserves these for such internal use."""
     text = repr(conversation)
     free = [c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in text and _json_escape(c) not in text]
-    if len(free) < 2:
+    if len(free) < number:
         raise ValueError("The conversation holds nearly all of the noncharacters U+FDD0 to U+FDEF; remove them.")
-    return free[0], free[1]
+    return free[:number]
 
 
 def _as_data(value):

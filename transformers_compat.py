@@ -74,6 +74,11 @@ def gpu_supports_bf16() -> bool:
     return torch.cuda.is_bf16_supported()
 
 
+def has_mps() -> bool:
+    """Whether there is a GPU of Apple's; torch up to 1.11 has no such device."""
+    return hasattr(torch.backends, "mps") and torch.backends.mps.is_available()
+
+
 def is_compiling() -> bool:
     """`torch.compiler.is_compiling`, which torch up to 2.0 lacks."""
     return hasattr(torch, "compiler") and torch.compiler.is_compiling()
@@ -943,6 +948,15 @@ def forget_device_map(model, device_map) -> None:
     """The map of `loading_defaults` is nobody's wish (`device_map` is the caller's): the model may be moved."""
     if masking_utils is None and device_map is None and getattr(model, "hf_device_map", None) == _ON_CPU:
         del model.hf_device_map
+
+
+def drop_old_arguments(kwargs: dict) -> None:
+    """Take out of the arguments of loading what published programs pass and this release refuses."""
+    hub = transformers.utils.hub
+    taken = inspect.signature(getattr(hub, "cached_files", hub.cached_file)).parameters
+    if "resume_download" in kwargs and "resume_download" not in taken:  # from 5.0 every download is resumed
+        del kwargs["resume_download"]
+        logger.info("resume_download has no effect with this release of transformers: downloads are always resumed.")
 
 
 _HUB_ARGUMENTS = (

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import ast
 import datetime
-import json
 import operator
 
 import torch
@@ -21,12 +20,12 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 TOOLS = [
     {
         "name": "calculator",
-        "description": "Computes with numbers, + - * / ** and parentheses.",
+        "description": "Computes with numbers, + - * / ** and parentheses. Format the arguments as a JSON object.",
         "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
     },
     {
         "name": "today",
-        "description": "Tells today's date.",
+        "description": "Tells today's date. Format the arguments as a JSON object.",
         "parameters": {"type": "object", "properties": {}},
     },
 ]
@@ -82,7 +81,7 @@ def answer(complete, parse, question: str, functions: dict, max_steps: int = 8):
                 result = functions[step.action](**step.arguments)
             except Exception as error:  # noqa: BLE001 (whatever a tool does wrong, the model is told)
                 result = f"{type(error).__name__}: {error}"
-        call = {"name": step.action, "arguments": json.dumps(step.arguments, ensure_ascii=False)}
+        call = {"name": step.action, "arguments": step.written}
         messages.append({"role": "assistant", "content": step.thought, "function_call": call})
         messages.append({"role": "function", "name": step.action, "content": result})
     raise RuntimeError(f"There was no answer after {max_steps} calls of tools.")

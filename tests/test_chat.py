@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import signal
 import threading
@@ -15,6 +16,7 @@ from conftest import PIPELINES_TAKE_MESSAGES, lacks, static_cache, tiny_model
 from qwen import qwen_generation_utils as utils
 from qwen.transformers_compat import DynamicCache
 from transformers import GenerationConfig, StoppingCriteria, pipeline
+from transformers.generation import utils as generation_utils
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,30 @@ def test_settings_by_keyword_and_by_configuration(model, demo_tokenizer):
         model, demo_tokenizer, "hi", new_tokens=5
     )
     assert model.generation_config.max_new_tokens == 12
+
+
+def test_a_configuration_alone_gives_no_warnings(model, demo_tokenizer, monkeypatch):
+    """As the published demos call it; transformers warns of keywords beside a configuration."""
+    warnings = []
+    for name in ("warning_once", "warning"):
+        monkeypatch.setattr(generation_utils.logger, name, lambda text, *args: warnings.append(text))
+    config = copy.deepcopy(model.generation_config)
+    config.max_new_tokens, config.pad_token_id = 5, None
+    before = config.to_dict()
+    expected = by_hand(model, demo_tokenizer, "hi", new_tokens=5)
+    assert model.chat(demo_tokenizer, "hi", None, generation_config=config)[0] == expected
+    assert list(model.chat_stream(demo_tokenizer, "hi", None, generation_config=config))[-1] == expected
+    assert not warnings
+    assert config.to_dict() == before
+    short = model.chat(demo_tokenizer, "hi", None, generation_config=config, max_new_tokens=2, eos_token_id=64)[0]
+    assert short == by_hand(model, demo_tokenizer, "hi", new_tokens=2)
+
+
+def test_an_argument_stream_is_told_where_streams_are(model, demo_tokenizer):
+    for method in (model.chat, model.chat_stream):
+        for stream in (True, False):
+            with pytest.raises(ValueError, match="call chat_stream"):
+                method(demo_tokenizer, "hi", None, stream=stream)
 
 
 def test_stop_words(model, demo_tokenizer):
@@ -218,6 +244,33 @@ def test_stop_texts_end_the_computation(model, demo_tokenizer):
     steps.clear()
     model.chat(demo_tokenizer, "hi", None, stop=whole[2:4], logits_processor=[count])
     assert len(steps) < all_steps / 2
+
+
+def test_an_id_without_a_token_loses_no_answer(demo_tokenizer):
+    """A model with more rows in its embedding than there are tokens, which says one of the rest as its second."""
+    model = tiny_model(vocab_size=len(demo_tokenizer) + 40, seq_length=512)
+    model.generation_config = GenerationConfig(chat_format="chatml", max_new_tokens=6, do_sample=False)
+    context = len(utils.make_context(demo_tokenizer, "hi", system="You are a helpful assistant.")[1])
+
+    def force(ids, scores):
+        chosen = len(demo_tokenizer) + 5 if ids.shape[1] == context + 1 else 64 + ids.shape[1] - context
+        scores = torch.full_like(scores, -float("inf"))
+        scores[:, chosen] = 0
+        return scores
+
+    expected = demo_tokenizer.decode([64, 66, 67, 68, 69])
+    assert model.chat(demo_tokenizer, "hi", None, logits_processor=[force])[0] == expected
+    assert list(model.chat_stream(demo_tokenizer, "hi", None, logits_processor=[force]))[-1] == expected
+    assert model.chat(demo_tokenizer, "hi", None, logits_processor=[force], stop="never")[0] == expected
+    pipe = pipeline("text-generation", model=model, tokenizer=demo_tokenizer)
+    ids = demo_tokenizer("a" * context)["input_ids"]
+    context = len(ids)
+    answer = pipe("a" * context, do_sample=False, max_new_tokens=6, logits_processor=[force], return_full_text=False)
+    assert answer[0]["generated_text"] == expected
+    # What the warning recommends.
+    most = list(range(len(demo_tokenizer), model.config.vocab_size))
+    output = model.generate(torch.tensor([ids]), do_sample=True, temperature=9.0, suppress_tokens=most)
+    assert output.max() < len(demo_tokenizer)
 
 
 @pytest.mark.parametrize("bad", ["", [], [""], 5, [5], {"a": 1}], ids=repr)

@@ -91,7 +91,11 @@ KEYS = sorted(set(inspect.signature(QWenConfig.__init__).parameters) - {"self", 
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("change", [str, lambda value: json.dumps(value), lambda value: "false", lambda value: [value]])
 def test_no_key_takes_a_number_or_a_flag_in_quotes(key, change):
-    value = change(getattr(tiny_config(), key))
+    config = tiny_config(bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    value = change(getattr(config, key))
+    if key == "eos_token_id" and isinstance(value, list):
+        assert tiny_config(eos_token_id=value).eos_token_id == value
+        return
     if (key, value) == ("use_flash_attn", "auto"):
         return
     with pytest.raises(ValueError, match=rf"config\.{key} must be .*, found {re.escape(repr(value))}\."):
@@ -107,7 +111,7 @@ def test_such_a_value_in_config_json_is_refused(tmp_path):
 
 
 def test_scalars_of_numpy_and_pytorch_become_pythons(tmp_path):
-    config = tiny_config()
+    config = tiny_config(bos_token_id=1, eos_token_id=2, pad_token_id=3)
     types = {int: np.int64, float: np.float64, bool: np.bool_}
     changes = {key: types[type(getattr(config, key))](getattr(config, key)) for key in KEYS if key != "use_flash_attn"}
     numpy_config = tiny_config(**{**changes, "vocab_size": torch.tensor(320)})
@@ -140,3 +144,25 @@ def test_saved_and_loaded_configuration_is_the_same(tmp_path):
     config = tiny_config(bf16=True, rotary_pct=0.5, use_flash_attn=False)
     config.save_pretrained(tmp_path)
     assert QWenConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "ids", [{}, {"pad_token_id": 7}, {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 4}]
+)
+def test_ids_of_tokens_are_keys(tmp_path, ids):
+    """What the published README passes to `from_pretrained`: found in the configuration, and used by generation."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    assert [getattr(tiny_config(), name) for name in names] == [None] * 3
+    model = modeling_qwen.QWenLMHeadModel(tiny_config())
+    model.save_pretrained(tmp_path)
+    for path in (tmp_path, str(tmp_path)):
+        loaded = modeling_qwen.QWenLMHeadModel.from_pretrained(path, fp32=True, **ids)
+        for name in names:
+            assert getattr(loaded.config, name) == ids.get(name)
+            assert getattr(loaded.generation_config, name) == ids.get(name)
+    config = tiny_config(pad_token_id=9)
+    loaded = modeling_qwen.QWenLMHeadModel.from_pretrained(tmp_path, config=config, **ids)
+    assert loaded.config.pad_token_id == ids.get("pad_token_id", 9)
+    assert modeling_qwen.QWenModel.from_pretrained(tmp_path, fp32=True, **ids).config.pad_token_id == ids.get(
+        "pad_token_id"
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
-from conftest import CODE, ROOT, compat, modeling_qwen, qwen_loading, random_ids, run, tiny_config, tiny_model
+from conftest import CODE, ROOT, compat, lacks, modeling_qwen, qwen_loading, random_ids, run, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -358,3 +358,31 @@ def test_a_bf16_checkpoint_never_passes_through_float32(tmp_path, arguments):
     in_bf16, peak = done.stdout.split()
     assert in_bf16 == "True"
     assert int(peak) <= 1.15 * size, f"peak {int(peak) / size:.2f} times the weights"
+
+
+def test_arguments_that_transformers_dropped_are_taken(checkpoint):
+    assert load(checkpoint, resume_download=True, fp32=True).dtype == torch.float32
+
+
+def test_a_precision_beside_a_configuration_with_a_flag_wins(checkpoint):
+    config = modeling_qwen.QWenConfig.from_pretrained(checkpoint, bf16=True)
+    load_class = QWenLMHeadModel.from_pretrained
+    assert load_class(checkpoint, config=config, **{compat.DTYPE: torch.float32}).dtype == torch.float32
+    assert config.bf16
+    assert load_class(checkpoint, config=config).dtype == torch.bfloat16
+
+
+def test_a_dictionary_of_precisions(checkpoint):
+    if compat.masking_utils is None or compat.DTYPE != "dtype":
+        lacks("takes no dictionary of precisions")
+    assert load(checkpoint, dtype={"": torch.float16}).dtype == torch.float16
+
+
+def test_half_precision_where_accelerate_places_a_model_on_a_mac(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for there in (False, True):
+        monkeypatch.setattr(qwen_loading, "has_mps", lambda there=there: there)
+        for device_map in ("auto", None):
+            assert qwen_loading._goes_to_accelerator(device_map) is there
+        assert qwen_loading._goes_to_accelerator("mps")
+        assert not qwen_loading._goes_to_accelerator("cpu")

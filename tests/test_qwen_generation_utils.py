@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections import UserDict
@@ -11,7 +12,7 @@ from types import MappingProxyType
 import pytest
 import torch
 import transformers
-from conftest import ROOT, lacks
+from conftest import ROOT, lacks, tokenization_qwen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen import qwen_generation_utils as utils
@@ -87,6 +88,86 @@ def test_template_with_and_without_system_batched_and_as_tensors(demo_tokenizer)
     assert tokenizer.apply_chat_template(finished, return_dict=False) == expected[0] + tokenizer.encode("2") + [
         tokenizer.im_end_id
     ]
+
+
+def by_message(tokenizer, messages):
+    """ChatML, a message at a time: ids, and 1 for those that an assistant says."""
+    newline = tokenizer.encode("\n")
+    ids, mask = [], []
+    for i, message in enumerate(messages):
+        head = [*(newline if i else []), tokenizer.im_start_id, *tokenizer.encode(message["role"]), *newline]
+        said = [*tokenizer.encode(message["content"], allowed_special=set()), tokenizer.im_end_id]
+        ids += head + said
+        mask += [0] * len(head) + [int(message["role"] == "assistant")] * len(said)
+    return ids, mask
+
+
+CHAT = [
+    {"role": "system", "content": "assistant"},
+    {"role": "user", "content": "1+1=? {% generation %}"},
+    {"role": "assistant", "content": "\n2 <|im_end|> 龘"},
+    {"role": "user", "content": "\ufdd0\ufdd2\ufdd3|"},
+    {"role": "assistant", "content": ""},
+]
+
+
+def test_the_mask_has_what_an_assistant_says(demo_tokenizer):
+    arguments = {"return_dict": True, "return_assistant_tokens_mask": True}
+    expected = by_message(demo_tokenizer, CHAT)
+    encoded = demo_tokenizer.apply_chat_template(CHAT, **arguments)
+    assert (encoded["input_ids"], encoded["assistant_masks"]) == expected
+    assert demo_tokenizer.apply_chat_template(CHAT, return_dict=False) == expected[0]
+    other = by_message(demo_tokenizer, CHAT[:3])
+    tokenizer = copy.deepcopy(demo_tokenizer)
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        batch = tokenizer.apply_chat_template([CHAT, CHAT[:3]], padding=True, return_tensors="pt", **arguments)
+        for i, (ids, mask) in enumerate((expected, other)):
+            shown = batch["attention_mask"][i].bool()
+            assert batch["input_ids"][i][shown].tolist() == ids
+            assert batch["assistant_masks"][i][shown].tolist() == mask
+            assert not batch["assistant_masks"][i][~shown].any()
+    short = demo_tokenizer.apply_chat_template(CHAT, truncation=True, max_length=40, **arguments)
+    assert (short["input_ids"], short["assistant_masks"]) == (expected[0][:40], expected[1][:40])
+    asked = demo_tokenizer.apply_chat_template(CHAT[:2], add_generation_prompt=True, **arguments)
+    assert not any(asked["assistant_masks"])
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\n\n{% endfor %}", "龘b龘"),
+        ("{% for m in messages %}a {%- generation -%} {{ m.content }} {%- endgeneration %}{% endfor %}", "龘ab龘"),
+        ("{% for m in messages %}the capit{% generation %}al{% endgeneration %} of{% endfor %}", " capital" * 2),
+    ],
+)
+def test_the_mask_of_another_template(demo_tokenizer, template, said):
+    """A token counts if a part of it is generated; ids are the same with the mask and without."""
+    chat = [{"role": "user", "content": "龘"}, {"role": "assistant", "content": "b龘"}]
+    arguments = {"chat_template": template, "return_dict": True}
+    encoded = demo_tokenizer.apply_chat_template(chat, return_assistant_tokens_mask=True, **arguments)
+    assert encoded["input_ids"] == demo_tokenizer.apply_chat_template(chat, **arguments)["input_ids"]
+    text = demo_tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template)
+    assert demo_tokenizer.encode(text) == encoded["input_ids"]
+    marked = [index for index, flag in zip(encoded["input_ids"], encoded["assistant_masks"]) if flag]
+    assert demo_tokenizer.decode(marked) == said
+
+
+def test_a_mask_that_cannot_be_given(demo_tokenizer):
+    for arguments in ({"chat_template": "{{ messages[0].content }}", "return_dict": True}, {"tokenize": False}):
+        with pytest.raises(ValueError, match=r"needs tokenize=True.*generation"):
+            demo_tokenizer.apply_chat_template(CHAT, return_assistant_tokens_mask=True, **arguments)
+    with pytest.raises(ValueError, match="return_dict=True"):
+        demo_tokenizer.apply_chat_template(CHAT, return_assistant_tokens_mask=True, return_dict=False)
+
+
+def test_a_folder_saved_with_the_earlier_template(demo_tokenizer):
+    plain = tokenization_qwen.PLAIN_CHAT_TEMPLATE
+    assert "generation %}" not in plain
+    expected = by_message(demo_tokenizer, CHAT)[0]
+    assert demo_tokenizer.apply_chat_template(CHAT, chat_template=plain, return_dict=False) == expected
+    texts = [demo_tokenizer.apply_chat_template(CHAT, chat_template=t, tokenize=False) for t in (plain, None)]
+    assert texts[0] == texts[1]
 
 
 def test_another_template_sees_the_messages_and_stays_safe(demo_tokenizer):
@@ -203,6 +284,36 @@ def test_window_drops_the_oldest_turns_first(demo_tokenizer):
     assert "second answer" in smaller[0]
     assert "first answer" not in smaller[0]
     assert utils.make_context(demo_tokenizer, "now", history, "sys", max_window_size=1) == none
+
+
+def test_a_turn_that_fills_the_window_is_dropped(demo_tokenizer):
+    """As published: the system prompt and the turns stay below `max_window_size`; the question is not counted."""
+    history = [("question", "answer")]
+    question = demo_tokenizer.encode("now")
+    rest = len(question) + 4 + len(demo_tokenizer.encode("user")) + 2 + len(demo_tokenizer.encode("assistant")) + 1
+    whole = utils.make_context(demo_tokenizer, "now", history, "sys", max_window_size=10**6)
+    size = len(whole[1]) - rest
+    assert utils.make_context(demo_tokenizer, "now", history, "sys", max_window_size=size + 1) == whole
+    dropped = utils.make_context(demo_tokenizer, "now", None, "sys")
+    assert utils.make_context(demo_tokenizer, "now", history, "sys", max_window_size=size) == dropped
+
+
+def test_the_earliest_stop_text_ends_a_stream(demo_tokenizer):
+    """Both come with one token; the one that is named first stands behind the other."""
+    (token,) = demo_tokenizer.encode(" capital")
+    stream = utils.TextStream(demo_tokenizer, stop=["tal", "api"])
+    assert stream.put(64)
+    assert not stream.put(token)
+    assert stream.finish() == "a c"
+
+
+def test_a_stream_holds_back_all_that_may_begin_a_stop_text(demo_tokenizer):
+    for text, shown in (("xabc", "x x x x"), ("xabd", "x x x xabd"), ("ababc", "_ _ ab ab ab")):
+        stream, parts = utils.TextStream(demo_tokenizer, stop=["abc"]), []
+        for letter in text:
+            stream.put(*demo_tokenizer.encode(letter))
+            parts.append(stream.text or "_")
+        assert " ".join(parts) == shown
 
 
 @pytest.mark.parametrize("chat_format", ["ChatML", None, "alpaca"])

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import multiprocessing
 import pickle
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -185,9 +186,58 @@ def test_what_is_not_a_text_is_refused(demo_tokenizer, bad):
         demo_tokenizer([("a", "b", "c")])
 
 
-def test_offsets_are_in_the_fast_tokenizer(demo_tokenizer):
-    with pytest.raises(NotImplementedError, match=r"tools/export_fast_tokenizer\.py"):
-        demo_tokenizer("text", return_offsets_mapping=True)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_offsets_are_cut_and_padded_with_the_ids(demo_tokenizer, side):
+    """tests/test_vocabulary_tools.py compares offsets with those of a fast tokenizer."""
+    tokenizer = copy.deepcopy(demo_tokenizer)
+    tokenizer.padding_side = tokenizer.truncation_side = side
+    pairs = [("the capital of France", "龘!"), ("a", "the capital <|im_end|>"), ("", "b")]
+    whole = tokenizer(pairs, return_offsets_mapping=True)
+    arguments = {"padding": "max_length", "truncation": True, "max_length": 6, "return_special_tokens_mask": True}
+    short = tokenizer(pairs, return_offsets_mapping=True, return_tensors="pt", **arguments)
+    assert short["offset_mapping"].shape == (3, 6, 2)
+    expected = tokenizer(pairs, **arguments)
+    for name in ("input_ids", "attention_mask", "special_tokens_mask"):
+        assert short[name].tolist() == expected[name]
+    for i, (first, second) in enumerate(pairs):
+        offsets = tokenizer(first, return_offsets_mapping=True)["offset_mapping"]
+        offsets += tokenizer(second, return_offsets_mapping=True)["offset_mapping"]
+        assert whole["offset_mapping"][i] == offsets
+        known = set(zip(map(tuple, offsets), whole["input_ids"][i]))
+        rows = zip(short["input_ids"][i].tolist(), short["offset_mapping"][i].tolist(), short["attention_mask"][i])
+        for index, offset, attended in rows:
+            assert (tuple(offset), index) in known if attended else offset == [0, 0]
+    words = [["the", " capital"], ["法国", "!"]]
+    ours = tokenizer(words, is_split_into_words=True, return_offsets_mapping=True)
+    each = [[tokenizer(word, return_offsets_mapping=True)["offset_mapping"] for word in row] for row in words]
+    assert ours["offset_mapping"] == [one + other for one, other in each]
+    with pytest.raises(ValueError, match="takes texts"):
+        tokenizer.encode([1, 2], return_offsets_mapping=True)
+
+
+def test_offsets_point_into_a_text_that_is_not_normal(demo_tokenizer):
+    text = "e\u03011 \u1112\u1161\u11ab<|im_end|>!\ud800x"
+    encoded = demo_tokenizer(text, return_offsets_mapping=True)
+    parts = [text[begin:end] for begin, end in encoded["offset_mapping"]]
+    assert parts[0] == "e\u0301"
+    assert parts.count("\u1112\u1161\u11ab") + parts.count(" \u1112\u1161\u11ab") >= 1
+    assert "<|im_end|>" in parts
+    assert parts[-1] == "x"
+    for text in generated_texts(500, seed=61):
+        encoded = demo_tokenizer(text, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        assert encoded["input_ids"] == demo_tokenizer(text)["input_ids"]
+        if not offsets:
+            continue
+        assert offsets[0][0] == 0
+        assert offsets[-1][1] == len(text)
+        for (begin, end), (following, _) in zip(offsets, offsets[1:]):  # no gap, no step back
+            assert begin <= following <= end
+        # The text up to where a character ends and the next begins is encoded as these tokens give it.
+        for place in (i for i in range(1, len(offsets)) if offsets[i - 1][1] == offsets[i][0]):
+            head = demo_tokenizer.decode(encoded["input_ids"][:place])
+            before = text[: offsets[place][0]].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            assert unicodedata.normalize("NFC", before) == head
 
 
 def test_an_argument_that_does_not_exist_is_reported(demo_tokenizer, monkeypatch):
@@ -213,9 +263,10 @@ def test_decoding_of_everything_that_holds_ids(demo_tokenizer):
     rows = torch.tensor([ids, ids])
     assert demo_tokenizer.batch_decode(rows, skip_special_tokens=True) == ["你好", "你好"]
     for bad in (-1, len(demo_tokenizer), 2**40):
-        for call in (demo_tokenizer.decode, demo_tokenizer.convert_ids_to_tokens):
-            with pytest.raises(ValueError, match=rf"no token with the id {bad}; this vocabulary has \d+ tokens"):
-                call([1, bad])
+        with pytest.raises(ValueError, match=rf"no token with the id {bad}; this vocabulary has \d+ tokens"):
+            demo_tokenizer.convert_ids_to_tokens([1, bad])
+    with pytest.raises(ValueError, match="no token with the id -1"):
+        demo_tokenizer.decode([1, -1])
 
 
 def test_vocabulary_as_transformers_shows_it(demo_tokenizer):
@@ -375,8 +426,6 @@ def test_a_stream_never_shows_half_a_character(demo_tokenizer):
         shown += stream.put(index)
         assert text.startswith(shown)
     assert shown == text
-    with pytest.raises(ValueError, match="no token with the id 99999"):
-        stream.put(99999)
 
 
 def test_a_stream_remembers_no_more_than_half_a_character(demo_tokenizer):

@@ -6,6 +6,7 @@ import base64
 import copy
 import json
 import pickle
+import re
 import unicodedata
 
 import pytest
@@ -272,13 +273,40 @@ def test_copies_and_pickles_encode_the_same(demo_tokenizer):
         assert len(other) == len(demo_tokenizer)
 
 
-def test_unknown_tokens_and_ids_are_named(demo_tokenizer):
+def test_unknown_tokens_have_the_unknown_id_or_none(demo_tokenizer):
+    unknown = "not a token at all"
+    assert demo_tokenizer.convert_tokens_to_ids(unknown) is None
+    assert demo_tokenizer.convert_tokens_to_ids([b"a", unknown, unknown.encode()]) == [64, None, None]
+    with pytest.raises(ValueError, match=f"There is no token b'{unknown}'"):
+        demo_tokenizer.encode([b"a", unknown.encode()])
+    other = copy.deepcopy(demo_tokenizer)
+    other.unk_token = "<|extra_0|>"
+    assert other.convert_tokens_to_ids([b"a", unknown]) == [64, other.special_tokens["<|extra_0|>"]]
+
+
+def test_ids_without_a_token_are_decoded_as_nothing(demo_tokenizer, monkeypatch):
+    """As a fast tokenizer does; a model with more rows than tokens can sample them."""
+    warnings = []
+    monkeypatch.setattr(tokenization_qwen.logger, "warning_once", warnings.append)
+    ids = demo_tokenizer.encode("龘 capital")
+    with_holes = [99999, *ids[:1], len(demo_tokenizer), *ids[1:], 2**40]
+    assert demo_tokenizer.decode(with_holes) == "龘 capital"
+    end = demo_tokenizer.im_end_id
+    assert demo_tokenizer.decode([*with_holes, end], skip_special_tokens=True) == "龘 capital"
+    assert demo_tokenizer.decode(99999) == demo_tokenizer.decode([99999]) == ""
+    assert demo_tokenizer.batch_decode([[99999, 64], [64]]) == ["a", "a"]
+    stream = demo_tokenizer.decode_stream()
+    assert "".join(map(stream.put, with_holes)) + stream.finish() == "龘 capital"
+    assert len(set(warnings)) == 1
+    assert re.search(r"4096 tokens.*suppress_tokens=", warnings[0])
+    for call in (demo_tokenizer.decode, demo_tokenizer.decode_stream().put):
+        with pytest.raises(ValueError, match="no token with the id -100"):
+            call(-100)
     with pytest.raises(ValueError, match="no token with the id 99999"):
-        demo_tokenizer.decode([1, 99999])
-    with pytest.raises(ValueError, match="no token with the id 99999"):
-        demo_tokenizer.convert_ids_to_tokens(99999)
-    with pytest.raises(ValueError, match="There is no token 'not a token at all'"):
-        demo_tokenizer.convert_tokens_to_ids("not a token at all")
+        demo_tokenizer.convert_ids_to_tokens([64, 99999])
+
+
+def test_what_is_no_text_is_refused(demo_tokenizer):
     with pytest.raises(TypeError, match="Expected a text"):
         demo_tokenizer.tokenize(5)
 

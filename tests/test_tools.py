@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qwen import qwen_generation_utils as utils
 
+RECORDED = json.loads((ROOT / "tests" / "golden" / "react.json").read_text(encoding="utf-8"))
 spec = importlib.util.spec_from_file_location("tool_use", ROOT / "examples" / "tool_use.py")
 tool_use = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool_use)
@@ -25,28 +26,76 @@ MESSAGES = [
 ]
 
 
-def test_prompt_of_a_question(demo_tokenizer):
-    text, ids = utils.make_tool_context(demo_tokenizer, MESSAGES[:1], tool_use.TOOLS, system="sys")
-    assert text.endswith("Question: What is 1+1?<|im_end|>\n<|im_start|>assistant\nThought:")
-    assert text.startswith("<|im_start|>system\nsys<|im_end|>\n<|im_start|>user\n")
-    assert "one of [calculator, today]" in text
-    for tool in tool_use.TOOLS:
-        assert f"{tool['name']}: {tool['description']} Parameters: {json.dumps(tool['parameters'])}" in text
-    plain = utils.make_context(demo_tokenizer, text.split("user\n")[1].split("<|im_end|>")[0], None, "sys")
-    assert ids == plain[1] + demo_tokenizer.encode("Thought:")
+def chatml(system, history, query):
+    """The prompt of a conversation; without a query that of the rest of its last answer."""
+    text = f"<|im_start|>system\n{system}<|im_end|>"
+    for asked, said in history:
+        text += f"\n<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{said}<|im_end|>"
+    if query is None:
+        return text[: -len("<|im_end|>")]
+    return f"{text}\n<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_prompt_goes_on_behind_results_and_earlier_questions(demo_tokenizer):
-    text, _ = utils.make_tool_context(demo_tokenizer, MESSAGES, tool_use.TOOLS)
-    assert text.endswith(
-        "<|im_start|>assistant\nThought: I add.\nAction: calculator\n"
-        'Action Input: {"expression": "1+1"}\nObservation: 2\nThought:'
-    )
-    later = [*MESSAGES, {"role": "assistant", "content": "It is 2."}, {"role": "user", "content": "And 2+2?"}]
-    text, _ = utils.make_tool_context(demo_tokenizer, later, tool_use.TOOLS)
-    assert "Observation: 2\nFinal Answer: It is 2.<|im_end|>\n<|im_start|>user\n" in text
-    assert text.count("Write your answer in this form") == 1  # with the last question only
-    assert text.endswith("Question: And 2+2?<|im_end|>\n<|im_start|>assistant\nThought:")
+@pytest.mark.parametrize("case", RECORDED["prompts"], ids=lambda case: case["name"])
+def test_prompts_are_those_of_the_published_server(demo_tokenizer, case):
+    tools = RECORDED["tools"][case["tools"]]
+    text, ids = utils.make_tool_context(demo_tokenizer, case["messages"], tools)
+    assert text == chatml(case["system"], case["history"], case["query"])
+    assert ids == demo_tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("case", RECORDED["react_prompt"], ids=lambda case: case["query"])
+def test_the_other_published_prompt(demo_tokenizer, case):
+    messages, tools = [{"role": "user", "content": case["query"]}], RECORDED["tools"][case["tools"]]
+    text, _ = utils.make_tool_context(demo_tokenizer, messages, tools, prompt=utils.REACT_PROMPT)
+    assert text == chatml("You are a helpful assistant.", [], case["prompt"])
+
+
+@pytest.mark.parametrize("case", RECORDED["answers"], ids=lambda case: case["text"])
+def test_answers_are_read_as_the_published_server_reads_them(case):
+    step = utils.parse_react(case["text"])
+    if case["function_call"] is None:
+        assert (step.action, step.answer) == (None, case["content"])
+    else:
+        assert (step.action, step.written) == (case["function_call"]["name"], case["function_call"]["arguments"])
+        assert step.thought == case["content"]
+
+
+def test_messages_of_todays_interface(demo_tokenizer):
+    """`tool_calls`, several in one message too, with results in any order, and arguments that are no text."""
+
+    def calls(*named):
+        return [{"id": i, "type": "function", "function": {"name": n, "arguments": a}} for i, n, a in named]
+
+    asked = {"role": "user", "content": "Is it warm in Lima?"}
+    new = [
+        asked,
+        {"role": "assistant", "content": "Two.", "tool_calls": calls(("a", "weather", {"c": "京"}), ("b", "f", "{}"))},
+        {"role": "tool", "tool_call_id": "b", "content": "2024"},
+        {"role": "tool", "tool_call_id": "a", "content": "22"},
+    ]
+    old = [
+        asked,
+        {"role": "assistant", "content": "Two.", "function_call": {"name": "weather", "arguments": '{"c": "京"}'}},
+        {"role": "function", "content": "22"},
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+        {"role": "function", "content": "2024"},
+    ]
+    expected = utils.make_tool_context(demo_tokenizer, old, tool_use.TOOLS)
+    assert utils.make_tool_context(demo_tokenizer, new, tool_use.TOOLS) == expected
+    with pytest.raises(ValueError, match="calls that were not made: tool_call_id c"):
+        utils.make_tool_context(demo_tokenizer, [*new, {"role": "tool", "tool_call_id": "c"}], tool_use.TOOLS)
+
+
+def test_tools_are_named_even_if_their_turn_leaves_the_window(demo_tokenizer):
+    messages = [
+        {"role": "user", "content": "long " * 200},
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "And today?"},
+    ]
+    text, _ = utils.make_tool_context(demo_tokenizer, messages, tool_use.TOOLS, max_window_size=300)
+    assert "long" not in text
+    assert text.endswith("Begin!\n\nQuestion: And today?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_nothing_that_is_said_becomes_a_control_token(demo_tokenizer):
@@ -72,7 +121,9 @@ def test_nothing_that_is_said_becomes_a_control_token(demo_tokenizer):
 )
 def test_forms_of_tools(demo_tokenizer, tool):
     text, _ = utils.make_tool_context(demo_tokenizer, MESSAGES[:1], [tool])
-    assert 'f: Does f. Parameters: [{"name": "x"}]' in text
+    name = tool.get("name_for_human", "f")
+    described = f"f: Call this tool to interact with the {name} API. What is the {name} API useful for? Does f."
+    assert f'{described} Parameters: [{{"name": "x"}}]' in text
 
 
 def test_braces_in_a_question_are_left_alone(demo_tokenizer):
@@ -87,7 +138,8 @@ def test_braces_in_a_question_are_left_alone(demo_tokenizer):
         (MESSAGES[1:], tool_use.TOOLS, "role 'assistant' has no place"),
         ([*MESSAGES[:1], MESSAGES[0]], tool_use.TOOLS, "role 'user' has no place"),
         ([MESSAGES[0], MESSAGES[2]], tool_use.TOOLS, "role 'function' has no place"),
-        ([{"role": "system", "content": "x"}], tool_use.TOOLS, "role 'system' has no place"),
+        ([{"role": "system", "content": "x"}], tool_use.TOOLS, "no message from a user"),
+        ([*MESSAGES, {"role": "system", "content": "x"}], tool_use.TOOLS, "role 'system' has no place"),
         (MESSAGES, ["calculator"], "A tool must be a dictionary"),
         (MESSAGES, [{"description": "x"}], "A tool must be a dictionary"),
     ],
@@ -113,7 +165,7 @@ ARGUMENTS = {"expression": "17 * 23"}
     ],
 )
 def test_calls_are_read_as_they_come(text):
-    assert utils.parse_react(text) == ("I multiply.", "calculator", ARGUMENTS, None, None)
+    assert utils.parse_react(text)[:5] == ("I multiply.", "calculator", ARGUMENTS, None, None)
 
 
 def test_calls_with_mistakes():

@@ -263,6 +263,7 @@ def test_offsets_point_into_the_text_as_it_was_given(ours_and_fast):
             expected.append((character[position], character[end - 1] + 1))
             position = end
         assert encoded["offset_mapping"] == expected
+        assert ours(normal, return_offsets_mapping=True)["offset_mapping"] == expected
     # A character that NFC makes of several points to the first of them; what follows points to where it is.
     text = "e\u03011 \u1112\u1161\u11ab<|im_end|>!"
     offsets = fast(text, return_offsets_mapping=True)["offset_mapping"]
@@ -279,7 +280,8 @@ def test_special_tokens_template_and_settings_of_the_fast_tokenizer(ours_and_fas
     for name in ("eos_token", "pad_token", "eos_token_id", "pad_token_id", "padding_side", "truncation_side"):
         assert getattr(fast, name) == getattr(ours, name)
     assert fast.model_max_length == ours.model_max_length
-    assert fast.chat_template == ours.chat_template if hasattr(fast, "chat_template") else True
+    if hasattr(fast, "chat_template"):  # no {% generation %}, which older releases do not know
+        assert "generation %}" not in fast.chat_template
     texts = ["a", "the capital of"]
     arguments = {"padding": True, "truncation": True, "max_length": 3}
     assert fast(texts, **arguments)["input_ids"] == ours(texts, **arguments)["input_ids"]

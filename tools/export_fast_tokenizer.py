@@ -112,11 +112,13 @@ def tokenizer_json(tokenizer) -> dict:
 
 def tokenizer_config(tokenizer) -> dict:
     named = {name: str(getattr(tokenizer, name)) for name in NAMED if getattr(tokenizer, name, None) is not None}
+    template = tokenizer.chat_template  # the default one in the form that every release of transformers reads
+    template = tokenization_qwen.PLAIN_CHAT_TEMPLATE if template == tokenization_qwen.CHAT_TEMPLATE else template
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **named,
         "additional_special_tokens": [token for token in tokenizer.special_tokens if token not in named.values()],
-        "chat_template": tokenizer.chat_template,
+        "chat_template": template,
         "clean_up_tokenization_spaces": False,
         "model_input_names": tokenizer.model_input_names,
         "model_max_length": tokenizer.model_max_length,
