@@ -40,6 +40,7 @@ from .cpp_kernels import (
     set_source_folder,
 )
 from .qwen_cache import QWenCache, QWenQuantizedCache
+from .qwen_cuda_graph import GraphedGeneration
 from .qwen_generation_utils import (
     StopAtText,
     StopWordsLogitsProcessor,
@@ -772,7 +773,7 @@ def _outside_vocabulary(input_ids: torch.Tensor, vocab_size: int) -> str:
     )
 
 
-class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
+class QWenLMHeadModel(GraphedGeneration, QWenPreTrainedModel, GenerationMixin):
     """The language model: the network, the output layer, generation and chat."""
 
     _auto_class = "AutoModelForCausalLM"
