@@ -927,7 +927,7 @@ class QWenLMHeadModel(GraphedGeneration, QWenPreTrainedModel, GenerationMixin):
         # takes cuDNN, which plans anew for every length.
         is_faster = (
             has_decode_kernel(self.device, self.dtype, self.config.kv_channels)
-            and self.config._attn_implementation == "sdpa"
+            and (self.device.type == "cuda" or self.config._attn_implementation == "sdpa")
             and (DRAFTS_CROP_CACHES or not drafts)
         )
         if unwanted:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
+import sys
 import threading
 import weakref
 
@@ -40,9 +40,9 @@ def _kernels():
     """triton_kernels.py, or None without Triton. At the first use: it needs a GPU, or an interpreter chosen before."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from . import triton_kernels
+    from .triton_kernels import register  # in this form: transformers to 4.57 copies only what is imported so
 
-    return triton_kernels
+    return sys.modules[register.__module__]
 
 
 # --- Which models and caches -------------------------------------------------------------------------------------
@@ -70,7 +70,8 @@ def is_plain(model) -> bool:
     Whether a step may be computed from the weights alone: floating-point matrices of exactly the network's types in
     one precision on one GPU, no hooks, adapters, training or compilation.
     """
-    if model.training or is_compiling() or torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+    differentiated = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    if model.training or is_compiling() or differentiated:
         return False
     try:
         linears, norms = _linears(model), _norms(model)
@@ -184,7 +185,7 @@ class GraphedSteps:
 
         Returns logits (B, T, vocab) in a buffer that the next step overwrites.
         """
-        B, T = input_ids.shape
+        T = input_ids.shape[1]
         cache.make_room(T)
         storages = cache.storages()
         base, size = self._base.data_ptr(), self._base.element_size()
@@ -210,8 +211,8 @@ class GraphedSteps:
         stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         with _CAPTURE, torch.cuda.stream(stream):
-            # Once as it is: kernels are compiled, and the library of products makes its workspace. What it writes to the
-            # cache the replay writes again.
+            # Once as it is: kernels are compiled, and the library of products makes its workspace. What it writes to
+            # the cache the replay writes again.
             self._compute(model)
             stream.synchronize()
             graph.capture_begin(capture_error_mode="thread_local")
@@ -397,7 +398,14 @@ class GraphedGeneration:
         )
 
     def _own_loop(
-        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, **kwargs
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **kwargs,
     ):
         """transformers' `_sample`, which says what its arguments are."""
         settings, cache = generation_config, kwargs["past_key_values"]
@@ -485,9 +493,7 @@ class GraphedGeneration:
             streamer.end()
         if not as_dict:
             return input_ids
-        return GenerateDecoderOnlyOutput(
-            sequences=input_ids, scores=scores, logits=raw_logits, past_key_values=cache
-        )
+        return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=raw_logits, past_key_values=cache)
 
 
 class _Reading:

@@ -530,9 +530,9 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _tuning(bits: int, hd: int, cuda: bool) -> tuple:
-    """Of `TUNING`: arguments of the launch, and programs for each multiprocessor."""
-    tuning = dict(TUNING[bits])
+def _tuning(bits: int, hd: int, cuda: bool, launch=None) -> tuple:
+    """Of `TUNING`, or `launch`: arguments of the launch, and programs for each multiprocessor."""
+    tuning = dict(launch or TUNING[bits])
     if not (_HAS_PTX and cuda):
         tuning.pop("maxnreg", None)
     if hd > 128:  # else a block would not fit some cards' shared memory, nor the sums a warp's registers
@@ -594,7 +594,10 @@ def quantized_decode_attention(q, k_codes, k_params, v_codes, v_params, mask, sc
 
 # How products of few rows are launched, measured on an H100 with benchmarks/gpu_kernels.py: outputs of a program,
 # inputs at a time, warps, blocks read ahead. One row is multiplied element by element, more by tensor cores.
-PRODUCT = {False: {"BN": 8, "BK": 512, "num_warps": 4, "STAGES": 1}, True: {"BN": 16, "BK": 256, "num_warps": 1, "STAGES": 4}}
+PRODUCT = {
+    False: {"BN": 2, "BK": 1024, "num_warps": 2, "STAGES": 2},
+    True: {"BN": 32, "BK": 128, "num_warps": 2, "STAGES": 4},
+}
 PRODUCT_ROWS = 16  # up to so many; more are left to the library of products
 
 
@@ -746,7 +749,7 @@ def rotary_append(qkv, cos, sin, scale, base, bits, table, slot, nh):
     qkv: (B, T, 3 nh hd). cos, sin: float32 (B, T, rotated / 2). scale: float32 (B, T) or None, of the queries.
     base: (1,) in the storage's dtype, that the addresses of `table` count from; slot: of this layer's first storage.
     """
-    (B, T, width), hd = qkv.shape, qkv.shape[2] // (3 * nh)
+    (B, T), hd = qkv.shape[:2], qkv.shape[2] // (3 * nh)
     stored = bits >= 16
     q = qkv.new_empty(B, T, nh, hd)
     k, v = (base, base) if stored else (torch.empty_like(q), torch.empty_like(q))
@@ -767,15 +770,15 @@ def rotary_append(qkv, cos, sin, scale, base, bits, table, slot, nh):
     return q.transpose(1, 2)
 
 
-def attend(q, base, bits, table, slot, starts, scaling):
+def attend(q, base, bits, table, slot, starts, scaling, launch=None):
     """
     Attention of q (B, nh, T, hd) over the storages of a table; its last T tokens are those of q, causally.
 
     starts: int64 (B), the first key that a row attends to. Returns (B, T, nh, hd). The launch does not depend on the
-    length. base, slot: as of `rotary_append`.
+    length. base, slot: as of `rotary_append`; launch: as an entry of `TUNING`.
     """
     B, nh, T, hd = q.shape
-    tuning, programs = _tuning(bits, hd, q.is_cuda)
+    tuning, programs = _tuning(bits, hd, q.is_cuda, launch)
     splits = max(1, min(_multiprocessors(q.device) * programs // (B * nh * T), MAX_SPLITS))
     y = q.new_empty(B, T, nh, hd)
     partial = torch.empty(B * nh * T, splits, hd, dtype=torch.float32, device=q.device)
