@@ -10,6 +10,25 @@ AUTO_MAP = {
     "AutoModel": "modeling_qwen.QWenModel",
     "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
 }
+# The code that travels with a checkpoint, each file behind those that it imports.
+CODE_FILES = (
+    "cpp_kernels.cpp",
+    "cpp_kernels.py",
+    "qwen_ops.py",
+    "triton_kernels.py",
+    "transformers_compat.py",
+    "qwen_cache.py",
+    "qwen_attention.py",
+    "qwen_quantization.py",
+    "configuration_qwen.py",
+    "qwen_generation_utils.py",
+    "qwen_chat.py",
+    "qwen_cuda_graph.py",
+    "qwen_decode.py",
+    "qwen_loading.py",
+    "tokenization_qwen.py",
+    "modeling_qwen.py",
+)
 
 
 class QWenConfig(PretrainedConfig):
@@ -209,8 +228,8 @@ class QWenConfig(PretrainedConfig):
                 f"config.cache_bits must be 8, or 4 with kv_channels that 16 divides, found {self.cache_bits!r} with "
                 f"{self.kv_channels}."
             )
-        if self.tie_word_embeddings:
-            raise ValueError("config.tie_word_embeddings must be false: a Qwen checkpoint has a separate lm_head.")
+        if self.tie_word_embeddings and self.int8_weights:
+            raise ValueError("config.int8_weights needs tie_word_embeddings=False: lm_head is int8, wte is not.")
         flags = [flag for flag in PRECISION_FLAGS if getattr(self, flag)]
         if len(flags) > 1:
             raise ValueError(

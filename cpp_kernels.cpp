@@ -1,4 +1,4 @@
-// Native CPU kernels of Qwen; cpp_kernels.py defines the operators, says what they compute and builds this file.
+// Native CPU kernels of Qwen; qwen_ops.py defines the operators and says what they compute, cpp_kernels.py builds this.
 //
 // The file has two parts. The first includes the second (this file once more) for every instruction set, and holds
 // what calls it: checks, threads, registration. The second holds the kernels, written once with vectors of
@@ -11,7 +11,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/silu.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Optional.h>
 #include <torch/library.h>
@@ -35,7 +38,7 @@ using c10::optional;
 
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
-// int4, see cpp_kernels.py: 8 channels share a step and a centre, chosen from these.
+// int4, see qwen_ops.py: 8 channels share a step and a centre, chosen from these.
 constexpr int GROUP = 8;
 constexpr float STEPS[4] = {58. / 64, 77. / 64, 96. / 64, 115. / 64};
 constexpr float INVERSES[4] = {64. / 58, 64. / 77, 64. / 96, 64. / 115};
@@ -388,6 +391,48 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   return y;
 }
 
+// PyTorch's product, where `linear` has no kernel.
+Tensor product(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, const optional<Tensor>& scale) {
+  const bool few = x.numel() / std::max<int64_t>(1, x.size(-1)) <= 8;
+  if (few && (scale || weight.scalar_type() == at::kBFloat16)) return linear(x, weight, bias, scale);
+  if (!scale) return at::linear(x, weight, bias);
+  Tensor y = at::linear(x, weight.to(x.scalar_type())).to(at::kFloat).mul_(*scale);  // int8 is exact in bfloat16
+  if (bias) y.add_(*bias);
+  return y.to(x.scalar_type());
+}
+
+// A block for a few tokens behind a filled cache; qwen_ops.py has the same in PyTorch.
+Tensor decode_block(const Tensor& input, at::TensorList norms, const c10::List<optional<Tensor>>& matrices,
+                    const Tensor& cos, const Tensor& sin, const optional<Tensor>& query_scale, at::TensorList store,
+                    int64_t position, const optional<Tensor>& mask, double eps, double scaling, bool causal) {
+  TORCH_CHECK(input.dim() == 3 && norms.size() == 2 && matrices.size() == 15 && (store.size() == 2 || store.size() == 4),
+              "decode_block: 2 norms, 15 matrices and 2 or 4 tensors of a store belong to x (B, T, hidden)");
+  const auto times = [&](const Tensor& x, int i) {
+    return product(x, *matrices.get(3 * i), matrices.get(3 * i + 1), matrices.get(3 * i + 2));
+  };
+  const int64_t B = input.size(0), T = input.size(1), nh = store[0].size(1);
+  const Tensor qkv = times(rms_norm(input, norms[0], eps), 0).view({B, T, 3 * nh, -1}).transpose(1, 2);
+  const Tensor rotated = rotary(qkv.narrow(1, 0, 2 * nh), cos, sin);  // (B, 2 nh, T, hd)
+  Tensor q = rotated.narrow(1, 0, nh);
+  const Tensor k = rotated.narrow(1, nh, nh), v = qkv.narrow(1, 2 * nh, nh);
+  if (query_scale) q = q.mul(*query_scale).to(v.scalar_type());
+  TORCH_CHECK(position >= 0 && position + T <= store[0].size(2), "decode_block: ", T, " tokens at position ", position,
+              " don't fit a store of ", store[0].size(2));
+  const auto seen = [&](int i) { return store[i].narrow(2, 0, position + T); };
+  Tensor y;  // (B, T, nh, hd)
+  if (store.size() == 2) {
+    store[0].narrow(2, position, T).copy_(k), store[1].narrow(2, position, T).copy_(v);
+    y = decode_attention(q, seen(0), seen(1), mask, scaling, causal);
+  } else {
+    Tensor kc = store[0], kp = store[1], vc = store[2], vp = store[3];
+    quantize_append(kc, kp, k, position), quantize_append(vc, vp, v, position);
+    y = quantized_decode_attention(q, seen(0), seen(1), seen(2), seen(3), mask, scaling, causal);
+  }
+  const Tensor x = times(y.view({B, T, -1}), 1).add_(input);
+  const Tensor h = rms_norm(x, norms[1], eps);
+  return times(times(h, 2).mul_(at::silu(times(h, 3))), 4).add_(x);
+}
+
 TORCH_LIBRARY_IMPL(QWEN_NAMESPACE, CPU, m) {
   m.impl("linear", linear);
   m.impl("decode_attention", decode_attention);
@@ -395,6 +440,7 @@ TORCH_LIBRARY_IMPL(QWEN_NAMESPACE, CPU, m) {
   m.impl("quantized_decode_attention", quantized_decode_attention);
   m.impl("rms_norm", rms_norm);
   m.impl("rotary", rotary);
+  m.impl("decode_block", decode_block);
 }
 
 TORCH_LIBRARY_FRAGMENT(QWEN_NAMESPACE, m) { m.def("cpu_level(str name) -> str", cpu_level); }

@@ -1,17 +1,12 @@
 """
-The operations of a decoding step, in PyTorch and natively for CPUs.
+Native kernels for CPUs, `cpp_kernels.cpp`: building, finding and loading them. qwen_ops.py has the operations.
 
-`linear`, `decode_attention`, `quantize_append`, `quantized_decode_attention`, `rms_norm` and `rotary` are operators of
-torch.library, so that compilation and export trace through them. Each has a PyTorch reference beside it, which runs on
-every device.
-`cpp_kernels.cpp` adds kernels for CPUs: it is compiled at the first call, once for a machine, and what can't be
-compiled costs speed and one warning, never an answer.
+The source is compiled at the first call, once for a machine, and what can't be compiled costs speed and one warning,
+never an answer.
 
     QWEN_NATIVE_KERNELS=0    don't build or load native kernels
     CXX                      the compiler (default: g++, c++ or clang++)
     TORCH_EXTENSIONS_DIR     where the compiled library is kept (default: torch_extensions in the user's cache)
-
-In the shapes below B is the batch, T the new tokens, S the tokens attended to, nh the heads and hd the width of one.
 """
 
 from __future__ import annotations
@@ -19,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import math
 import os
 import platform
 import shlex
@@ -33,389 +27,15 @@ import types
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "ac810eaba64c93d095e07818ed7fc3726f535fb0930f93a3e5301fda81e7e18e"
+SOURCE_SHA256 = "5b01a977db4944cf095dc17689a6f2ef2f172ab5c0ad1c45250ceab0fe124018"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
-MAX_ROWS = 8  # of `linear`; from there on PyTorch's matrix product is faster
-GPU_HEAD_SIZES = (32, 64, 128, 256)  # widths of a head that triton_kernels.py takes; others run the references there
-
-_FLOATS = (torch.float32, torch.bfloat16)
-# torch up to 2.0 has no fused attention with a scale of its own
-_HAS_SDPA = "scale=None" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
-
-
-def _floats(x: torch.Tensor) -> tuple:
-    """What kernels on this device read."""
-    return (*_FLOATS, torch.float16) if x.device.type == "cuda" else _FLOATS
-
-
-def _differentiated(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _plain(*tensors: torch.Tensor) -> bool:
-    """Whether these are no subclasses, which have products of their own (quantised, sharded)."""
-    return all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
-
-
-# --- Linear layers -----------------------------------------------------------------------------------------------
-
-
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    `F.linear`, at the speed of memory for up to 8 rows of x on a CPU.
-
-    x: (..., in). weight: (out, in), or int8 with scale (out,) or (out, groups): the weight is then
-    `weight * scale`, each scale for `in / groups` neighbouring inputs. bias: (out,). Returns (..., out) in x's dtype,
-    accumulated in float32.
-
-    The native kernel takes float32 and bfloat16 x with bfloat16 and int8 weights; everything else, training and
-    subclasses of tensors included, is PyTorch's.
-
-    Example:
-        >>> linear(torch.ones(1, 2), torch.tensor([[3, 4]], dtype=torch.int8), scale=torch.tensor([0.5]))
-        tensor([[3.5000]])
-    """
-    if (
-        weight.dtype in (torch.bfloat16, torch.int8)
-        and x.dtype in _FLOATS
-        and x.device.type == "cpu"
-        and _plain(x, weight)
-        and 0 < math.prod(x.shape[:-1]) <= MAX_ROWS
-        and not _differentiated(x, weight, bias)
-    ):
-        return _OPERATORS.linear(x, weight, bias, scale)
-    return linear_reference(x, weight, bias, scale)
-
-
-def linear_reference(x, weight, bias=None, scale=None):
-    if scale is None:
-        if weight.dtype == x.dtype:
-            return F.linear(x, weight, bias)
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-    if scale.dim() == 2:
-        weight = weight.float().view(*scale.shape, -1).mul(scale[..., None]).view_as(weight)
-        return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
-    y = F.linear(x, weight.to(x.dtype)).float() * scale  # int8 is exact in bfloat16
-    return (y if bias is None else y + bias).to(x.dtype)
-
-
-# --- Attention over a cache --------------------------------------------------------------------------------------
-
-
-def decode_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    scaling: float | None = None,
-) -> torch.Tensor:
-    """
-    Attention of a few new tokens over a cache; the last T of the S keys are theirs.
-
-    q: (B, nh, T, hd). k, v: (B, nh, S, hd), float32 or bfloat16; views into larger storage are read where they lie,
-    as long as a row is contiguous. mask: boolean, True is attended to: None or (B, S), the keys that are real, and
-    token t sees its own key and those before it; or (B or 1, nh or 1, T or 1, S), which says everything.
-    scaling: of the scores, default `hd ** -0.5`.
-
-    Returns (B, T, nh, hd) in q's dtype; zeros for a token that may see nothing. Raises ValueError for another mask.
-
-    Example:
-        >>> q, storage = torch.randn(1, 16, 1, 128), torch.randn(2, 1, 16, 8192, 128, dtype=torch.bfloat16)
-        >>> decode_attention(q, *storage[:, :, :, :1000]).shape
-        torch.Size([1, 1, 16, 128])
-    """
-    mask, causal = _check_mask(mask)
-    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-    floats = _floats(q)
-    if q.dtype in floats and k.dtype in floats and k.dtype == v.dtype and not _differentiated(q, k, v):
-        return _OPERATORS.decode_attention(q, k, v, mask, scaling, causal)
-    return decode_attention_reference(q, k, v, mask, scaling, causal)
-
-
-def _check_mask(mask):
-    """The mask in four dimensions, and whether a token sees only what is before it."""
-    if mask is not None and (mask.dtype != torch.bool or mask.dim() not in (2, 4)):
-        raise ValueError(
-            f"mask must be boolean, (B, S) or (B, nh, T, S) with True for what is attended to, "
-            f"found {mask.dtype} {tuple(mask.shape)}; mask.bool() makes one of ones and zeros."
-        )
-    keys_only = mask is None or mask.dim() == 2
-    return mask[:, None, None] if keys_only and mask is not None else mask, keys_only
-
-
-def decode_attention_reference(q, k, v, mask, scaling, causal):
-    T, S = q.shape[2], k.shape[2]
-    if causal and T > 1:
-        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        mask = seen if mask is None else mask & seen
-    dtype, out = torch.promote_types(q.dtype, k.dtype), q.dtype
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if _HAS_SDPA:
-        y = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling)  # (B, nh, T, hd)
-    else:
-        scores = (q @ k.transpose(2, 3)).float() * scaling
-        scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
-        y = scores.softmax(-1).to(dtype) @ v  # (B, nh, T, hd)
-    if mask is not None:  # the softmax of nothing is not a number
-        y = y.masked_fill(~mask.any(-1, keepdim=True), 0)
-    if S == 0:
-        y = torch.zeros_like(q)
-    return y.transpose(1, 2).to(out).contiguous()
-
-
-# --- Quantised keys and values -----------------------------------------------------------------------------------
-#
-# A head of a token, hd numbers, is rotated by a Walsh-Hadamard transform, which spreads what a few channels have too
-# much of over all of them and leaves products of queries and keys as they are (https://arxiv.org/abs/2404.00456).
-# Then x is stored as codes, uint8 (B, nh, S, hd * bits / 8), and parameters, uint8 (B, nh, S, parameters):
-#
-# int8: x = step * code + centre; the code is an int8 (`codes.view(torch.int8)`). The parameters are step and centre,
-# bfloat16: 4 bytes. hd 128: 132 bytes.
-#
-# int4: x = step * (code - 7.5 + centre), with a step and a centre for each of the G = hd / 8 groups of channels
-# g, g + G, ..., g + 7 G (side by side these are vectors of groups). Byte i of the codes holds channel i in its low and
-# channel i + hd / 2 in its high half. The parameters are the base, bfloat16, then 4 bits a group, even groups in the
-# low half of a byte, whose upper two choose step = base * STEPS[.] and whose lower two choose a centre, then a bit a
-# group, group 0 in the lowest bit of a byte: centre = CENTRES[4 * bit + two bits]. hd 128: 64 + 2 + 8 + 2 = 76 bytes.
-# The base is a 15th of the largest magnitude; of the 32 pairs the one with the smallest squared error is taken. STEPS
-# and CENTRES were fitted to normally distributed numbers, which after the rotation everything resembles; being
-# equally spaced they are computed on a GPU, not looked up.
-
-GROUP = 8
-STEPS = tuple((58 + 19 * i) / 64 for i in range(4))
-CENTRES = tuple((i - 3.5) * 46 / 64 for i in range(8))
-
-
-def quantized_sizes(head_dim: int, bits: int) -> tuple[int, int]:
-    """
-    Bytes of codes and of parameters that a head of a token takes.
-
-    Raises ValueError for bits other than 8 and 4, and for 4 bits with a `head_dim` that 16 does not divide.
-
-    Example:
-        >>> quantized_sizes(128, 8), quantized_sizes(128, 4)
-        ((128, 4), (64, 12))
-    """
-    if bits == 8:
-        return head_dim, 4
-    if bits != 4:
-        raise ValueError(f"keys and values are quantised to 8 or 4 bits, found bits={bits}.")
-    if head_dim % 16:
-        raise ValueError(f"4 bits need a head of a multiple of 16 channels, found {head_dim}; use 8 bits.")
-    groups = head_dim // GROUP
-    return head_dim // 2, 2 + groups // 2 + (groups + 7) // 8
-
-
-def rotate(x: torch.Tensor) -> torch.Tensor:
-    """
-    Orthonormal Walsh-Hadamard transform of the last dimension, in blocks of the largest power of two that divides it;
-    its own inverse. float32 (..., hd) to the same.
-    """
-    hd = x.shape[-1]
-    block = hd & -hd
-    half = 1
-    while half < block:
-        a, b = x.reshape(*x.shape[:-1], -1, 2, half).unbind(-2)  # (..., hd / 2 half, half)
-        x = torch.stack((a + b, a - b), -2).flatten(-3)  # (..., hd)
-        half *= 2
-    return x * block**-0.5
-
-
-def quantize_append(codes: torch.Tensor, params: torch.Tensor, x: torch.Tensor, position: int) -> None:
-    """
-    Quantise keys or values and write them into their storage from token `position` on.
-
-    codes: uint8 (B, nh, capacity, code bytes) and params: uint8 (B, nh, capacity, parameter bytes), both changed in
-    place; `quantized_sizes` gives the bytes, which say how many bits are meant. x: (B, nh, T, hd).
-
-    Raises ValueError if the sizes fit neither 8 nor 4 bits, or the tokens don't fit into the storage.
-    """
-    _check_store(codes, params, x.shape[-1])
-    if position < 0 or position + x.shape[2] > codes.shape[2]:
-        raise ValueError(f"{x.shape[2]} tokens at position {position} don't fit a store of {codes.shape[2]} tokens.")
-    if x.dtype not in _floats(x):
-        x = x.float()
-    _OPERATORS.quantize_append(codes, params, x.detach(), position)
-
-
-def _check_store(codes, params, hd):
-    found = codes.shape[-1], params.shape[-1]
-    fitting = [quantized_sizes(hd, 8)] + ([quantized_sizes(hd, 4)] if hd % 16 == 0 else [])
-    if found not in fitting:
-        raise ValueError(f"codes and parameters of {found} bytes don't fit a head of {hd}: that takes {fitting}.")
-
-
-def quantize_append_reference(codes, params, x, position):
-    quantize = _quantize8 if codes.shape[-1] == x.shape[-1] else _quantize4
-    where = slice(position, position + x.shape[2])
-    codes[:, :, where], params[:, :, where] = quantize(rotate(x.float()))
-
-
-def _quantize8(x):
-    """x: float32 (..., hd). Returns codes uint8 (..., hd), parameters uint8 (..., 4)."""
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    centre = (low * 0.5 + high * 0.5).bfloat16()
-    step = (torch.maximum(high - centre.float(), centre.float() - low) / 127).bfloat16()
-    divisor = torch.where(step > 0, step.float(), 1)
-    codes = ((x - centre.float()) / divisor).round().clamp(-128, 127).to(torch.int8)
-    return codes.view(torch.uint8), torch.cat((step, centre), -1).view(torch.uint8)
-
-
-def _quantize4(x):
-    """x: float32 (..., hd). Returns codes uint8 (..., hd / 2), parameters uint8 (...)."""
-    base = (x.abs().amax(-1, keepdim=True) * (1 / 15)).bfloat16()  # (..., 1)
-    x = x / torch.where(base > 0, base.float(), 1)
-    x = x.unflatten(-1, (GROUP, -1))  # (..., 8, G)
-    best = torch.full_like(x[..., 0, :], math.inf)  # (..., G)
-    codes, choice, last = torch.zeros_like(x), best.new_zeros(best.shape), best.new_zeros(best.shape)
-    for i, step in enumerate(STEPS):
-        scaled = x * (1 / step)
-        for j, centre in enumerate(CENTRES):
-            zero = centre - 7.5
-            code = (scaled - zero).round().clamp(0, 15)
-            error = (((code + zero) - scaled) * step).square()
-            while error.shape[-2] > 1:  # in this order in the native kernel too
-                one, other = error.chunk(2, -2)
-                error = one + other
-            error = error.squeeze(-2)
-            better = error < best
-            best = torch.where(better, error, best)
-            codes = torch.where(better[..., None, :], code, codes)
-            choice = torch.where(better, 4 * i + j % 4, choice)
-            last = torch.where(better, j // 4, last)
-    low, high = codes.to(torch.uint8).flatten(-2).chunk(2, -1)
-    even, odd = choice.to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
-    last = F.pad(last, (0, -last.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    bits = (last * (2 ** torch.arange(8, device=x.device))).sum(-1).to(torch.uint8)
-    return low | high << 4, torch.cat((base.view(torch.uint8), even | odd << 4, bits), -1)
-
-
-def dequantize(codes: torch.Tensor, params: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """What `quantize_append` wrote, still rotated: float32 (..., hd). `rotate` of it is close to what was written."""
-    if codes.shape[-1] == head_dim:
-        step, centre = params.contiguous().view(torch.bfloat16).float().split(1, -1)
-        return codes.view(torch.int8) * step + centre
-    G = head_dim // GROUP
-    base, choice, bits = params.split((2, G // 2, params.shape[-1] - 2 - G // 2), -1)
-    base = base.contiguous().view(torch.bfloat16).float()
-    choice = torch.stack((choice & 15, choice >> 4), -1).flatten(-2).long()  # (..., G)
-    last = (bits[..., None] >> torch.arange(8, device=bits.device)).flatten(-2)[..., :G].long() & 1
-    step = base * torch.tensor(STEPS, device=base.device)[choice >> 2]
-    centre = torch.tensor(CENTRES, device=base.device)[4 * last + (choice & 3)]
-    codes = torch.cat((codes & 15, codes >> 4), -1).unflatten(-1, (GROUP, G))  # (..., 8, G)
-    return (step[..., None, :] * (codes - 7.5 + centre[..., None, :])).flatten(-2)
-
-
-def quantized_decode_attention(
-    q: torch.Tensor,
-    k_codes: torch.Tensor,
-    k_params: torch.Tensor,
-    v_codes: torch.Tensor,
-    v_params: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    scaling: float | None = None,
-) -> torch.Tensor:
-    """
-    `decode_attention` over keys and values that `quantize_append` wrote; pass the first S tokens of the storage.
-
-    q: (B, nh, T, hd). Codes and parameters: uint8 (B, nh, S, bytes). Everything else as in `decode_attention`.
-
-    Example:
-        >>> codes, params = (torch.zeros(1, 16, 8192, n, dtype=torch.uint8) for n in quantized_sizes(128, bits=4))
-        >>> quantize_append(codes, params, torch.randn(1, 16, 100, 128), position=0)
-        >>> stored = codes[:, :, :100], params[:, :, :100]
-        >>> quantized_decode_attention(torch.randn(1, 16, 1, 128), *stored, *stored).shape
-        torch.Size([1, 1, 16, 128])
-    """
-    _check_store(k_codes, k_params, q.shape[-1])
-    _check_store(v_codes, v_params, q.shape[-1])
-    mask, causal = _check_mask(mask)
-    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-    inputs = q if q.dtype in _floats(q) else q.float()
-    return _OPERATORS.quantized_decode_attention(
-        inputs.detach(), k_codes, k_params, v_codes, v_params, mask, scaling, causal
-    ).to(q.dtype)
-
-
-def quantized_decode_attention_reference(q, k_codes, k_params, v_codes, v_params, mask, scaling, causal):
-    hd = q.shape[-1]
-    k, v = dequantize(k_codes, k_params, hd), dequantize(v_codes, v_params, hd)
-    y = decode_attention_reference(rotate(q.float()), k, v, mask, scaling, causal)
-    return rotate(y).to(q.dtype)
-
-
-# --- Norm and rotary embedding -----------------------------------------------------------------------------------
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """
-    `x / sqrt(mean(x ** 2) + eps)` in float32, rounded to x's dtype, then times weight; PyTorch's may round once only.
-
-    x: (..., dim). weight: (dim,). Returns (..., dim).
-
-    Example:
-        >>> rms_norm(torch.tensor([3.0, -3.0]), torch.tensor([1.0, 2.0]), 1e-6)
-        tensor([ 1.0000, -2.0000])
-    """
-    if (
-        x.device.type == "cpu"
-        and x.dtype in _FLOATS
-        and weight.dtype == x.dtype
-        and _plain(x, weight)
-        and not _differentiated(x, weight)
-    ):
-        return _OPERATORS.rms_norm(x, weight, eps)
-    return _fused_rms_norm(x, weight.shape, weight, eps)
-
-
-def rms_norm_reference(x, weight, eps):
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-# torch up to 2.3 has none
-_fused_rms_norm = getattr(F, "rms_norm", lambda x, shape, weight, eps: rms_norm_reference(x, weight, eps))
-
-
-def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """
-    Rotate the first channels of every head, pairs (x_i, x_{i + d/2}) of the d rotated ones, in float32.
-
-    x: (B, nh, T, hd). cos, sin: float32 (B or 1, 1, T, d / 2). Returns (B, nh, T, hd) in x's dtype, contiguous.
-    """
-    if x.device.type == "cpu" and x.dtype in _FLOATS and _plain(x) and not _differentiated(x, cos, sin):
-        return _OPERATORS.rotary(x, cos, sin)
-    return rotary_reference(x, cos, sin)
-
-
-def rotary_reference(x, cos, sin):
-    half = cos.shape[-1]
-    x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    y1 = _addcmul(x1 * cos, x2, sin, value=-1)
-    y2 = _addcmul(x2 * cos, x1, sin)
-    return torch.cat((y1.to(x.dtype), y2.to(x.dtype), rest), dim=-1)
-
-
-try:
-    torch.addcmul(*(torch.ones(1, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32)))
-    _addcmul = torch.addcmul
-except RuntimeError:  # torch 1.12 wants one data type
-
-    def _addcmul(x, factor1, factor2, value=1):
-        return torch.addcmul(x, factor1.to(x.dtype), factor2, value=value)
-
-
-# --- Operators ---------------------------------------------------------------------------------------------------
 
 # Copies of this module (transformers makes one a checkpoint) share the operators, and so they share this.
 _state = sys.modules.setdefault(f"{NAMESPACE}_state", types.ModuleType(f"{NAMESPACE}_state"))
@@ -425,74 +45,9 @@ if not hasattr(_state, "lock"):
     _state.loaded = None  # whether the native kernels are; None: not tried yet
     _state.reason = None  # why they are not
     _state.path = None
-    _state.load_cuda = None  # registers kernels for GPUs
-    _state.cuda = None  # what they are, or why there are none; None: not tried yet
-    _state.defined = False
     _state.library = None
     if "FRAGMENT" in (torch.library.Library.__doc__ or ""):  # torch up to 2.0 has none: the references run
         _state.library = torch.library.Library(NAMESPACE, "FRAGMENT")
-
-
-# name: schema, reference, what it returns for tensors without data
-OPERATIONS = {
-    "linear": (
-        "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor",
-        linear_reference,
-        lambda x, weight, *args: x.new_empty(*x.shape[:-1], weight.shape[0]),
-    ),
-    "decode_attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scaling, bool causal) -> Tensor",
-        decode_attention_reference,
-        lambda q, *args: q.new_empty(q.transpose(1, 2).shape),
-    ),
-    "quantize_append": (
-        "(Tensor(a!) codes, Tensor(b!) params, Tensor x, SymInt position) -> ()",
-        quantize_append_reference,
-        lambda *args: None,
-    ),
-    "quantized_decode_attention": (
-        "(Tensor q, Tensor k_codes, Tensor k_params, Tensor v_codes, Tensor v_params, Tensor? mask, float scaling, "
-        "bool causal) -> Tensor",
-        quantized_decode_attention_reference,
-        lambda q, *args: q.new_empty(q.transpose(1, 2).shape),
-    ),
-    "rms_norm": (
-        "(Tensor x, Tensor weight, float eps) -> Tensor",
-        rms_norm_reference,
-        lambda x, *args: x.new_empty(x.shape),
-    ),
-    "rotary": (
-        "(Tensor x, Tensor cos, Tensor sin) -> Tensor",
-        rotary_reference,
-        lambda x, *args: x.new_empty(x.shape),
-    ),
-}
-
-
-def _define(name, schema, reference, empty):
-    def kernel(x, *args):
-        if _load_for(x.device.type):
-            return getattr(_OPERATORS, name)(x, *args)  # native from now on
-        return reference(x, *args)
-
-    _state.library.define(name + schema)
-    _state.library.impl(name, kernel, "CompositeExplicitAutograd")
-    _state.library.impl(name, empty, "Meta")
-
-
-if _state.library is None:
-    _OPERATORS = types.SimpleNamespace(**{_name: _parts[1] for _name, _parts in OPERATIONS.items()})
-else:
-    _OPERATORS = getattr(torch.ops, NAMESPACE)
-
-with _state.lock:
-    if _state.library is not None and not _state.defined:
-        for _name, _parts in OPERATIONS.items():
-            _define(_name, *_parts)
-        _state.defined = True
-
-
-# --- Building and loading ----------------------------------------------------------------------------------------
 
 
 class _Unavailable(Exception):
@@ -525,59 +80,25 @@ def copy_source(folder) -> None:
     (Path(folder) / "cpp_kernels.cpp").write_bytes(source)
 
 
-def set_cuda_kernels(load) -> None:
-    """
-    Have `load(library)` called when the first tensor on a GPU comes.
-
-    It registers implementations of `OPERATIONS` for the dispatch key CUDA with the torch.library.Library that it gets,
-    and returns their name; RuntimeError says why not.
-    """
-    _state.load_cuda = load
+def _operators():
+    return getattr(torch.ops, NAMESPACE)
 
 
-def _load_for(device: str) -> bool:
-    """Whether kernels for this type of device were loaded just now."""
-    if device == "cpu":
-        return not _state.loaded and load()
-    if device != "cuda" or _state.cuda is not None or _state.load_cuda is None:
-        return False
-    with _state.lock:
-        if _state.cuda is not None:
-            return False
-        try:
-            _state.cuda = _state.load_cuda(_state.library)
-        except RuntimeError as error:
-            _state.cuda = f"PyTorch ({error})"
-            logger.warning(f"Kernels for GPUs are not in use; PyTorch computes the same, more slowly. {error}")
-            return False
-    logger.info(f"Kernels for GPUs are in use: {_state.cuda}")
-    return True
+def library():
+    """The torch.library.Library for operators of this source; None on torch up to 2.0, which has none to share."""
+    return _state.library
 
 
-def implementation(device) -> str:
-    """What computes the operations on this device, in words; nothing is built for the answer."""
-    kind = torch.device(device).type
-    if kind == "cpu" and _state.loaded:
-        return f"native, {_OPERATORS.cpu_level('')}"
-    if kind == "cpu" and _state.loaded is None:
+def is_loaded() -> bool | None:
+    """Whether the native kernels are in use; None if that was not tried yet."""
+    return _state.loaded
+
+
+def implementation() -> str:
+    """What computes on a CPU, in words; nothing is built for the answer."""
+    if _state.loaded is None:
         return "native kernels, not built yet"
-    if kind == "cuda" and (_state.cuda or _state.load_cuda is not None):
-        return _state.cuda or "Triton, not compiled yet"
-    return "PyTorch" if kind != "cpu" else f"PyTorch ({_state.reason})"
-
-
-def has_decode_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """
-    Whether `decode_attention` over keys of this dtype is worth more than PyTorch's own attention on this device.
-
-    Nothing is built for the answer. On a CPU that can't build the kernels it is still true: the reference is PyTorch's
-    attention, over storage that is not copied. On a GPU that takes an NVIDIA one that multiplies bfloat16.
-    """
-    if device.type == "cpu":
-        return dtype in (torch.float32, torch.bfloat16)
-    if device.type != "cuda" or torch.version.cuda is None or head_dim not in GPU_HEAD_SIZES:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0) and "Triton" in implementation(device)
+    return f"native, {_operators().cpu_level('')}" if _state.loaded else f"PyTorch ({_state.reason})"
 
 
 def load() -> bool:
@@ -597,7 +118,7 @@ def kernels_in_use() -> dict:
     native = load()
     return {
         "native": native,
-        "instructions": _OPERATORS.cpu_level("") if native else None,
+        "instructions": _operators().cpu_level("") if native else None,
         "library": _state.path,
         "reason": _state.reason,
     }
@@ -609,7 +130,7 @@ def set_instructions(name: str) -> str:
 
     Raises RuntimeError, which says what there is, if this CPU does not have it.
     """
-    return _OPERATORS.cpu_level(name)
+    return _operators().cpu_level(name)
 
 
 def _load() -> bool:
@@ -635,7 +156,7 @@ def _load() -> bool:
         return False
     _state.reason = None
     logger.info(
-        f"Native CPU kernels are in use ({_OPERATORS.cpu_level('')}), ready after {time.monotonic() - began:.1f} s: "
+        f"Native CPU kernels are in use ({_operators().cpu_level('')}), ready after {time.monotonic() - began:.1f} s: "
         f"{_state.path}"
     )
     return True

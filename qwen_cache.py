@@ -1,7 +1,7 @@
 """
 Caches of keys and values that grow in blocks and attend where they store: full precision, int8 and int4.
 
-A step that adds few tokens to a filled cache is computed over the storage itself by the operations of cpp_kernels.py,
+A step that adds few tokens to a filled cache is computed over the storage itself by the operations of qwen_ops.py,
 which have native kernels for CPUs and GPUs. Everything else, a prompt above all, goes through the attention function
 that the model is configured with: the cache hands over keys and values as every transformers cache does.
 
@@ -10,9 +10,11 @@ In the shapes below B is the batch, T the new tokens, S the tokens attended to, 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from .cpp_kernels import (
+from .qwen_ops import (
     decode_attention,
     dequantize,
     implementation,
@@ -21,14 +23,14 @@ from .cpp_kernels import (
     quantized_sizes,
     rotate,
 )
-from .transformers_compat import LayeredCache, is_compiling
+from .transformers_compat import DynamicCache, LayeredCache, is_compiling, is_differentiating_forward
 
 BLOCK = 256  # tokens by which storage grows
 
 
 def _plain() -> bool:
     """Whether to do what a DynamicCache does: what is written in place is not differentiated, nor traced well."""
-    return torch.is_grad_enabled() or is_compiling()
+    return torch.is_grad_enabled() or is_compiling() or is_differentiating_forward()
 
 
 class _Store:
@@ -56,36 +58,34 @@ class _Store:
         self.length = end
 
     def _reserve(self, x: torch.Tensor, needed: int) -> None:
-        """Room for `needed` tokens, for x's rows and heads."""
+        """Room for `needed` tokens like x."""
         if self.length and self.tensors[0].shape[:2] != x.shape[:2]:
             rows, heads = self.tensors[0].shape[:2]
             raise ValueError(f"This cache holds {rows} rows of {heads} heads, the new tokens are {tuple(x.shape[:2])}.")
         if self.tensors and self.tensors[0].shape[:2] == x.shape[:2]:
-            return self.grow(needed)
+            self.grow(needed)
+            return
         if self.bits is None:
             widths, dtype = (x.shape[-1],), x.dtype
         else:
             widths, dtype = quantized_sizes(x.shape[-1], self.bits), torch.uint8
-        capacity = self._capacity(needed) if self.expected_length else -(-needed // BLOCK) * BLOCK
         with torch.inference_mode(False):  # the cache may be filled inside and used outside of it
-            self.tensors = [torch.empty(*x.shape[:2], capacity, n, dtype=dtype, device=x.device) for n in widths]
-
-    def _capacity(self, needed: int) -> int:
-        """Some more than `needed`, so that growing is rare; not more than will be filled, where that is known."""
-        capacity = needed + needed // 4
-        if self.expected_length is not None:
-            capacity = max(needed, min(max(capacity, needed + 4 * BLOCK), self.expected_length))
-        return -(-capacity // BLOCK) * BLOCK
+            self.tensors = [torch.empty(*x.shape[:2], 0, n, dtype=dtype, device=x.device) for n in widths]
+        self.grow(needed)
 
     def grow(self, needed: int) -> None:
         """
-        Room for `needed` tokens in storage that is there. Growing copies, one layer after the other, so that the peak
-        is one layer above the total; that costs a few hundredths of the reading between.
+        Room for `needed` tokens. Growing copies what is there, one layer after the other, so that the peak is one layer
+        above the total; storage grows by a quarter, or towards the length that is expected, so that it is rare.
         """
         if needed <= self.tensors[0].shape[2]:
             return
-        capacity, old = self._capacity(needed), self.written()
-        with torch.inference_mode(False):
+        capacity = needed + needed // 4 if self.length else needed
+        if self.expected_length is not None:
+            capacity = max(needed, min(needed + max(needed // 4, 4 * BLOCK), self.expected_length))
+        capacity = -(-capacity // BLOCK) * BLOCK
+        old = self.written()
+        with torch.inference_mode(False):  # as in `_reserve`
             self.tensors = [t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in self.tensors]
         for tensor, before in zip(self.tensors, old):
             tensor[:, :, : self.length] = before
@@ -125,6 +125,13 @@ class _Layer:
     @property
     def batch_size(self) -> int:
         return self.keys.tensors[0].shape[0]
+
+    def room_for(self, new_tokens: int) -> list[torch.Tensor]:
+        """The tensors of keys and values with room for more tokens behind what they hold; they count as written."""
+        for store in (self.keys, self.values):
+            store.grow(store.length + new_tokens)
+            store.length += new_tokens
+        return [*self.keys.tensors, *self.values.tensors]
 
     def crop(self, length: int) -> None:
         for store in (self.keys, self.values):
@@ -227,7 +234,8 @@ class QWenCache(LayeredCache):
 
     def __getitem__(self, layer_idx: int):
         stores = (self.layers[layer_idx].keys, self.layers[layer_idx].values)
-        return tuple(store.read(store.tensors[0].dtype, store.tensors[0].device) for store in stores)
+        # Copies: what is written later must not show in them.
+        return tuple(store.read(store.tensors[0].dtype, store.tensors[0].device).clone() for store in stores)
 
     @property
     def nbytes(self) -> int:
@@ -250,7 +258,7 @@ class QWenQuantizedCache(QWenCache):
     """
     Keys and values in 8 or 4 bits: 0.52 or 0.30 of the memory that bfloat16 takes at a head size of 128.
 
-    Every token and head has scales of its own (cpp_kernels.py describes the format). A prompt attends to its own keys
+    Every token and head has scales of its own (qwen_ops.py describes the format). A prompt attends to its own keys
     and values before they are rounded. No gradient flows through what is stored.
 
     Args:
@@ -283,3 +291,77 @@ class QWenQuantizedCache(QWenCache):
             "This release of transformers reads keys and values out of the cache to take draft tokens back, and a "
             "quantised cache would be lost by it. Use transformers 4.42 or newer, or past_key_values=QWenCache()."
         )
+
+
+def new_cache(config):
+    """The cache of a call that brings none, as the configuration says."""
+    return quantized_cache(config) if config.use_cache_quantization else DynamicCache()
+
+
+def quantized_cache(config, bits: int | None = None) -> QWenQuantizedCache:
+    """As the configuration says; by `use_cache_kernel` too if it is what asked for quantisation."""
+    kernel = config.use_cache_kernel or not config.use_cache_quantization
+    return QWenQuantizedCache(config.cache_bits if bits is None else bits, kernel=kernel)
+
+
+def remembered_alpha(cache, past_length, of_new_tokens) -> torch.Tensor:
+    """
+    The NTK scale of each row, float32 (B or 1, T or 1): the one that its first tokens had, which the cache remembers as
+    `cache.ntk_alpha`, float32 (B or 1,), and which follows its rows.
+
+    cache: a transformers Cache, or None. past_length: its tokens, an int or (a static cache) a tensor of one element.
+    of_new_tokens: gives the scale of the tokens of this call, (B or 1, T or 1), for rows that begin with them.
+    """
+    stored = getattr(cache, "ntk_alpha", None)
+    if stored is not None and not isinstance(past_length, torch.Tensor) and past_length:
+        return stored[:, None]
+    alpha = of_new_tokens()
+    if cache is None:
+        return alpha
+    if stored is not None and isinstance(past_length, torch.Tensor):
+        # A static cache may have been reset. Its length is a tensor: decide without a branch, so that this
+        # compiles and no device waits for the host. A compiled step is never the first, and has nothing to store.
+        alpha = torch.where(past_length == 0, alpha, stored.to(alpha.device)[:, None])
+        if is_compiling():
+            return alpha
+    if not isinstance(cache, (LayeredCache, _FollowsRows)) and not is_compiling():
+        cache.__class__ = _following(type(cache))
+    cache.ntk_alpha = alpha.amax(-1)
+    return alpha
+
+
+class _FollowsRows:
+    """For a cache of transformers: the scale that was noted on it follows its rows."""
+
+    ntk_alpha = None
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        if self.ntk_alpha is not None and self.ntk_alpha.shape[0] > 1:
+            self.ntk_alpha = self.ntk_alpha.repeat_interleave(repeats)
+
+    def _select(self, rows) -> None:
+        if self.ntk_alpha is not None and self.ntk_alpha.shape[0] > 1:  # one is for all
+            self.ntk_alpha = self.ntk_alpha[rows.to(self.ntk_alpha.device)]
+
+    def __reduce__(self):
+        return _restored, (type(self).__mro__[2], vars(self))
+
+
+@functools.lru_cache(maxsize=None)
+def _following(kind: type) -> type:
+    return type(kind.__name__, (_FollowsRows, kind), {"__module__": kind.__module__})
+
+
+def _restored(kind: type, state: dict):
+    cache = object.__new__(_following(kind))
+    cache.__dict__.update(state)
+    return cache

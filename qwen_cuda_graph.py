@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import sys
 import threading
 import weakref
@@ -24,8 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import logging
 
-from .cpp_kernels import GPU_HEAD_SIZES
 from .qwen_cache import QWenCache
+from .qwen_ops import GPU_HEAD_SIZES
 from .transformers_compat import GenerateDecoderOnlyOutput, is_compiling, prefill
 
 logger = logging.get_logger(__name__)
@@ -82,9 +83,10 @@ def is_plain(model) -> bool:
     ours = type(model).__module__
     blocks = [m for b in model.transformer.h for m in (b, b.attn, b.mlp)]
     if not (
-        all(type(module) is nn.Linear or type(module).__module__ == ours for module in linears)
+        all(type(module) is nn.Linear for module in linears)
         and all(type(module).__module__ == ours for module in (*norms, *blocks, model.transformer))
         and type(model.transformer.wte) is nn.Embedding
+        and all(type(block.mlp.act) is nn.SiLU for block in model.transformer.h)
         and not any(_is_hooked(module) for module in model.modules())
     ):
         return False
@@ -235,9 +237,7 @@ class GraphedSteps:
             angles = self.positions[:, :, None].float() * self.inverse_frequencies[:, None]  # (B, T, rotated / 2)
             cos, sin, scale = angles.cos(), angles.sin(), None
             if config.use_logn_attn:
-                from .modeling_qwen import logn_scale
-
-                scale = logn_scale(self.positions, config.seq_length)  # (B, T)
+                scale = ((self.positions + 1).float().log() / math.log(config.seq_length)).clamp(min=1)  # (B, T)
 
             def product(x, linear, norm=None, gate=None, residual=None):
                 """As `kernels.product`, of modules, for any number of rows."""
@@ -355,7 +355,7 @@ class GraphedGeneration:
     """
 
     _OWN_LOOP_TAKES = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-    _OWN_LOOP_TAKES |= {"cache_position"}
+    _OWN_LOOP_TAKES |= {"cache_position", "ntk_alpha"}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As inherited; tells a cache of ours how long it will become."""

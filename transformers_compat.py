@@ -56,6 +56,14 @@ def is_compiling() -> bool:
     return hasattr(torch, "compiler") and torch.compiler.is_compiling()
 
 
+def is_differentiating_forward() -> bool:
+    """Whether derivatives are taken in forward mode (`torch.func.jvp`), or a function transform is at work."""
+    functorch = getattr(torch._C, "_functorch", None)  # torch up to 1.13 has it elsewhere
+    if functorch is not None and functorch.maybe_current_level() is not None:
+        return True
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 # --- Configuration -----------------------------------------------------------------------------------------------
 
 if hasattr(transformers.PretrainedConfig(), "_attn_implementation"):
@@ -138,7 +146,7 @@ class LayeredCache(DynamicCache if hasattr(DynamicCache, "crop") else transforme
 
     A layer has `crop(length)`, `select(rows)` and a `batch_size` too. It is a DynamicCache because releases up to 4.53
     shorten no other, but not from 4.36 to 4.41, which take a DynamicCache for two lists of tensors. What the model
-    noted for every row (`ntk_alpha`, `prompt_lengths`) follows the rows.
+    noted for every row (`ntk_alpha`) follows the rows.
     """
 
     is_compileable = False
@@ -195,10 +203,9 @@ class LayeredCache(DynamicCache if hasattr(DynamicCache, "crop") else transforme
         rows = self.layers[0].batch_size if self.layers else None
         for layer in self.layers:
             layer.select(indices)
-        for name in ("ntk_alpha", "prompt_lengths"):
-            noted = getattr(self, name, None)
-            if noted is not None and noted.shape[0] == rows:
-                setattr(self, name, noted[indices.to(noted.device)])
+        noted = getattr(self, "ntk_alpha", None)
+        if noted is not None and noted.shape[0] == rows:
+            self.ntk_alpha = noted[indices.to(noted.device)]
 
     def batch_repeat_interleave(self, repeats):
         if self.layers:
@@ -266,51 +273,10 @@ class _LengthsNow:
     get_query_offset = get_seq_length
 
 
-# Tokens from which on the mask of a padded prompt, (B, 1, T, T), is not made for SDPA: at 32,768 it takes 1 GB a row,
-# and several times that inside.
-LONG_PROMPT = 4096
-
-
-class PaddedRows:
-    """In place of a mask: where each row's tokens are, padding left out. Attention then is causal, row by row."""
-
-    def __init__(self, spans: list):
-        self.spans = spans  # of (start, end)
-
-    @classmethod
-    def of(cls, attention_mask, T: int, past_key_values) -> PaddedRows | None:
-        """None for what isn't the mask (B, T) of a long prompt whose rows have padding at the ends only."""
-        if T < LONG_PROMPT or is_compiling() or attention_mask is None or attention_mask.shape[1:] != (T,):
-            return None
-        real = attention_mask.bool()
-        starts, lengths = real.int().argmax(-1), real.sum(-1)
-        run_to = torch.where(real, torch.arange(1, T + 1, device=real.device), 0).amax(-1)
-        if bool(real.all()) or not bool((run_to - starts == lengths).all()):
-            return None
-        if past_key_values is not None and int(past_key_values.get_seq_length()):
-            return None
-        return cls(list(zip(starts.tolist(), run_to.tolist())))
-
-    def attend(self, query, key, value, scaling, dropout):
-        """query: (B, nh, T, hd); key, value: (B, nh, T or more, hd). Returns (B, T, nh, hd), zeros for padding."""
-        y = torch.zeros_like(query)
-        for row, (start, end) in enumerate(self.spans):
-            q, k, v = (x[row : row + 1, :, start:end] for x in (query, key, value))
-            y[row : row + 1, :, start:end] = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=True, scale=scaling
-            )
-        return y.transpose(1, 2)
-
-
-def create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position):
+def causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position):
     """
-    transformers' `create_causal_mask` under its present signature and, for releases up to 4.57, `cache_position`;
-    `PaddedRows` for long padded prompts and SDPA.
+    transformers' `create_causal_mask` under its present signature and, for releases up to 4.57, `cache_position`.
     """
-    if config._attn_implementation == "sdpa":
-        rows = PaddedRows.of(attention_mask, inputs_embeds.shape[1], past_key_values)
-        if rows is not None:
-            return rows
     if masking_utils is None:  # up to 4.52
         return _causal_mask(config, inputs_embeds, attention_mask, past_key_values, cache_position)
     if past_key_values is not None and config._attn_implementation == "flex_attention":
@@ -404,17 +370,13 @@ except ImportError:  # up to 4.41
 FLASH_MIXES_ROWS = hasattr(_flash, "_prepare_from_posids") and not hasattr(_flash, "_is_packed_sequence")
 
 
-def attention_function(name: str):
-    """transformers' attention function of this name; for SDPA one that takes `PaddedRows` too."""
-    return _sdpa if name == "sdpa" else ALL_ATTENTION_FUNCTIONS[name]
-
-
-def _sdpa(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    if isinstance(attention_mask, PaddedRows):
-        return attention_mask.attend(query, key, value, scaling, dropout), None
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](
-        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-    )
+def attention_function(name: str | None, default):
+    """`ALL_ATTENTION_FUNCTIONS.get_interface`, which releases up to 4.57 lack: `default` for "eager" and None."""
+    if name is None or name == "eager":
+        return default
+    if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+    return ALL_ATTENTION_FUNCTIONS[name]
 
 
 try:
@@ -472,6 +434,14 @@ def to_device_of(module: nn.Module, tensors):
     return importlib.import_module("accelerate.utils").send_to_device(tensors, device)
 
 
+def input_device(model) -> torch.device:
+    """Where a model takes its token ids: where its embedding is computed, which accelerate may have moved elsewhere."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None) or getattr(model, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(device) if device is not None else embedding.weight.device
+
+
 # --- Tensor parallelism ------------------------------------------------------------------------------------------
 
 try:
@@ -506,6 +476,10 @@ if KEEPS_FUSED_HEADS:
         def __init__(self):
             super().__init__(split_factor=3)
 
+        def install_forward(self, module, mesh):
+            module.out_features //= mesh.size()  # what this process computes: attention splits its output by it
+            return super().install_forward(module, mesh)
+
         def shard_param(self, module, param, mesh):
             _check_heads(module, mesh.size())
             whole = module._parameters[param]
@@ -519,6 +493,7 @@ elif HAS_TENSOR_PARALLEL:
     class _FusedHeads(tensor_parallel.ColwiseParallel):  # up to 5.10
         def prepare_module_tp(self, module, device_mesh, **kwargs):
             _check_heads(module, device_mesh.size())
+            module.out_features //= device_mesh.size()  # what this process computes: attention splits its output by it
             return super().prepare_module_tp(module, device_mesh, **kwargs)
 
         def shard_tensor(self, param, tensor_idx=None, device=None, dtype=None):  # from 5.0
@@ -574,6 +549,10 @@ except ImportError:  # up to 4.48
             wants_dict = self.config.use_return_dict if return_dict is None else return_dict
             return output if wants_dict else output.to_tuple()
 
+        # The Trainer of 4.46 and 4.47 hands over the number of labels to a parameter of this name only.
+        signature = inspect.signature(forward)
+        rest = [p.replace(name="loss_kwargs") if p.kind is p.VAR_KEYWORD else p for p in signature.parameters.values()]
+        wrapper.__signature__ = signature.replace(parameters=rest)
         return wrapper
 
 
@@ -683,6 +662,7 @@ class PreTrainedModel(transformers.PreTrainedModel):
             inputs_embeds=None,
             position_ids=None,
             use_cache=None,
+            ntk_alpha=None,
             **kwargs,
         ):
             past_key_values = as_cache(past_key_values)
@@ -703,6 +683,7 @@ class PreTrainedModel(transformers.PreTrainedModel):
                 "attention_mask": attention_mask,
                 "position_ids": None if position_ids is None else position_ids[:, -T:],
                 "use_cache": use_cache,
+                "ntk_alpha": ntk_alpha,
             }
 
         @staticmethod
@@ -710,6 +691,19 @@ class PreTrainedModel(transformers.PreTrainedModel):
             past_key_values = as_cache(past_key_values)
             past_key_values.reorder_cache(beam_idx)
             return past_key_values
+
+
+_TIES_BY_PAIRS = hasattr(transformers.PreTrainedModel, "get_expanded_tied_weights_keys")
+
+
+def tied_weights(pairs: dict):
+    """`_tied_weights_keys` for {name: name of the weight that it shares if embeddings are tied}: a list up to 4.57."""
+    return pairs if _TIES_BY_PAIRS else list(pairs)
+
+
+def parameter_names(function) -> list:
+    """The names of a function's parameters, in order; of a decorated one's, those of the function inside."""
+    return list(inspect.signature(function).parameters)
 
 
 # --- Loading -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """
-The operations on caches for GPUs, in Triton; cpp_kernels.py says what they compute and describes the format.
+The operations on caches for GPUs, in Triton; qwen_ops.py says what they compute and describes the format.
 
-modeling_qwen.py imports this module when the first tensor on a GPU comes. One kernel attends: every program takes one
+qwen_ops.py imports this module when the first tensor on a GPU comes. One kernel attends: every program takes one
 query and a share of the keys, so that a single sequence fills the card; a second one puts the shares together. It has
 two ways to multiply. Element by element it works in float32 throughout. With `DOT` it uses tensor cores: codes are
 exact in float16, and a float32 factor, less than 1, is the sum of `TERMS` float16 numbers: two are as exact as float32,
@@ -18,7 +18,7 @@ import importlib
 
 import torch
 
-from .cpp_kernels import (
+from .qwen_ops import (
     CENTRES,
     GPU_HEAD_SIZES,
     STEPS,
@@ -39,7 +39,7 @@ tl = importlib.import_module("triton.language")
 TUNING = {
     4: {"N": 32, "num_warps": 1, "STAGES": 3, "programs": 24, "DOT": True, "maxnreg": 168},
     8: {"N": 64, "num_warps": 2, "STAGES": 3, "programs": 8, "DOT": True, "maxnreg": 168},
-    16: {"N": 64, "num_warps": 4, "STAGES": 3, "programs": 16, "DOT": False, "maxnreg": None},
+    16: {"N": 16, "num_warps": 1, "STAGES": 3, "programs": 8, "DOT": False, "maxnreg": None},
     32: {"N": 32, "num_warps": 4, "STAGES": 2, "programs": 16, "DOT": False, "maxnreg": None},
 }
 MAX_SPLITS = 64
@@ -52,7 +52,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _hadamard(x, ROWS: tl.constexpr, HD: tl.constexpr, LOG_HD: tl.constexpr):
-    """cpp_kernels.rotate of (ROWS, HD), in the same order of additions."""
+    """qwen_ops.rotate of (ROWS, HD), in the same order of additions."""
     for i in tl.static_range(LOG_HD):
         pairs = tl.permute(tl.reshape(x, (ROWS * HD // (2 << i), 2, 1 << i)), (0, 2, 1))
         a, b = tl.split(pairs)
@@ -168,7 +168,7 @@ def _append_kernel(
 
 @triton.jit
 def _sum_of_eight(x, ROWS: tl.constexpr, G: tl.constexpr):
-    """(ROWS, 8, G) to (ROWS, G), in the order of cpp_kernels.py."""
+    """(ROWS, 8, G) to (ROWS, G), in the order of qwen_ops.py."""
     for i in tl.static_range(3):
         halves = tl.reshape(x, (ROWS, 2, 4 >> i, G))
         a, b = tl.split(tl.permute(halves, (0, 2, 3, 1)))
@@ -346,7 +346,7 @@ def _scales4(params, n, p_t, g, G: tl.constexpr, PLUS: tl.constexpr, ASM: tl.con
     return _from_bf16_bits(base), step, centre * (CENTRE_BY * 2.0**127) + (CENTRE - 7.5 - PLUS) / 8
 
 
-@triton.jit(do_not_specialize=["S", "T", "splits", "blocks", "m_b", "m_h", "m_t"])
+@triton.jit(do_not_specialize=["S", "T", "splits", "blocks", "m_b", "m_h", "m_t", "slot"])
 def _attend_kernel(
     q, k, k_params, v, v_params, mask, partial, stats, scaling,
     q_b, q_h, q_t, k_b, k_h, k_t, kp_b, kp_h, kp_t, v_b, v_h, v_t, vp_b, vp_h, vp_t, m_b, m_h, m_t,
@@ -530,13 +530,20 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@functools.lru_cache(maxsize=None)
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return getattr(properties, "shared_memory_per_block_optin", 2**16)
+
+
 def _tuning(bits: int, hd: int, cuda: bool, launch=None) -> tuple:
     """Of `TUNING`, or `launch`: arguments of the launch, and programs for each multiprocessor."""
     tuning = dict(launch or TUNING[bits])
     if not (_HAS_PTX and cuda):
         tuning.pop("maxnreg", None)
     if hd > 128:  # else a block would not fit some cards' shared memory, nor the sums a warp's registers
-        tuning["N"] //= 2
+        tuning["N"] = max(16, tuning["N"] // 2)
         tuning["num_warps"] = 4
     return tuning, tuning.pop("programs")
 
@@ -592,11 +599,14 @@ def quantized_decode_attention(q, k_codes, k_params, v_codes, v_params, mask, sc
 
 # --- A decoding step ---------------------------------------------------------------------------------------------
 
-# How products of few rows are launched, measured on an H100 with benchmarks/gpu_kernels.py: outputs of a program,
-# inputs at a time, warps, blocks read ahead. One row is multiplied element by element, more by tensor cores.
+# How products are launched of one row, with and without a gate, and of several: outputs of a program, inputs at a time,
+# warps, blocks read ahead. Measured on an H100 with benchmarks/gpu_kernels.py --tune. One row is multiplied element by
+# element, more by tensor cores.
 PRODUCT = {
-    False: {"BN": 2, "BK": 1024, "num_warps": 2, "STAGES": 2},
-    True: {"BN": 32, "BK": 128, "num_warps": 2, "STAGES": 4},
+    (False, False): {"BN": 4, "BK": 1024, "num_warps": 2, "STAGES": 1},
+    (False, True): {"BN": 2, "BK": 1024, "num_warps": 2, "STAGES": 2},
+    (True, False): {"BN": 64, "BK": 128, "num_warps": 4, "STAGES": 6},
+    (True, True): {"BN": 16, "BK": 128, "num_warps": 1, "STAGES": 6},
 }
 PRODUCT_ROWS = 16  # up to so many; more are left to the library of products
 
@@ -696,7 +706,10 @@ def product(x, weight, bias=None, *, norm=None, eps=0.0, gate=None, gate_bias=No
     """
     (M, K), N = x.shape, weight.shape[0]
     y = x.new_empty(M, N)
-    tuning = tuning or PRODUCT[M > 1]
+    tuning = dict(tuning or PRODUCT[M > 1, gate is not None])
+    if M > 1:  # blocks lie in shared memory
+        block = (tuning["BN"] * (1 if gate is None else 2) + 16) * tuning["BK"] * x.element_size()
+        tuning["STAGES"] = max(1, min(tuning["STAGES"], (_shared_memory(x.device) - 2**13) // block))
     _product_kernel[(triton.cdiv(N, tuning["BN"]),)](
         x, x if norm is None else norm, weight, weight if gate is None else gate, x if bias is None else bias,
         x if gate_bias is None else gate_bias, x if residual is None else residual, y, M, N, K, eps,

@@ -11,18 +11,23 @@ is what has to come from memory; "share" is that speed relative to the sum of a 
 from __future__ import annotations
 
 import argparse
+import importlib
 import platform
 import statistics
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cpp_kernels as kernels
+package = types.ModuleType("qwen")  # the modules import each other relatively
+package.__path__ = [str(Path(__file__).resolve().parent.parent)]
+sys.modules.setdefault("qwen", package)
+kernels = importlib.import_module("qwen.qwen_ops")
+building = importlib.import_module("qwen.cpp_kernels")
 
 HIDDEN, WIDTH, HEADS, HEAD_DIM = 2048, 5504, 16, 128
 LAYERS = 12  # of linear layers, 270 MB in bfloat16
@@ -210,11 +215,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    found = kernels.kernels_in_use()
+    found = building.kernels_in_use()
     if not found["native"]:
         sys.exit(f"There are no native kernels here: {found['reason']}")
     if arguments.instructions is not None:
-        found["instructions"] = kernels.set_instructions(arguments.instructions)
+        found["instructions"] = building.set_instructions(arguments.instructions)
     print(f"{processor()}, {torch.get_num_threads()} threads, {found['instructions']}, torch {torch.__version__}")
     speeds = {"linear": linear_layers, "attention": attention, "small": small_operations}
     with torch.no_grad():

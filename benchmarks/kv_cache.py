@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 package = types.ModuleType("qwen")  # the modules import each other relatively
 package.__path__ = [str(ROOT)]
 sys.modules.setdefault("qwen", package)
-kernels = importlib.import_module("qwen.cpp_kernels")
+kernels = importlib.import_module("qwen.qwen_ops")
 modeling = importlib.import_module("qwen.modeling_qwen")
 QWenCache, QWenQuantizedCache = modeling.QWenCache, modeling.QWenQuantizedCache
 

@@ -33,19 +33,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 FOLDER = Path(__file__).parent
-CODE_FILES = (
-    "configuration_qwen.py",
-    "modeling_qwen.py",
-    "tokenization_qwen.py",
-    "qwen_generation_utils.py",
-    "qwen_cache.py",
-    "cpp_kernels.py",
-    "cpp_kernels.cpp",
-    "triton_kernels.py",
-    "transformers_compat.py",
-)
+CODE_FILES = get_class_from_dynamic_module("configuration_qwen.CODE_FILES", str(FOLDER.parent))
 CHECKPOINT_FILES = (
     "config.json",
     "generation_config.json",

@@ -37,6 +37,7 @@ package.__path__ = [str(ROOT)]
 sys.modules["qwen"] = package
 configuration_qwen = importlib.import_module("qwen.configuration_qwen")
 modeling_qwen = importlib.import_module("qwen.modeling_qwen")
+qwen_loading = importlib.import_module("qwen.qwen_loading")
 tokenization_qwen = importlib.import_module("qwen.tokenization_qwen")
 
 compat = importlib.import_module("qwen.transformers_compat")
@@ -108,17 +109,7 @@ def random_ids(*shape: int, seed: int = 0, vocab_size: int = TINY["vocab_size"])
     return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-CODE = (
-    "configuration_qwen.py",
-    "modeling_qwen.py",
-    "tokenization_qwen.py",
-    "qwen_generation_utils.py",
-    "qwen_cache.py",
-    "cpp_kernels.py",
-    "cpp_kernels.cpp",
-    "triton_kernels.py",
-    "transformers_compat.py",
-)
+CODE = configuration_qwen.CODE_FILES
 
 
 def run(code: str, cwd: Path, **environment) -> str:

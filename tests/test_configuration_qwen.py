@@ -51,7 +51,7 @@ def test_every_published_key_is_kept_and_72b_has_the_published_weights():
         ({"seq_length": 1}, "seq_length must be at least 2"),
         ({"int8_weights": 8}, "int8_weights must be true or false, found 8"),
         ({"use_flash_attn": "yes"}, "use_flash_attn must be 'auto', true or false, found 'yes'"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings must be false"),
+        ({"tie_word_embeddings": True, "int8_weights": True}, "needs tie_word_embeddings=False"),
     ],
 )
 def test_impossible_values_are_refused(changes, message):

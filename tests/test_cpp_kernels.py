@@ -16,28 +16,30 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, modeling_qwen, random_ids, tiny_model
 
-kernels = importlib.import_module("qwen.cpp_kernels")
+kernels = importlib.import_module("qwen.qwen_ops")
+building = importlib.import_module("qwen.cpp_kernels")
 operators = kernels._OPERATORS
 
 COMPILER = next((found for found in map(shutil.which, ("c++", "g++", "clang++")) if found), None)
 WHAT_IS_NEEDED = "needs a C++ compiler, and torch 2.1"
-if kernels._state.library is None:
+if building._state.library is None:
     COMPILER = None
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason=WHAT_IS_NEEDED)
-needs_operators = pytest.mark.skipif(kernels._state.library is None, reason="needs the operators of torch 2.1")
+needs_operators = pytest.mark.skipif(building._state.library is None, reason="needs the operators of torch 2.1")
 
 
 @pytest.fixture(scope="session")
 def native():
     if COMPILER is None:
         pytest.skip(WHAT_IS_NEEDED)
-    found = kernels.kernels_in_use()
+    found = building.kernels_in_use()
     assert found["native"], found["reason"]
     return found["instructions"]
 
@@ -46,11 +48,11 @@ def native():
 def level(native, request):
     """Each instruction set that this CPU has."""
     try:
-        kernels.set_instructions(request.param)
+        building.set_instructions(request.param)
     except RuntimeError:
         pytest.skip(f"this CPU has no {request.param}")
     yield request.param
-    kernels.set_instructions(native)
+    building.set_instructions(native)
 
 
 def assert_close(y, expected, dtype, what=""):
@@ -547,21 +549,22 @@ def write_version(folder, source):
     """cpp_kernels.py as if written for this source, in a folder with it; a namespace of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     pin = hashlib.sha256(source.encode()).hexdigest()
-    code = (ROOT / "cpp_kernels.py").read_text(encoding="utf-8").replace(kernels.SOURCE_SHA256, pin)
+    code = (ROOT / "cpp_kernels.py").read_text(encoding="utf-8").replace(building.SOURCE_SHA256, pin)
     (folder / "cpp_kernels.py").write_text(code, encoding="utf-8")
+    shutil.copy(ROOT / "qwen_ops.py", folder)
     (folder / "cpp_kernels.cpp").write_text(source)
     return folder
 
 
 class Version:
-    """Such a module, and what it logs."""
+    """Such a module, the operations on top of it, and what it logs."""
 
     def __init__(self, folder, source):
-        spec = importlib.util.spec_from_file_location(
-            f"kernels_{folder.name}", write_version(folder, source) / "cpp_kernels.py"
-        )
-        self.module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.module)
+        package = types.ModuleType(f"kernels_{folder.name}_{folder.parent.name}")
+        package.__path__ = [str(write_version(folder, source))]
+        sys.modules[package.__name__] = package
+        self.module = importlib.import_module(f"{package.__name__}.cpp_kernels")
+        self.operations = importlib.import_module(f"{package.__name__}.qwen_ops")
         self.records = []
         handler = logging.Handler()
         handler.emit = self.records.append
@@ -575,12 +578,12 @@ class Version:
         """Two calls, so that something said twice would show."""
         x, weight = torch.randn(2, 8).bfloat16(), torch.randn(3, 8).bfloat16()
         for _ in range(2):
-            torch.testing.assert_close(self.module.linear(x, weight), F.linear(x, weight))
-        stored = [torch.zeros(1, 1, 4, n, dtype=torch.uint8) for n in self.module.quantized_sizes(32, 8)]
+            torch.testing.assert_close(self.operations.linear(x, weight), F.linear(x, weight))
+        stored = [torch.zeros(1, 1, 4, n, dtype=torch.uint8) for n in self.operations.quantized_sizes(32, 8)]
         k = torch.randn(1, 1, 4, 32)
-        self.module.quantize_append(*stored, k, 0)
-        y = self.module.quantized_decode_attention(k[:, :, :1], *stored, *stored)
-        torch.testing.assert_close(y, self.module.decode_attention(k[:, :, :1], k, k), rtol=0.05, atol=0.05)
+        self.operations.quantize_append(*stored, k, 0)
+        y = self.operations.quantized_decode_attention(k[:, :, :1], *stored, *stored)
+        torch.testing.assert_close(y, self.operations.decode_attention(k[:, :, :1], k, k), rtol=0.05, atol=0.05)
         return True
 
 
@@ -599,7 +602,7 @@ def make_version(tmp_path, monkeypatch):
 
 def test_the_pin_is_that_of_the_source():
     found = hashlib.sha256((ROOT / "cpp_kernels.cpp").read_bytes()).hexdigest()
-    assert found == kernels.SOURCE_SHA256, "renew it: python tools/build_kernels.py --pin"
+    assert found == building.SOURCE_SHA256, "renew it: python tools/build_kernels.py --pin"
 
 
 def test_importing_does_nothing(make_version, tmp_path):
@@ -842,14 +845,12 @@ def test_a_builder_that_was_killed_does_not_block_the_next(make_version, tmp_pat
 
 
 @pytest.fixture
-def command(monkeypatch):
+def command():
     """tools/build_kernels.py, which imports a second copy of the module, as transformers does for every checkpoint."""
-    monkeypatch.setattr(sys, "path", sys.path[:])
     spec = importlib.util.spec_from_file_location("build_kernels", ROOT / "tools" / "build_kernels.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield module
-    sys.modules.pop("cpp_kernels", None)
+    return module
 
 
 def test_the_command_reports_what_runs(native, command, capsys):
@@ -857,17 +858,15 @@ def test_the_command_reports_what_runs(native, command, capsys):
     printed = capsys.readouterr().out
     for name in operator_inputs():
         assert f"{name:28} native, {native}" in printed
-    assert str(kernels.kernels_in_use()["library"]) in printed
-    copy = sys.modules["cpp_kernels"]
-    assert copy is not kernels
-    assert copy._state is kernels._state
+    assert str(building.kernels_in_use()["library"]) in printed
+    copy = command.load_module("cpp_kernels")
+    assert copy is not building
+    assert copy._state is building._state
 
 
 def test_the_command_reports_why_not(command, capsys, monkeypatch):
-    import cpp_kernels
-
     without = {"native": False, "reason": "There is no C++ compiler."}
-    monkeypatch.setattr(cpp_kernels, "kernels_in_use", lambda: without)
+    monkeypatch.setattr(command.load_module("cpp_kernels"), "kernels_in_use", lambda: without)
     assert command.report() == 1
     printed = capsys.readouterr().out
     assert printed.count("PyTorch\n") == len(operator_inputs())

@@ -20,9 +20,9 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
 graphs, caches, compat, kernels = (
     importlib.import_module(f"qwen.{name}")
-    for name in ("qwen_cuda_graph", "qwen_cache", "transformers_compat", "cpp_kernels")
+    for name in ("qwen_cuda_graph", "qwen_cache", "transformers_compat", "qwen_ops")
 )
-if kernels._state.library is None:
+if kernels.library() is None:
     pytest.skip("needs torch 2.1", allow_module_level=True)
 triton_kernels = importlib.import_module("qwen.triton_kernels")
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs an NVIDIA GPU")

@@ -59,7 +59,7 @@ def test_bad_ids_do_not_reach_the_device(model):
 )
 def test_caches_compute_what_they_do_on_the_cpu(settings):
     """Also where keys and values stay in the memory of the CPU; None is transformers' own."""
-    caches, kernels = (importlib.import_module(f"qwen.{name}") for name in ("qwen_cache", "cpp_kernels"))
+    caches, kernels = (importlib.import_module(f"qwen.{name}") for name in ("qwen_cache", "qwen_ops"))
     ids = random_ids(2, 60)
 
     def logits(model, settings):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
-from conftest import CODE, ROOT, compat, modeling_qwen, random_ids, run, tiny_config, tiny_model
+from conftest import CODE, ROOT, compat, modeling_qwen, qwen_loading, random_ids, run, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -222,8 +222,8 @@ def test_flash_attention_that_mixes_up_rows_is_refused(checkpoint, monkeypatch):
     config = tiny_config()
     assert (version("transformers").startswith("4.54.")) == compat.FLASH_MIXES_ROWS
     monkeypatch.setattr(compat, "FLASH_MIXES_ROWS", True)
-    monkeypatch.setattr(modeling_qwen, "FLASH_MIXES_ROWS", True)
-    assert any("another release of transformers" in what for what in modeling_qwen.flash_attention_lacks(torch.float16))
+    monkeypatch.setattr(qwen_loading, "FLASH_MIXES_ROWS", True)
+    assert any("another release of transformers" in what for what in qwen_loading.flash_attention_lacks(torch.float16))
     with pytest.raises(ImportError, match="mixes up the rows of a batch"):
         QWenLMHeadModel.from_pretrained(checkpoint, attn_implementation="flash_attention_2", bf16=True)
     compat.set_attention(config, {}, "sdpa")

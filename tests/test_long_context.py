@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import compat, needs_sdpa, random_ids, static_cache, tiny_model
+from qwen import qwen_attention
 from qwen.transformers_compat import DynamicCache
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -109,13 +110,13 @@ def test_rows_without_a_mask_equal_those_with_one(monkeypatch, kind):
     mask = torch.ones_like(ids)
     mask[0, :20], mask[1, -7:] = 0, 0
     used = []
-    attend = compat.PaddedRows.attend
+    attend = qwen_attention.PaddedRows.attend
 
     def watched(self, *args):
         used.append(self.spans)
         return attend(self, *args)
 
-    monkeypatch.setattr(compat.PaddedRows, "attend", watched)
+    monkeypatch.setattr(qwen_attention.PaddedRows, "attend", watched)
 
     def results():
         cache = {"no cache": lambda: None, "dynamic": DynamicCache, "static": lambda: static_cache(model.config, 80, 3)}
@@ -135,7 +136,7 @@ def test_rows_without_a_mask_equal_those_with_one(monkeypatch, kind):
 
     expected = results()
     assert not used
-    monkeypatch.setattr(compat, "LONG_PROMPT", 8)
+    monkeypatch.setattr(qwen_attention, "LONG_PROMPT", 8)
     found = results()
     assert used == [[(20, 60), (0, 53), (0, 60)]] * 6  # in every layer, for the prompt and in training
     for a, b, real in zip(found, expected, [mask.bool(), *[...] * 99]):

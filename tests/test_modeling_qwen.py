@@ -269,7 +269,7 @@ def test_an_attention_function_of_another_name():
     def other(module, query, key, value, attention_mask, marker=None, **kwargs):
         calls.append((module.layer_idx, query.shape, key.shape, value.shape, kwargs["scaling"], marker))
         assert module.is_causal
-        return modeling_qwen.eager_attention(module, query, key, value, attention_mask, **kwargs)
+        return modeling_qwen.eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     transformers.AttentionInterface.register("other", other)
     transformers.AttentionMaskInterface.register("other", ALL_MASK_ATTENTION_FUNCTIONS["eager"])

@@ -25,7 +25,7 @@ HAS_FSDP2 = (
     and hasattr(parallel.fsdp_utils, "fsdp2_prepare_auto_wrap_policy")
     and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 )
-SHARDS_AT_LOADING = hasattr(modeling_qwen.PreTrainedModel, "fsdp_plan")
+SHARDS_AT_LOADING = hasattr(compat.PreTrainedModel, "fsdp_plan")
 
 
 def new_model():

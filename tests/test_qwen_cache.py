@@ -13,7 +13,7 @@ from conftest import ROOT, lacks, needs_prefill_in_chunks, needs_sdpa, random_id
 from qwen.transformers_compat import DynamicCache
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-kernels = importlib.import_module("qwen.cpp_kernels")
+kernels = importlib.import_module("qwen.qwen_ops")
 caches = importlib.import_module("qwen.qwen_cache")
 QWenCache, QWenQuantizedCache = caches.QWenCache, caches.QWenQuantizedCache
 

@@ -12,7 +12,7 @@ from test_cpp_kernels import attention, empty_store, in_storage, kernels, random
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
-if kernels._state.library is None:
+if kernels.library() is None:
     pytest.skip("needs torch 2.1", allow_module_level=True)
 triton_kernels = importlib.import_module("qwen.triton_kernels")
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs an NVIDIA GPU")

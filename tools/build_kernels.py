@@ -18,10 +18,15 @@ import sys
 import time
 from pathlib import Path
 
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+
+
+def load_module(name: str):
+    """A module of this repository as transformers loads it."""
+    return sys.modules[get_class_from_dynamic_module(f"{name}.logger", str(ROOT)).name]
 
 
 def pin(folder: Path = ROOT) -> str:
@@ -35,11 +40,9 @@ def pin(folder: Path = ROOT) -> str:
 
 def report() -> int:
     """Print what runs on this machine's CPU."""
-    import cpp_kernels
-
     began = time.monotonic()
-    found = cpp_kernels.kernels_in_use()
-    for name in cpp_kernels.OPERATIONS:
+    found = load_module("cpp_kernels").kernels_in_use()
+    for name in load_module("qwen_ops").OPERATIONS:
         print(f"{name:28} {'native, ' + found['instructions'] if found['native'] else 'PyTorch'}")
     if not found["native"]:
         print(f"why not native: {found['reason']}")
@@ -58,9 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     logging.set_verbosity_info()
     if args.source is not None:
-        import cpp_kernels
-
-        cpp_kernels.set_source_folder(args.source)
+        load_module("cpp_kernels").set_source_folder(args.source)
     return report()
 
 

@@ -32,17 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # In the order of writing: until modeling_qwen.py is replaced the old model runs with the new modules beside it, which
 # have every name that it imports, but those of the published cpp_kernels.py, whose lack it takes for a lack of kernels;
 # from then on everything is new. So a checkpoint loads whenever writing stops.
-MODULES = (
-    "cpp_kernels.cpp",
-    "cpp_kernels.py",
-    "triton_kernels.py",
-    "transformers_compat.py",
-    "qwen_cache.py",
-    "configuration_qwen.py",
-    "qwen_generation_utils.py",
-    "tokenization_qwen.py",
-    "modeling_qwen.py",
-)
+MODULES = get_class_from_dynamic_module("configuration_qwen.CODE_FILES", str(ROOT))
 AUTO_MAPS = {"config.json": ROOT / "config.json", "tokenizer_config.json": ROOT / "tokenizer_config.json"}
 VOCABULARY = "qwen.tiktoken"
 OFFICIAL_VOCABULARY = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"

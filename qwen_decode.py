@@ -1,0 +1,306 @@
+"""
+A decoding step, few new tokens behind a filled cache, and `generate` on top of it.
+
+A step that is plain is computed from the weights of the network at once, a block at a time, without going through its
+layers: that is `decoding_step`, around the forward methods of the network. Plain means the layers and weights as they
+were made (no adapters, hooks, quantisers, shards, gradients, tracing), a cache of ours, and nothing asked for but the
+result. What is not plain goes through the layers, which give the same.
+
+In the shapes below B is the batch, T the new tokens, S the tokens attended to, nh the heads and hd the width of one.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+from transformers import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
+
+from .qwen_attention import AttendingCache
+from .qwen_cache import QWenCache, quantized_cache
+from .qwen_cuda_graph import GraphedGeneration
+from .qwen_generation_utils import StopWordsLogitsProcessor
+from .qwen_ops import decode_block, has_decode_kernel, linear, rms_norm
+from .qwen_quantization import Int8Linear
+from .transformers_compat import DRAFTS_CROP_CACHES, is_compiling, parameter_names
+
+logger = logging.get_logger(__name__)
+
+
+# --- The step ----------------------------------------------------------------------------------------------------
+
+
+def decoding_step(forward):
+    """
+    Have the steps of `forward`, that of `QWenModel` or `QWenLMHeadModel`, that are plain computed from its weights.
+
+    Steps behind a cache of ours that are not plain, but few tokens, at least attend where the cache stores.
+    """
+    names = parameter_names(forward)[1:]
+
+    @functools.wraps(forward)
+    def step(self, *args, **kwargs):
+        if is_compiling() or torch.jit.is_tracing():
+            return forward(self, *args, **kwargs)
+        call = {**dict(zip(names, args)), **kwargs}
+        cache = call.get("past_key_values")
+        if not hasattr(cache, "attends") or isinstance(cache, AttendingCache) or not _attends(self, cache, call):
+            return forward(self, *args, **kwargs)
+        output = None
+        if _is_plain_call(self, call):
+            output = _compute(self, forward.__module__, call)
+        if output is None:
+            output = forward(self, **{**call, "past_key_values": AttendingCache(cache)})
+            if output.past_key_values is not None:
+                output.past_key_values = cache
+        return output
+
+    return step
+
+
+def _attends(model, cache, call: dict) -> bool:
+    """Whether the cache can attend by itself in this call of `forward`."""
+    ids, embeds, mask = (call.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+    wants_attentions = call.get("output_attentions")
+    if wants_attentions or (wants_attentions is None and model.config.output_attentions):
+        return False
+    if (ids is None) == (embeds is None) or not (mask is None or mask.dim() == 2 or mask.dtype == torch.bool):
+        return False
+    return cache.attends((ids if embeds is None else embeds).shape[1])
+
+
+# What a call may ask for without being more than a plain one; everything else that is not None is more.
+_PLAIN = {"input_ids", "past_key_values", "attention_mask", "position_ids", "inputs_embeds", "logits_to_keep"}
+_PLAIN |= {"ntk_alpha", "cache_position"}
+
+
+def _is_plain_call(model, call: dict) -> bool:
+    asked = {name for name, value in call.items() if value is not None and value is not False} - _PLAIN - {"use_cache"}
+    if asked or call.get("use_cache") is False or model.training:
+        return False
+    return not (call.get("output_hidden_states") is None and model.config.output_hidden_states)
+
+
+def _compute(model, module: str, call: dict):
+    """
+    The output of the model for a plain call, from the weights; None if they are not plain, before anything is changed.
+
+    module: the name of the module that the network is from.
+    """
+    network = getattr(model, "transformer", model)
+    if network is not model and not _is_untouched(network):
+        return None
+    cache = call["past_key_values"]
+    like = network.ln_f.weight  # in device and precision
+    head = None if network is model else _matrix(model.lm_head, like)
+    if head is None and network is not model:
+        return None
+    blocks = _weights(network, module, cache, like)
+    if blocks is None:
+        return None
+    ids, x = call.get("input_ids"), call.get("inputs_embeds")
+    new = ids if x is None else x
+    if new.device != like.device or (x is not None and (x.dtype != like.dtype or type(x) is not torch.Tensor)):
+        return None
+
+    T, length = new.shape[1], cache.get_seq_length()
+    x = network.embed(ids) if x is None else x  # (B, T, hidden)
+    if x.dtype != like.dtype:
+        return None
+    mask, position_ids = call.get("attention_mask"), call.get("position_ids")
+    if position_ids is None:
+        position_ids = network.positions(mask, torch.arange(length, length + T, device=x.device), length)
+    cos, sin, query_scale = network.rotation(position_ids, cache, length, call.get("ntk_alpha"))
+    mask = None if mask is None else mask[..., : length + T].bool()
+    config = network.config
+    scaling = network.h[0].attn.scaling
+    for (norms, matrices), layer in zip(blocks, cache.layers):
+        store = layer.room_for(T)
+        x = decode_block(
+            x, norms, matrices, cos, sin, query_scale, store, length, mask, config.layer_norm_epsilon, scaling
+        )
+    x = rms_norm(x, like, config.layer_norm_epsilon)
+    if head is None:
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
+    kept = call.get("logits_to_keep", 0)
+    kept = slice(-kept, None) if isinstance(kept, int) else kept
+    return CausalLMOutputWithPast(logits=linear(x[:, kept], *head), past_key_values=cache)
+
+
+def _weights(network, module: str, cache, like: torch.Tensor):
+    """
+    For every block (norms, matrices) as `decode_block` takes them; None if a layer or a weight is not as the network
+    was made, or the cache is elsewhere.
+    """
+    if type(network).__module__ != module or len(cache.layers) != len(network.h):
+        return None
+    if not (_is_untouched(network.h) and _is_untouched(network.ln_f) and _is_weight(like, like)):
+        return None
+    blocks = []
+    for block, layer in zip(network.h, cache.layers):
+        attn, mlp = block.attn, block.mlp
+        parts = (block, attn, mlp, block.ln_1, block.ln_2)
+        if tuple(type(part).__name__ for part in parts) != _NAMES or any(type(p).__module__ != module for p in parts):
+            return None
+        if type(mlp.act) is not nn.SiLU or not all(map(_is_untouched, (*parts, mlp.act))):
+            return None
+        norms = [block.ln_1.weight, block.ln_2.weight]
+        matrices = [_matrix(m, like) for m in (attn.c_attn, attn.c_proj, mlp.w1, mlp.w2, mlp.c_proj)]
+        if None in matrices or not all(_is_weight(norm, like) for norm in norms):
+            return None
+        stored = layer.keys.tensors[0]
+        if stored.device != like.device or (cache.bits is None and stored.dtype != like.dtype):
+            return None
+        blocks.append((norms, [part for matrix in matrices for part in matrix]))
+    return blocks
+
+
+_NAMES = ("QWenBlock", "QWenAttention", "QWenMLP", "RMSNorm", "RMSNorm")
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module is calling the forward of its class, and that alone."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _is_weight(tensor, like: torch.Tensor) -> bool:
+    return type(tensor) is nn.Parameter and tensor.dtype == like.dtype and tensor.device == like.device
+
+
+def _matrix(module: nn.Module, like: torch.Tensor):
+    """Weight, bias and scale, as `linear` takes them; None for a module that is more than that."""
+    if not _is_untouched(module):
+        return None
+    if type(module) is nn.Linear and _is_weight(module.weight, like):
+        return module.weight, module.bias, None
+    if type(module) is Int8Linear and module.weight.device == like.device:
+        return module.weight, module.bias, module.weight_scale
+    return None
+
+
+# --- Generation --------------------------------------------------------------------------------------------------
+
+
+class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
+    """transformers' `generate` with stop words, and with the cache that steps are fast with."""
+
+    def generate(
+        self,
+        inputs=None,
+        generation_config=None,
+        logits_processor=None,
+        *args,
+        stop_words_ids=None,
+        cache_bits=None,
+        **kwargs,
+    ):
+        """
+        transformers' `generate`, and:
+
+        stop_words_ids: lists of token ids; after any of them was generated the next token is `eos_token_id`.
+        Default: `stop_words_ids` of the generation configuration.
+        cache_implementation: "quantized" takes `QWenQuantizedCache`; with a `cache_config`, transformers' own.
+        cache_bits: 8 or 4, of the quantised cache, which it asks for. Default: `config.cache_bits`.
+
+        Raises IndexError for ids outside the vocabulary, ValueError for stop words that are not lists of ids and for
+        contradictions about the cache.
+        """
+        settings = self.generation_config if generation_config is None else generation_config
+        kwargs = self._with_cache(generation_config, kwargs, cache_bits)
+        if stop_words_ids is None:
+            stop_words_ids = getattr(settings, "stop_words_ids", None)
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if torch.is_tensor(ids) and ids.numel():
+            self.transformer.check_ids(ids)
+        prompt_length = 0 if ids is None else ids.shape[1]
+        if logits_processor is not None:
+            logits_processor = [
+                processor.behind(prompt_length) if hasattr(processor, "behind") else processor
+                for processor in logits_processor
+            ]
+        if stop_words_ids is not None:
+            eos = kwargs.get("eos_token_id", settings.eos_token_id)
+            eos = eos.tolist() if torch.is_tensor(eos) else eos
+            stop = StopWordsLogitsProcessor(
+                stop_words_ids, eos[0] if isinstance(eos, (list, tuple)) else eos, prompt_length=prompt_length
+            )
+            logits_processor = [*(logits_processor or []), stop]
+        alpha = self._prompt_alpha(settings, ids, kwargs)
+        if alpha is not None:
+            kwargs["ntk_alpha"] = alpha
+        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+
+    def _prompt_alpha(self, settings, ids, kwargs: dict) -> torch.Tensor | None:
+        """
+        The NTK scale of each prompt, float32 (B,), for the whole generation: its first call may see a piece of the
+        prompt only, or draft tokens behind it, or there is no cache that remembers. None where a cache has begun.
+        """
+        cache, assistant = kwargs.get("past_key_values"), kwargs.get("assistant_model")
+        known_to_assistant = assistant is None or "ntk_alpha" in parameter_names(assistant.forward)
+        if not self.config.use_dynamic_ntk or self.training or not known_to_assistant:
+            return None
+        if cache is not None and (not hasattr(cache, "get_seq_length") or int(cache.get_seq_length())):
+            return None
+        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if position_ids is not None:
+            lengths = position_ids.amax(-1) + 1  # (B,)
+        elif mask is not None and mask.dim() == 2:
+            lengths = mask.long().sum(-1)
+        elif mask is None and ids is not None and ids.dim() == 2:
+            # As transformers infers the mask that is missing: what may be padding is.
+            pad, eos = (kwargs.get(name, getattr(settings, name, None)) for name in ("pad_token_id", "eos_token_id"))
+            ends = torch.as_tensor([] if eos is None else eos).reshape(-1).tolist()
+            lengths = (ids != (-1 if pad is None or int(pad) in ends else int(pad))).sum(-1)
+        else:
+            return None
+        return self.transformer.prompt_alpha(lengths)
+
+    def _with_cache(self, generation_config, kwargs: dict, bits: int | None) -> dict:
+        """The arguments of `generate`, with a cache of ours unless that is left to the caller or to transformers."""
+
+        def setting(name):
+            values = (
+                kwargs.get(name),
+                getattr(generation_config, name, None),
+                getattr(self.generation_config, name, None),
+            )
+            return next((value for value in values if value is not None), None)
+
+        named = setting("cache_implementation")
+        unwanted = kwargs.get("past_key_values") is not None or setting("use_cache") is False
+        if bits is not None and (unwanted or named not in (None, "quantized")):
+            raise ValueError(
+                f"cache_bits={bits} asks for a quantised cache, but there is past_key_values, use_cache=False or "
+                f"cache_implementation={named!r}. Pass one of them, or past_key_values=QWenQuantizedCache({bits})."
+            )
+        drafts = kwargs.get("assistant_model") or setting("prompt_lookup_num_tokens") or setting("penalty_alpha")
+        # transformers' own cache copies everything for every token. On a CPU SDPA reads bfloat16 slowly; on new GPUs it
+        # takes cuDNN, which plans anew for every length.
+        is_faster = (
+            has_decode_kernel(self.device, self.dtype, self.config.kv_channels)
+            and (self.device.type == "cuda" or self.config._attn_implementation == "sdpa")
+            and (DRAFTS_CROP_CACHES or not drafts)
+        )
+        if unwanted:
+            return kwargs
+        if bits is not None or (named == "quantized" and setting("cache_config") is None):
+            cache = quantized_cache(self.config, bits)
+        elif named is not None:
+            return kwargs
+        elif self.config.use_cache_quantization:
+            cache = quantized_cache(self.config)
+        elif is_faster and not self.training:
+            cache = QWenCache()
+        else:
+            return kwargs
+        _announce(f"generate keeps keys and values in {cache}")
+        return {**kwargs, "past_key_values": cache, **({} if named is None else {"cache_implementation": None})}
+
+
+@functools.lru_cache(maxsize=None)
+def _announce(text: str) -> None:
+    """Say it once in a process."""
+    logger.info(text)

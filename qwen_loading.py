@@ -1,0 +1,307 @@
+"""
+How a checkpoint becomes a model: precision, attention function, quantised matrices, native sources, missing weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.utils import cached_file, logging
+
+from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
+from .cpp_kernels import copy_source, set_source_folder
+from .qwen_quantization import replace_matrices
+from .transformers_compat import (
+    DTYPE,
+    FLASH_MIXES_ROWS,
+    PreTrainedModel,
+    cpu_supports_bf16,
+    cpu_supports_fp16,
+    forget_device_map,
+    gpu_supports_bf16,
+    is_flash_attn_2_available,
+    load_config,
+    loading_defaults,
+    named_attention,
+    pop_dtype,
+    set_attention,
+)
+
+logger = logging.get_logger(__name__)
+
+
+class QWenPreTrainedModel(PreTrainedModel):
+    """How a Qwen model is made and loaded: weights, precision, attention kernel."""
+
+    config_class = QWenConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["QWenBlock"]
+    # Objects that every block shares: a cache moves by layer itself, a list is appended to.
+    _skip_keys_device_placement = ["past_key_values", "attention_weights"]
+    # Tables that early checkpoints carry and that are computed here.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"logn_tensor$"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        """As inherited; raises ValueError for a model with int8 weights."""
+        if self.config.int8_weights and new_num_tokens is not None:
+            raise ValueError(
+                "A model with int8 weights can't get other embeddings: resize the model that it was made from, before "
+                "tools/quantize_weights.py."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights; those that write to the residual stream smaller by `sqrt(2 * layers)`, as in GPT-2."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            if getattr(module, "into_residual", False):
+                std /= math.sqrt(2 * self.config.num_hidden_layers)
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def post_init(self) -> None:
+        """As inherited, at the end of the construction; codes take the place of weights where a checkpoint has them."""
+        if self.config.int8_weights:
+            replace_matrices(self)
+        super().post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, strict=True, **kwargs):
+        """
+        Load a checkpoint; the arguments are those of transformers' `from_pretrained`, and:
+
+        bf16, fp16, fp32: at most one True; the precision of the weights. Without one, and without `dtype`, the
+        checkpoint's own (config.json's `dtype`) if the device has it, else bfloat16 where the device supports it,
+        else float16 on a GPU, else float32.
+        strict: a weight that this architecture has and the checkpoint lacks, or the reverse, is an error. False
+        leaves it at transformers' warning, for experiments with a changed configuration; so does
+        `output_loading_info=True`, which returns the lists.
+
+        Raises ValueError for a contradiction in the configuration, RuntimeError for weights that don't fit it.
+        """
+        config, kwargs = load_config(cls.config_class, config, pretrained_model_name_or_path, kwargs)
+        cls._find_kernels(config, pretrained_model_name_or_path, kwargs)
+        device_map = kwargs.get("device_map")
+        on_accelerator = _goes_to_accelerator(device_map)
+        dtype = pop_dtype(kwargs)
+        if pretrained_model_name_or_path is not None:
+            loading_defaults(kwargs)
+        elif dtype is None:
+            dtype = "auto"  # that of the `state_dict`
+        kwargs[DTYPE] = cls._choose_dtype(config, dtype, on_accelerator)
+        cls._warn_of_precision(kwargs[DTYPE], on_accelerator)
+        attention, reason = named_attention(config, kwargs), ""
+        if attention is None:
+            attention, reason = cls._choose_attention(config, kwargs[DTYPE], on_accelerator)
+        set_attention(config, kwargs, attention)
+        info_wanted = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        forget_device_map(model, device_map)
+        model._forget_precision_flags()
+        chosen = model.config._attn_implementation
+        why = f" ({reason})" if reason else ""
+        logger.info(f"{cls.__name__}: weights in {model.dtype}, attention by {chosen}{why}")
+        if strict and not info_wanted:
+            model._check_loaded(info, pretrained_model_name_or_path)
+        return (model, info) if info_wanted else model
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        """A new model; bf16, fp16 and fp32 in `config` choose its precision as at loading."""
+        config.check()
+        cls._find_kernels(config, getattr(config, "_name_or_path", None), {})
+        dtype = pop_dtype(kwargs)
+        if any(getattr(config, flag) for flag in PRECISION_FLAGS):
+            dtype = cls._choose_dtype(config, dtype, on_accelerator=False)
+        if dtype is not None:
+            kwargs[DTYPE] = dtype
+        model = super()._from_config(copy.deepcopy(config), **kwargs)
+        model._forget_precision_flags()
+        return model
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As inherited. The code is saved beside the weights, and the configuration names it for every auto class."""
+        self.config.auto_map = dict(AUTO_MAP)  # loaded from a hub, it names the code's repository there
+        if kwargs.get("is_main_process", True):
+            copy_source(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
+
+    @staticmethod
+    def _find_kernels(config: QWenConfig, path, kwargs: dict) -> None:
+        """
+        Say where the checkpoint's code has its cpp_kernels.cpp, which transformers does not copy: in the folder, or in
+        the repository of a hub that `auto_map` names, at the revision that this module is of.
+        """
+        here = Path(__file__).resolve().parent
+        if (here / "cpp_kernels.cpp").exists():
+            return
+        repository = (getattr(config, "auto_map", None) or {}).get("AutoConfig", "").rpartition("--")[0]
+        path = str(path or "")
+        is_local = os.path.isdir(path) and not repository
+        if is_local:
+            set_source_folder(path)
+        if is_local or not (repository or path):
+            return
+        hub = {key: kwargs[key] for key in ("cache_dir", "local_files_only", "proxies", "token") if key in kwargs}
+        try:
+            found = cached_file(
+                repository or path,
+                "cpp_kernels.cpp",
+                revision=here.name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                **hub,
+            )
+        except (OSError, ValueError) as error:  # the model works without
+            logger.info(f"cpp_kernels.cpp can't be had from the hub: {error}")
+            found = None
+        if found is not None:
+            set_source_folder(Path(found).parent)
+
+    def _forget_precision_flags(self) -> None:
+        """What they asked for is done, and `dtype` says it; a saved flag would overrule a later change of precision."""
+        for flag in PRECISION_FLAGS:
+            setattr(self.config, flag, False)
+
+    @staticmethod
+    def _choose_dtype(config: QWenConfig, dtype, on_accelerator: bool):
+        """The precision to load in; `dtype` is what the caller passed: a torch.dtype, "auto" or None."""
+        config.check()
+        flag = next((flag for flag in PRECISION_FLAGS if getattr(config, flag)), None)
+        if flag is not None:
+            check_precision(flag, dtype)
+            return getattr(torch, PRECISION_FLAGS[flag])
+        if dtype is not None:
+            return dtype
+        own = getattr(config, DTYPE, None)
+        own = getattr(torch, own) if isinstance(own, str) else own
+        if on_accelerator:
+            supported = gpu_supports_bf16() if torch.cuda.is_available() else True
+            fallback = torch.float16
+        else:
+            supported = cpu_supports_bf16()
+            fallback = torch.float32
+        if own is not None and (own != torch.bfloat16 or supported):
+            return own
+        return torch.bfloat16 if supported else fallback
+
+    @staticmethod
+    def _warn_of_precision(dtype, on_accelerator: bool) -> None:
+        """One warning for a precision that the device has no instructions for."""
+        if on_accelerator and torch.cuda.is_available():
+            device = torch.cuda.get_device_name()
+            supported = {torch.bfloat16: gpu_supports_bf16(), torch.float16: True}
+        elif on_accelerator:
+            return
+        else:
+            device = "This CPU"
+            supported = {torch.bfloat16: cpu_supports_bf16(), torch.float16: cpu_supports_fp16()}
+        if not supported.get(dtype, True):
+            others = [flag for flag, name in PRECISION_FLAGS.items() if supported.get(getattr(torch, name), True)]
+            logger.warning_once(
+                f"{device} has no instructions for {dtype}, which will be slow. Faster is "
+                f"{' or '.join(f'{flag}=True' for flag in others)}."
+            )
+
+    @staticmethod
+    def _choose_attention(config: QWenConfig, dtype, on_accelerator: bool) -> tuple[str | None, str]:
+        """
+        `use_flash_attn` as an attention implementation of transformers, or None, which leaves the choice to it; and
+        why flash attention was not taken. Raises ImportError if it is asked for and something is missing.
+        """
+        if config.use_flash_attn is False:
+            return None, "use_flash_attn=False"
+        missing = flash_attention_lacks(dtype)
+        if config.use_flash_attn == "auto":
+            missing += [] if on_accelerator else ["a model on a GPU"]
+            return (None, f"flash_attention_2 needs {' and '.join(missing)}") if missing else ("flash_attention_2", "")
+        if missing:
+            raise ImportError(
+                f"use_flash_attn=True needs {' and '.join(missing)}. With use_flash_attn='auto' it is taken where "
+                f"that is there, and PyTorch's own attention elsewhere."
+            )
+        return "flash_attention_2", ""
+
+    def _check_loaded(self, info, source) -> None:
+        """Raise RuntimeError if weights of this architecture were missing from or left over in the checkpoint."""
+
+        def ours(key: str) -> bool:  # heads of subclasses and of other projects are left to transformers' warning
+            base = self.base_model_prefix + "."
+            return key.startswith((base, "lm_head.", "wte.", "h.", "ln_f."))
+
+        missing, unexpected = set(info["missing_keys"]), info["unexpected_keys"]
+        if getattr(self, "hf_quantizer", None) is not None:  # has names of its own for what a weight becomes
+            missing, unexpected = self._without_weight(missing), ()
+        missing, unexpected = (sorted(filter(ours, keys)) for keys in (missing, unexpected))
+        if self.get_output_embeddings() is None:  # the bare model of a checkpoint with a head
+            unexpected = [key for key in unexpected if not key.startswith("lm_head.")]
+        problems = []
+        for keys, what in (
+            (missing, "missing from it"),
+            (unexpected, "in it without a place in this configuration"),
+        ):
+            if keys:
+                shown = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+                problems.append(f"{len(keys)} weights {what} ({shown})")
+        if problems:
+            raise RuntimeError(
+                f"The checkpoint {source} does not fit its configuration: {'; '.join(problems)}. Compare its "
+                f"config.json (num_hidden_layers, no_bias) with its weight files, and see that every file is there. "
+                f"To load it all the same, with new values for what is missing, pass strict=False."
+            )
+
+    def _without_weight(self, missing: set) -> list:
+        """Weights of which nothing was found, under whatever names: all that a layer holds but its bias is missing."""
+        found = []
+        for name, module in self.named_modules():
+            tensors = [*module._parameters.items(), *module._buffers.items()]
+            held = [f"{name}.{key}" for key, tensor in tensors if tensor is not None and key != "bias"]
+            if held and missing.issuperset(held):
+                found.append(f"{name}.weight")
+        return found
+
+
+def flash_attention_lacks(dtype) -> list[str]:
+    """What flash attention 2 needs and is not here; nothing if it can run. dtype: torch.dtype, or "auto" (unknown)."""
+    lacks = []
+    if importlib.util.find_spec("flash_attn") is None:
+        lacks.append("the package flash-attn (pip install flash-attn)")
+    elif torch.cuda.is_available() and not is_flash_attn_2_available():
+        lacks.append("a newer version of the package flash-attn")
+    if not torch.cuda.is_available():
+        lacks.append("a GPU")
+    elif torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        lacks.append(f"a GPU of compute capability 8.0 or higher (found {found})")
+    if FLASH_MIXES_ROWS:
+        lacks.append("another release of transformers (this one mixes up the rows of a batch)")
+    if dtype not in (torch.float16, torch.bfloat16, "auto"):
+        lacks.append(f"half precision (found {dtype}; pass bf16=True or fp16=True)")
+    return lacks
+
+
+def _goes_to_accelerator(device_map) -> bool:
+    """Whether a model loaded with this `device_map` will run on a GPU; without a map it will if there is one."""
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    if all(str(place) in ("cpu", "disk", "meta") for place in places):
+        return False
+    return torch.cuda.is_available() or any(str(place).split(":")[0] in ("mps", "xpu", "npu") for place in places)

@@ -1,0 +1,291 @@
+"""A decoding step from the weights against the layers, and what keeps a step from being computed that way."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+
+import pytest
+import torch
+from conftest import modeling_qwen, needs_sdpa, random_ids, tiny_model
+from torch import nn
+from transformers import DynamicCache
+
+qwen_cache = importlib.import_module("qwen.qwen_cache")
+qwen_decode = importlib.import_module("qwen.qwen_decode")
+QWenCache, QWenQuantizedCache = qwen_cache.QWenCache, qwen_cache.QWenQuantizedCache
+
+NTK_LOGN = {"seq_length": 16, "use_dynamic_ntk": True, "use_logn_attn": True}
+PLAIN = {"use_dynamic_ntk": False, "use_logn_attn": False}
+
+
+@contextlib.contextmanager
+def without_layers(allowed: bool = False):
+    """Calls of blocks fail, or are counted."""
+    calls = []
+    forward = modeling_qwen.QWenBlock.forward
+
+    def watched(self, *args, **kwargs):
+        assert allowed, "the step went through the layers"
+        calls.append(self)
+        return forward(self, *args, **kwargs)
+
+    modeling_qwen.QWenBlock.forward = watched
+    try:
+        yield calls
+    finally:
+        modeling_qwen.QWenBlock.forward = forward
+
+
+def filled(model, make, ids, **kwargs):
+    cache = make()
+    with torch.no_grad():
+        model(ids, past_key_values=cache, **kwargs)
+    return cache
+
+
+@pytest.mark.parametrize("settings", [PLAIN, NTK_LOGN, {**NTK_LOGN, "no_bias": False, "rotary_pct": 0.5}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_equals_the_layers(settings, dtype, new, padding):
+    model = tiny_model(**settings).to(dtype)
+    ids = random_ids(2, 24 + new)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    arguments = {"attention_mask": mask[:, :24]} if padding else {}
+    caches = [filled(model, make, ids[:, :24], **arguments) for make in (QWenCache, DynamicCache)]
+    arguments = {"attention_mask": mask} if padding else {}
+    with torch.no_grad():
+        with without_layers():
+            logits = model(ids[:, 24:], past_key_values=caches[0], **arguments).logits
+        expected = model(ids[:, 24:], past_key_values=caches[1], **arguments).logits
+    assert logits.dtype == dtype
+    bound = {torch.float32: 2e-5, torch.bfloat16: 0.05, torch.float16: 5e-3}[dtype]
+    assert (logits - expected).norm() <= bound * expected.norm()
+    for layer in range(3):
+        for ours, theirs in zip(caches[0][layer], filled(model, QWenCache, ids, **arguments)[layer]):
+            real = mask.bool()[:, None, :, None].expand_as(ours)
+            torch.testing.assert_close(ours[real], theirs[real], rtol=0, atol=0.1 if dtype != torch.float32 else 1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_equals_the_layers_over_a_quantised_cache(bits):
+    model = tiny_model(**NTK_LOGN)
+    ids = random_ids(2, 30)
+    one, other = (filled(model, lambda: QWenQuantizedCache(bits), ids[:, :24]) for _ in range(2))
+    with torch.no_grad():
+        with without_layers():
+            logits = [model(ids[:, i : i + 1], past_key_values=one).logits for i in range(24, 30)]
+        model.transformer.h[1].register_forward_hook(lambda *args: None)  # through the layers
+        with without_layers(allowed=True) as calls:
+            expected = [model(ids[:, i : i + 1], past_key_values=other).logits for i in range(24, 30)]
+    assert len(calls) == 6 * 3
+    torch.testing.assert_close(torch.cat(logits, 1), torch.cat(expected, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_masks_positions_and_what_is_kept():
+    model = tiny_model(**NTK_LOGN)
+    ids = random_ids(2, 30)
+    seen = torch.rand(2, 1, 4, 30) > 0.3
+    seen[..., -4:] = torch.eye(4, dtype=torch.bool)
+    for arguments in (
+        {"attention_mask": seen},
+        {"position_ids": torch.arange(26, 30)[None] + 5},
+        {"logits_to_keep": 1},
+        {"logits_to_keep": torch.tensor([0, 2])},
+        {"ntk_alpha": torch.tensor([15.0, 15.0])},  # the cache remembers another one
+        {"use_cache": True, "output_attentions": False, "labels": None},
+    ):
+        caches = [filled(model, make, ids[:, :26]) for make in (QWenCache, DynamicCache)]
+        with torch.no_grad():
+            with without_layers():
+                output = model(ids[:, 26:], past_key_values=caches[0], **arguments)
+            expected = model(ids[:, 26:], past_key_values=caches[1], **arguments).logits
+        torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-4)
+        assert output.past_key_values is caches[0]
+
+
+def test_the_network_without_its_head():
+    model = tiny_model(**NTK_LOGN).transformer
+    ids = random_ids(2, 30)
+    cache = filled(model, QWenCache, ids[:, :26])
+    with torch.no_grad():
+        expected = model(ids).last_hidden_state[:, 26:]
+        with without_layers():
+            output = model(inputs_embeds=model.wte(ids[:, 26:]), past_key_values=cache)
+            assert output.to_tuple()[1] is cache
+    torch.testing.assert_close(output.last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def exchange(model):
+    linear = model.transformer.h[1].mlp.w1
+    model.transformer.h[1].mlp.w1 = Doubled(linear.in_features, linear.out_features, linear.bias is not None)
+
+
+def patch(model):
+    norm = model.transformer.ln_f
+    forward = norm.forward
+    norm.forward = lambda x: forward(x) * 2
+
+
+NOT_PLAIN = {
+    "hook of a matrix": lambda m: m.transformer.h[2].attn.c_attn.register_forward_hook(lambda m, x, y: y * 2),
+    "hook before a matrix": lambda m: m.transformer.h[0].mlp.w2.register_forward_pre_hook(lambda m, x: (x[0] * 2,)),
+    "hook of a block": lambda m: m.transformer.h[0].register_forward_hook(lambda m, x, y: y * 2),
+    "hook of a norm": lambda m: m.transformer.h[0].ln_2.register_forward_hook(lambda m, x, y: y * 2),
+    "hook of the last norm": lambda m: m.transformer.ln_f.register_forward_hook(lambda m, x, y: y * 2),
+    "hook of the network": lambda m: m.transformer.register_forward_hook(lambda m, x, y: None),
+    "hook of the head": lambda m: m.lm_head.register_forward_hook(lambda m, x, y: y * 2),
+    "hook of the activation": lambda m: m.transformer.h[0].mlp.act.register_forward_hook(lambda m, x, y: y * 2),
+    "another class of matrix": exchange,
+    "a patched forward": patch,
+    "another activation": lambda m: setattr(m.transformer.h[0].mlp, "act", nn.GELU()),
+    "a parametrization": lambda m: nn.utils.parametrizations.spectral_norm(m.transformer.h[0].mlp.w1),
+    "a weight of another precision": lambda m: m.transformer.h[0].mlp.w1.bfloat16(),
+    "a subclass of tensors": lambda m: setattr(
+        m.lm_head, "weight", nn.Parameter(m.lm_head.weight.detach().as_subclass(Subclass), requires_grad=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", NOT_PLAIN)
+def test_what_is_not_plain_goes_through_the_layers(change):
+    model = tiny_model(**PLAIN)
+    NOT_PLAIN[change](model)
+    ids = random_ids(2, 12)
+    if "precision" in change:  # which the layers refuse
+        cache = QWenCache()
+        whole = tiny_model(**PLAIN)
+        with torch.no_grad():
+            whole(ids[:, :9], past_key_values=cache)
+            with pytest.raises(RuntimeError, match="dtype"):
+                model(ids[:, 9:], past_key_values=cache)
+        return
+    cache = filled(model, QWenCache, ids[:, :9])
+    with torch.no_grad():
+        with without_layers(allowed=True) as calls:
+            logits = model(ids[:, 9:], past_key_values=cache).logits
+        expected = model(ids).logits[:, 9:]
+    assert len(calls) == 3
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"output_hidden_states": True}, {"labels": random_ids(2, 3)}, {"marker": 7}, {"use_cache": False}]
+)
+def test_a_call_that_asks_for_more_goes_through_the_layers(asked):
+    model = tiny_model(**PLAIN)
+    ids = random_ids(2, 12)
+    cache = filled(model, QWenCache, ids[:, :9])
+    with torch.no_grad(), without_layers(allowed=True) as calls:
+        output = model(ids[:, 9:], past_key_values=cache, **asked)
+    assert len(calls) == 3
+    if "output_hidden_states" in asked:
+        assert len(output.hidden_states) == 4
+    if "labels" in asked:
+        assert output.loss > 0
+    assert output.past_key_values is (None if "use_cache" in asked else cache)
+    assert cache.get_seq_length() == 12
+
+
+def test_attention_weights_are_those_of_the_eager_function():
+    model = tiny_model(**PLAIN)
+    ids = random_ids(2, 12)
+    cache = filled(model, QWenCache, ids[:, :9])
+    with torch.no_grad():
+        found = model(ids[:, 9:], past_key_values=cache, output_attentions=True).attentions
+        expected = model(ids, output_attentions=True).attentions
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs[:, :, 9:], rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_the_weights_behind_a_cache():
+    model = tiny_model(**PLAIN)
+    ids = random_ids(2, 12)
+    cache = filled(model, QWenCache, ids[:, :9])
+    model(ids[:, 9:], past_key_values=cache).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.transformer.h.parameters())
+
+
+@needs_sdpa
+def test_derivatives_in_forward_mode_are_not_lost():
+    model = tiny_model(attn_implementation="eager", **PLAIN)
+    ids = random_ids(1, 12)
+    embeds = model.transformer.wte(ids).detach()
+    tangent = torch.randn_like(embeds)
+
+    def of_the_end(x):
+        cache = QWenCache()
+        model(inputs_embeds=x[:, :9], past_key_values=cache)
+        return model(inputs_embeds=x[:, 9:], past_key_values=cache).logits
+
+    with torch.no_grad():
+        _, derivative = torch.func.jvp(of_the_end, (embeds,), (tangent,))
+        _, expected = torch.func.jvp(lambda x: model(inputs_embeds=x).logits[:, 9:], (embeds,), (tangent,))
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(derivative, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("change", ["in place", "exchanged", "another dtype"])
+def test_weights_that_change_between_steps_are_the_new_ones(change):
+    model = tiny_model(**PLAIN)
+    ids = random_ids(1, 12)
+    cache = filled(model, QWenCache, ids[:, :9])
+    with torch.no_grad():
+        before = model(ids[:, 9:10], past_key_values=cache).logits
+        w1 = model.transformer.h[0].mlp.w1
+        if change == "in place":
+            w1.weight.mul_(3)
+        elif change == "exchanged":
+            w1.weight = nn.Parameter(w1.weight * 3)
+        else:
+            model.double()
+        cache.crop(9)
+        fresh = DynamicCache()
+        layers = [tuple(t.to(model.dtype) for t in cache[i]) for i in range(3)]
+        for i, (keys, values) in enumerate(layers):
+            fresh.update(keys, values, i)
+        if change == "another dtype":
+            cache = filled(model, QWenCache, ids[:, :9])
+        after = model(ids[:, 9:10], past_key_values=cache).logits
+        expected = model(ids[:, 9:10], past_key_values=fresh).logits
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+    if change != "another dtype":
+        assert (after - before).abs().max() > 1e-3
+
+
+def test_a_wrong_id_and_a_short_mask_are_the_errors_of_the_network():
+    model = tiny_model(**PLAIN)
+    cache = filled(model, QWenCache, random_ids(1, 9))
+    with torch.no_grad():
+        with pytest.raises(IndexError, match="input_ids hold 320, but this model's vocabulary has the ids 0 to 319"):
+            model(torch.tensor([[320]]), past_key_values=cache)
+        with pytest.raises(ValueError, match="attention_mask has 1 columns, but there are 9 cached and 1 new"):
+            model(torch.tensor([[3]]), past_key_values=cache, attention_mask=torch.ones(1, 1))
+        assert cache.get_seq_length() == 9
+        model(torch.tensor([[3]]), past_key_values=cache)
+
+
+def test_the_same_through_generate_with_and_without_the_step(monkeypatch):
+    model = tiny_model(**NTK_LOGN)
+    prompt = random_ids(2, 14)
+    mask = torch.ones_like(prompt)
+    mask[1, :6] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    with without_layers(allowed=True) as calls:
+        fast = model.generate(prompt, past_key_values=QWenCache(), **settings)
+    assert len(calls) == 3  # the prompt
+    monkeypatch.setattr(qwen_decode, "_compute", lambda *args: None)
+    assert model.generate(prompt, past_key_values=QWenCache(), **settings).tolist() == fast.tolist()
+    assert copy.deepcopy(model).generate(prompt, past_key_values=DynamicCache(), **settings).tolist() == fast.tolist()
