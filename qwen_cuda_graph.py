@@ -107,6 +107,8 @@ def takes(model, cache, rows: int) -> bool:
     return (
         isinstance(cache, QWenCache)
         and cache.kernel
+        and not getattr(cache, "has_no_room_for_graphs", False)
+        and weight.device.type in DEVICES
         and 0 < rows <= MAX_ROWS
         and (cache.device is None or torch.device(cache.device) == weight.device)
         and all(
@@ -312,7 +314,7 @@ def graphed_steps(model, cache, B: int, T: int):
             return steps.step(model, cache, input_ids, positions)
         except torch.cuda.OutOfMemoryError:
             logger.warning_once("The GPU has no memory left for a CUDA graph of decoding; steps are computed without.")
-            broken, steps = True, None
+            broken, steps, cache.has_no_room_for_graphs = True, None, True
             return None
 
     try:
@@ -327,6 +329,25 @@ def graphed_steps(model, cache, B: int, T: int):
                 if now == places.signature:
                     free.append((kind, steps))
                     del free[:-KEPT_GRAPHS]
+
+
+def graphed_step(model, cache, input_ids, position_ids, attention_mask):
+    """
+    One step on its own, of whoever calls `forward`: logits (B, T, vocab), or None if it is not for a graph.
+
+    input_ids, position_ids: int64 (B, T). attention_mask: None or (B, S), the tokens of this step included. The model
+    is plain, which is not looked at here.
+    """
+    B, T = input_ids.shape
+    alpha, padding = getattr(cache, "ntk_alpha", None), (False, None)
+    ours = takes(model, cache, B * T) and cache.get_seq_length() > 0
+    if ours and (alpha is not None or not model.config.use_dynamic_ntk):
+        padding = _left_padding(attention_mask, cache.get_seq_length() + T)
+    if not padding[0]:
+        return None
+    with graphed_steps(model, cache, B, T) as step:
+        logits = step(input_ids, position_ids.expand(B, T), padding[1], alpha)
+        return None if logits is None else logits.clone()
 
 
 # --- generate ----------------------------------------------------------------------------------------------------

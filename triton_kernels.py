@@ -98,12 +98,14 @@ def _store_at(base, table, slot, nh, stride_t):
 
 @triton.jit(do_not_specialize=["T", "position", "slot"])
 def _append_kernel(
-    x, codes, scales, x_b, x_h, x_t, c_b, c_h, c_t, p_b, p_h, p_t, nh, T, position, table, slot,
+    x, codes, scales, x_b, x_h, x_t, c_b, c_h, c_t, p_b, p_h, p_t, nh, T, position, table, slot, x_2,
     HD: tl.constexpr, LOG_HD: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     b, h = head // nh, head % nh
-    if LATE:
+    if LATE:  # keys, and values x_2 behind them
+        slot += 2 * tl.program_id(2)
+        x += x_2 * tl.program_id(2)
         codes, c_b, c_h = _store_at(codes, table, slot, nh, c_t)
         scales, p_b, p_h = _store_at(scales, table, slot + 1, nh, p_t)
         position = tl.load(table) - T
@@ -185,7 +187,7 @@ def quantize_append(codes, params, x, position):
     rows = 1 if T == 1 else 8
     with torch.cuda.device_of(x):
         _append_kernel[(B * nh, triton.cdiv(T, rows))](
-            x, codes, params, *x.stride()[:3], *codes.stride()[:3], *params.stride()[:3], nh, T, position, codes, 0,
+            x, codes, params, *x.stride()[:3], *codes.stride()[:3], *params.stride()[:3], nh, T, position, codes, 0, 0,
             HD=hd, LOG_HD=hd.bit_length() - 1, BITS=bits, ROWS=rows, LATE=False, num_warps=1 if T == 1 else 4,
             enable_fp_fusion=False,  # the codes are those of a CPU, bit for bit
         )  # fmt: skip
@@ -765,21 +767,19 @@ def rotary_append(qkv, cos, sin, scale, base, bits, table, slot, nh):
     (B, T), hd = qkv.shape[:2], qkv.shape[2] // (3 * nh)
     stored = bits >= 16
     q = qkv.new_empty(B, T, nh, hd)
-    k, v = (base, base) if stored else (torch.empty_like(q), torch.empty_like(q))
+    new = (base, base) if stored else qkv.new_empty(2, B, T, nh, hd)
     _rotary_kernel[(B * T, 3 * nh)](
-        qkv, cos, sin, cos if scale is None else scale, q, k, v, table, slot, nh, T,
+        qkv, cos, sin, cos if scale is None else scale, q, *new, table, slot, nh, T,
         HD=hd, HALF=cos.shape[-1], SCALED=scale is not None, STORED=stored, num_warps=1,
     )  # fmt: skip
     if not stored:
-        rows = 1 if T == 1 else 8
-        for i, x in enumerate((k, v)):
-            x = x.transpose(1, 2)  # (B, nh, T, hd)
-            codes, params = quantized_sizes(hd, bits)
-            _append_kernel[(B * nh, triton.cdiv(T, rows))](
-                x, base, base, *x.stride()[:3], 0, 0, codes, 0, 0, params, nh, T, 0, table, slot + 2 * i,
-                HD=hd, LOG_HD=hd.bit_length() - 1, BITS=bits, ROWS=rows, LATE=True, num_warps=1 if T == 1 else 4,
-                enable_fp_fusion=False,
-            )  # fmt: skip
+        rows, (codes, params) = 1 if T == 1 else 8, quantized_sizes(hd, bits)
+        _append_kernel[(B * nh, triton.cdiv(T, rows), 2)](
+            new, base, base, T * nh * hd, hd, nh * hd, 0, 0, codes, 0, 0, params, nh, T, 0, table, slot,
+            B * T * nh * hd,
+            HD=hd, LOG_HD=hd.bit_length() - 1, BITS=bits, ROWS=rows, LATE=True, num_warps=1 if T == 1 else 4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     return q.transpose(1, 2)
 
 
