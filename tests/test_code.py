@@ -38,7 +38,7 @@ def test_import_statements_name_only_what_is_always_installed(name):
         *("ast", "base64", "codecs", "collections", "concurrent", "contextlib", "copy", "dataclasses", "functools"),
         *("hashlib", "importlib", "inspect", "json", "math", "os", "pathlib", "platform", "queue", "re", "shlex"),
         *("shutil", "subprocess", "sys", "tempfile", "threading", "time", "types"),
-        *("__future__", "typing", "unicodedata"),
+        *("__future__", "typing", "unicodedata", "weakref"),
     }
     packages = {module.split(".")[0] for module in imported(TREES[name])}
     assert packages <= standard | {"torch", "transformers", "tiktoken"}
