@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# Releases of transformers for `make matrix`; none: all, which writes docs/compatibility.md.
+# Releases of transformers for `make matrix`, or newest, or newest-torch; none: all, which writes docs/compatibility.md.
 RELEASES ?=
 
 .PHONY: demo test lint matrix evaluate retrain clean

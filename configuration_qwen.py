@@ -75,7 +75,7 @@ class QWenConfig(PretrainedConfig):
 
     model_type = "qwen"
     _auto_class = "AutoConfig"  # saving copies this module and what it imports
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     base_model_tp_plan = tensor_parallel_plan(
         {
             "wte": "embedding_rowwise",

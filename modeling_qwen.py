@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_qwen import QWenConfig
 from .qwen_attention import ALL_ATTENTION_FUNCTIONS, create_causal_mask
@@ -26,10 +25,13 @@ from .qwen_decode import QWenGenerationMixin, decoding_step
 from .qwen_generation_utils import StopWordsLogitsProcessor, decode_tokens, get_stop_words_ids, make_context
 from .qwen_loading import QWenPreTrainedModel
 from .transformers_compat import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
     GradientCheckpointingLayer,
     as_cache,
     cache_kwargs,
     can_return_tuple,
+    known_arguments,
     tensor_parallel_plan,
     tied_weights,
     to_device_of,
@@ -276,6 +278,7 @@ class QWenModel(QWenPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.wte = value
 
+    @known_arguments
     @can_return_tuple
     @decoding_step
     def forward(
@@ -312,7 +315,7 @@ class QWenModel(QWenPreTrainedModel):
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, or a mask too short for the cache.
-            IndexError: an id outside the vocabulary (on a CPU; a GPU stops the process by an assertion).
+            IndexError: an id outside the vocabulary (where the device reports it).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -327,8 +330,7 @@ class QWenModel(QWenPreTrainedModel):
 
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, hidden)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        # kwargs hold it when a release up to 4.57 generates; it means the same.
-        cache_position = kwargs.pop("cache_position", None)
+        cache_position = kwargs.pop("cache_position", None)  # where in the cache the tokens go; `generate` may say it
         if cache_position is None:
             cache_position = torch.arange(x.shape[1], device=x.device) + past_length  # (T,)
         if position_ids is None:
@@ -450,8 +452,8 @@ def lengths_so_far(position_ids: torch.Tensor) -> torch.Tensor:
     position_ids: int64 (B, T). A sequence ends where the next position does not follow: rows may be packed with
     several, each counted from 0.
     """
-    begins = F.pad((position_ids[:, 1:] != position_ids[:, :-1] + 1).long(), (1, 0))  # (B, T)
-    sequence = begins.cumsum(-1)  # (B, T), which of its row's a token belongs to
+    begins = (position_ids != position_ids.roll(1, dims=1) + 1).long()  # (B, T)
+    sequence = begins.cumsum(-1) - begins[:, :1]  # (B, T), which of its row's a token belongs to
     last = torch.zeros_like(position_ids).scatter_reduce(1, sequence, position_ids, "amax")  # (B, sequences)
     return last.gather(1, sequence) + 1
 
@@ -494,6 +496,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
+    @known_arguments
     @can_return_tuple
     @decoding_step
     def forward(

@@ -18,12 +18,13 @@ from .qwen_generation_utils import (
     make_context,
     stream_generate,
 )
-from .transformers_compat import DynamicCache, crop_cache, input_device
+from .transformers_compat import DynamicCache, accepts_cache, crop_cache, input_device
 
 
 class QWenChatMixin:
     """Chat for a model that has `generate`."""
 
+    @accepts_cache
     def chat(
         self,
         tokenizer,
@@ -45,7 +46,8 @@ class QWenChatMixin:
             stop_words_ids: lists of token ids that end the answer; they stay part of it.
             stop: a text or texts that end the answer and are not part of it.
             past_key_values: the cache of this conversation's earlier turns. What it shares with the new prompt is not
-                computed again; it is extended in place. Begin with None or an empty `DynamicCache`.
+                computed again; it is extended in place. Begin with None or an empty `DynamicCache`. Beams, whose rows
+                part, neither use nor change it.
             return_past_key_values: return the cache too.
             generation_config, kwargs: as for `generate`; `max_window_size` is the largest prompt in tokens.
 
@@ -78,6 +80,7 @@ class QWenChatMixin:
         history = [*(history or []), (query, response)]
         return (response, history, turn.cache) if return_past_key_values else (response, history)
 
+    @accepts_cache
     def chat_stream(
         self,
         tokenizer,
@@ -163,7 +166,8 @@ class QWenChatMixin:
         ends = [words[0] for words in get_stop_words_ids(chat_format, tokenizer)]
         eos = list(dict.fromkeys([tokenizer.eod_id, *(eos if isinstance(eos, (list, tuple)) else [eos]), *ends]))
         ids = torch.tensor([tokens], device=input_device(self))  # (1, T)
-        if cache is not None:
+        beams = setting("num_beams", 1)
+        if cache is not None and beams == 1:
             alpha = None
             if self.config.use_dynamic_ntk:
                 alpha = self.transformer.prompt_alpha(torch.tensor([len(tokens)]))
@@ -174,7 +178,7 @@ class QWenChatMixin:
             input_ids=ids,
             ends=eos,
             stop=[] if stop is None else check_stop(stop),
-            beams=setting("num_beams", 1),
+            beams=beams,
             cache=cache,
             settings={
                 "attention_mask": torch.ones_like(ids),
@@ -203,7 +207,7 @@ class _Turn:
     def arguments(self) -> dict:
         """Of `generate`."""
         arguments = dict(self.settings)
-        if self.cache is not None:
+        if self.cache is not None and self.beams == 1:
             arguments["past_key_values"] = self.cache
         if self.stop and self.beams == 1:  # beams go on, and the text is cut in the end
             stop = StopAtText(self.tokenizer, self.stop, self.input_ids.shape[1])
@@ -220,7 +224,7 @@ class _Turn:
 
         If the turn breaks off the cache is as it was before: some layers may have had a token more than others.
         """
-        if self.cache is None:
+        if self.cache is None or self.beams > 1:
             yield []
             return
         length, tokens, new_tokens = int(self.cache.get_seq_length()), self.input_ids[0].tolist(), []
@@ -230,9 +234,6 @@ class _Turn:
             crop_cache(self.cache, length)
             self.cache.token_ids = tokens[:length]
             raise
-        if self.beams > 1:  # the rows are those of the beams, and alike in the prompt alone
-            crop_cache(self.cache, len(tokens))
-            self.cache.reorder_cache(torch.tensor([0]))
         self.cache.token_ids = (tokens + new_tokens)[: int(self.cache.get_seq_length())]
 
 

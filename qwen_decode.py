@@ -15,8 +15,6 @@ import functools
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
 from .qwen_attention import AttendingCache
@@ -26,7 +24,16 @@ from .qwen_cuda_graph import GraphedGeneration, graphed_step, is_plain
 from .qwen_generation_utils import StopWordsLogitsProcessor
 from .qwen_ops import decode_block, has_decode_kernel, linear, rms_norm
 from .qwen_quantization import Int8Linear
-from .transformers_compat import DRAFTS_CROP_CACHES, is_compiling, parameter_names
+from .transformers_compat import (
+    CACHE,
+    DRAFTS_CROP_CACHES,
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    GenerationMixin,
+    accepts_cache,
+    is_compiling,
+    parameter_names,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +63,7 @@ def decoding_step(forward):
         if output is None:
             output = forward(self, **{**call, "past_key_values": AttendingCache(cache)})
             if output.past_key_values is not None:
-                output.past_key_values = cache
+                output[CACHE] = cache
         return output
 
     return step
@@ -104,7 +111,11 @@ def _compute(model, module: str, call: dict):
         return None
     ids, x = call.get("input_ids"), call.get("inputs_embeds")
     new = ids if x is None else x
-    if new.device != like.device or (x is not None and (x.dtype != like.dtype or type(x) is not torch.Tensor)):
+    if (
+        new.shape[0] != cache.layers[0].batch_size
+        or new.device != like.device
+        or (x is not None and (x.dtype != like.dtype or type(x) is not torch.Tensor))
+    ):
         return None
 
     T, length = new.shape[1], cache.get_seq_length()
@@ -194,6 +205,7 @@ def _matrix(module: nn.Module, like: torch.Tensor):
 class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
     """transformers' `generate` with stop words, and with the cache that steps are fast with."""
 
+    @accepts_cache
     def generate(
         self,
         inputs=None,

@@ -44,7 +44,7 @@ class QWenPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["QWenBlock"]
     # Objects that every block shares: a cache moves by layer itself, a list is appended to.
-    _skip_keys_device_placement = ["past_key_values", "attention_weights"]
+    _skip_keys_device_placement = ["past_key_values", "cache", "attention_weights"]
     # Tables that early checkpoints carry and that are computed here.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"logn_tensor$"]
     _supports_sdpa = True

@@ -11,6 +11,7 @@ functions, of packages that are not installed.
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 import importlib
@@ -22,11 +23,33 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from transformers import modeling_outputs
+from transformers.utils import logging
 
 try:
     from transformers import masking_utils
 except ImportError:  # up to 4.52
     masking_utils = None
+
+logger = logging.get_logger(__name__)
+
+# --- Releases ----------------------------------------------------------------------------------------------------
+
+# The oldest and the newest release that the tests have passed with.
+TESTED = ("4.32.0", "5.24.0")
+
+
+def _numbers(version: str) -> list:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
+# What a release yet to come changes, no feature can tell: it is the only thing asked of the version.
+IS_NEWER = _numbers(transformers.__version__) > _numbers(TESTED[1])
+
+
+def _release() -> str:
+    return f"This is transformers {transformers.__version__}; tested are {TESTED[0]} to {TESTED[1]}."
+
 
 # --- PyTorch -----------------------------------------------------------------------------------------------------
 
@@ -85,6 +108,39 @@ else:  # up to 4.35: attention kernels are no concern of the configuration
 
 
 # --- Caches and masks --------------------------------------------------------------------------------------------
+
+# What transformers calls the cache of a model, as an argument and in outputs: `past_key_values` up to 5.23. The modules
+# of this repository call it `past_key_values`.
+CACHE = "cache" if "cache" in modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def take_cache(kwargs: dict):
+    """Take the cache out of keyword arguments, under either name; None if there is none, ValueError for two."""
+    old, new = kwargs.pop("past_key_values", None), kwargs.pop("cache", None)
+    if old is not None and new is not None and old is not new:
+        raise ValueError("Pass the cache once: past_key_values and cache are two names of one argument.")
+    return new if old is None else old
+
+
+def accepts_cache(method):
+    """For a method with the argument `past_key_values`: it is accepted as `cache` too."""
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        if "cache" in kwargs:
+            kwargs["past_key_values"] = take_cache(kwargs)
+        return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _with_both_names(output):
+    """What `generate` returns, whose cache, if it has one, can be read under both names from now on."""
+    other = "past_key_values" if CACHE == "cache" else "cache"
+    if hasattr(output, CACHE) and not hasattr(type(output), other):  # which from 5.24 on is there, with a warning
+        setattr(output, other, getattr(output, CACHE))
+    return output
+
 
 # Up to 4.57 a cache is told where to write; from 5.0 it counts for itself.
 _CACHE_WANTS_POSITIONS = (
@@ -286,8 +342,8 @@ def causal_mask(config, inputs_embeds, attention_mask, past_key_values, position
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: past_key_values},
         )
     return masking_utils.create_causal_mask(  # up to 4.57
         config=config,
@@ -370,13 +426,34 @@ except ImportError:  # up to 4.41
 FLASH_MIXES_ROWS = hasattr(_flash, "_prepare_from_posids") and not hasattr(_flash, "_is_packed_sequence")
 
 
+# Continuous batching (from 4.53) hands over its own cache as `cache`: up to 5.23 the attention function writes to it,
+# then the model does.
+_MODEL_WRITES_PAGES = hasattr(masking_utils, "PagedAttentionCache")
+
+
+def _is_paged(cache) -> bool:
+    """Whether this is the cache of continuous batching, which is for the attention function, not for the model."""
+    return type(cache).__name__ == "PagedAttentionCache"
+
+
 def attention_function(name: str | None, default):
-    """`ALL_ATTENTION_FUNCTIONS.get_interface`, which releases up to 4.57 lack: `default` for "eager" and None."""
+    """
+    `ALL_ATTENTION_FUNCTIONS.get_interface`, which releases up to 4.57 lack: `default` for "eager" and None; it finds
+    keys and values of continuous batching written.
+    """
     if name is None or name == "eager":
         return default
     if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
-    return ALL_ATTENTION_FUNCTIONS[name]
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+    else:
+        function = ALL_ATTENTION_FUNCTIONS[name]
+    return functools.partial(_attend, function) if _MODEL_WRITES_PAGES else function
+
+
+def _attend(function, module, query, key, value, attention_mask, **kwargs):
+    if kwargs.get("cache") is not None:
+        key, value = kwargs.pop("cache").update(key, value, module.layer_idx, kwargs=kwargs)  # which it changes
+    return function(module, query, key, value, attention_mask, **kwargs)
 
 
 try:
@@ -556,6 +633,88 @@ except ImportError:  # up to 4.48
         return wrapper
 
 
+# What `forward` may get beside its own arguments: it is for the attention function or the loss, or means nothing here.
+_PASSED_ON = (
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),  # packed rows
+    *("cumulative_seqlens_q", "cumulative_seqlens_k", "max_seqlen_q", "max_seqlen_k"),  # up to 4.57 or so
+    *("cache", "block_table", "block_tables", "read_index", "write_index"),  # continuous batching
+    *("logits_indices", "logits_processor_args"),  # continuous batching, for itself
+    *("num_items_in_batch", "shift_labels"),  # the loss
+    "cache_position",  # up to 4.57
+    "token_type_ids",  # tokenizers of other models make them, without a meaning here
+)
+
+
+def known_arguments(forward):
+    """
+    For the `forward` of a model with `past_key_values` and `**kwargs`: the cache is accepted as `cache` too, and what
+    `forward` doesn't know, and its attention function doesn't either, is refused instead of left out. Numbers, texts
+    and None pass: they choose among outputs and kernels.
+    """
+    names = (*inspect.signature(forward).parameters, *_PASSED_ON)
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        attention = self.config._attn_implementation
+        if "cache" in kwargs and not _is_paged(kwargs["cache"]):
+            kwargs["past_key_values"] = take_cache(kwargs)
+        for name, value in kwargs.items():
+            if name not in names and not isinstance(value, (type(None), bool, int, float, str)):
+                _refuse_ignored(self, name, value, attention)
+        if IS_NEWER and len(args) > 1:  # whose order may be another
+            raise TypeError(f"{type(self).__name__}.forward takes all but input_ids by name here. {_release()}")
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+def _refuse_ignored(model, name: str, value, attention) -> None:
+    """ValueError, unless the attention function of this model has an argument of this name."""
+    if is_compiling() and not (torch.is_tensor(value) or hasattr(value, "get_seq_length")):
+        return  # signatures can't be read there
+    if attention in ALL_ATTENTION_FUNCTIONS and name in _parameters(ALL_ATTENTION_FUNCTIONS[attention]):
+        return
+    what = f"{type(value).__name__} {tuple(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+    raise ValueError(
+        f"{type(model).__name__}.forward knows no argument {name!r} ({what}), and without it the result might be "
+        f"wrong. {_release()}"
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def _parameters(function) -> tuple:
+    return tuple(inspect.signature(function).parameters)
+
+
+class _BothNames:
+    """An output whose cache is given as `past_key_values`, and can be read as that and as `cache`."""
+
+    def __init__(self, *args, **fields):
+        if "past_key_values" in fields:
+            fields[CACHE] = fields.pop("past_key_values")
+        super().__init__(*args, **fields)
+
+    if CACHE == "cache":
+
+        @property
+        def past_key_values(self):
+            return self.cache
+
+    else:  # up to 5.23
+
+        @property
+        def cache(self):
+            return self.past_key_values
+
+
+class BaseModelOutputWithPast(_BothNames, modeling_outputs.BaseModelOutputWithPast):
+    __doc__ = modeling_outputs.BaseModelOutputWithPast.__doc__
+
+
+class CausalLMOutputWithPast(_BothNames, modeling_outputs.CausalLMOutputWithPast):
+    __doc__ = modeling_outputs.CausalLMOutputWithPast.__doc__
+
+
 try:
     from transformers.modeling_layers import GradientCheckpointingLayer
 except ImportError:  # up to 4.51
@@ -571,6 +730,15 @@ except ImportError:  # up to 4.51
             if self.gradient_checkpointing and self.training:
                 kwargs["past_key_values"] = None  # would be written a second time in the backward pass
                 return self._gradient_checkpointing_func(functools.partial(super().__call__, **kwargs), *args)
+            return super().__call__(*args, **kwargs)
+
+
+if CACHE == "cache":  # from 5.24 the layer takes away a cache of this name only
+
+    class GradientCheckpointingLayer(GradientCheckpointingLayer):
+        def __call__(self, *args, **kwargs):
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                kwargs["past_key_values"] = None
             return super().__call__(*args, **kwargs)
 
 
@@ -704,6 +872,75 @@ def tied_weights(pairs: dict):
 def parameter_names(function) -> list:
     """The names of a function's parameters, in order; of a decorated one's, those of the function inside."""
     return list(inspect.signature(function).parameters)
+
+
+# The arguments of `generate` that can be given by position.
+_GENERATE_ARGUMENTS = (
+    *("inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn"),
+    *("synced_gpus", "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask"),
+)
+
+# What the running call of `generate` has seen of its steps, on a release that is not tested: tokens read with each.
+_STEPS = contextvars.ContextVar("steps", default=None)
+
+
+class GenerationMixin(transformers.GenerationMixin):
+    """
+    transformers' `GenerationMixin`, called with the cache as `past_key_values`.
+
+    On a release newer than those tested it warns once and looks at the second step of every `generate`: what the cache
+    holds and the new tokens must be the whole sequence. Raises RuntimeError if they aren't, or if names that this code
+    relies on have changed.
+    """
+
+    def generate(self, *args, **kwargs):
+        if len(args) > len(_GENERATE_ARGUMENTS):
+            raise TypeError(f"Pass what follows {_GENERATE_ARGUMENTS[-1]} by name.")
+        kwargs.update(zip(_GENERATE_ARGUMENTS, args))  # by name, whatever their order has become
+        cache = kwargs.pop("past_key_values", None)
+        if cache is not None:
+            kwargs[CACHE] = cache
+        if not IS_NEWER:
+            return _with_both_names(super().generate(**kwargs))
+        _check_release()
+        steps = []
+        token = _STEPS.set(steps)
+        try:
+            output = super().generate(**kwargs)
+        finally:
+            _STEPS.reset(token)
+        if not steps:
+            raise RuntimeError(f"generate has prepared no step in a way that could be checked. {_release()}")
+        return _with_both_names(output)
+
+    if IS_NEWER:
+
+        @functools.wraps(transformers.GenerationMixin.prepare_inputs_for_generation)
+        def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+            inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+            steps = _STEPS.get()
+            if steps is None or len(steps) == 2:
+                return inputs
+            new = next(inputs[name] for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None)
+            cache = next((value for value in inputs.values() if hasattr(value, "get_seq_length")), None)
+            held = 0 if cache is None else int(cache.get_seq_length())
+            steps.append(held + new.shape[1])
+            if len(steps) == 2 and (steps[1] < input_ids.shape[1] or held > steps[0]):
+                raise RuntimeError(
+                    f"After a step that read {steps[0]} tokens, generate hands over a cache of {held} and "
+                    f"{new.shape[1]} new ones for a sequence of {input_ids.shape[1]}: the answer would be wrong. "
+                    f"{_release()}"
+                )
+            return inputs
+
+
+@functools.lru_cache(maxsize=None)
+def _check_release() -> None:
+    """For a release that is not tested: one warning; RuntimeError where it can't be relied on."""
+    changed = [name for name, holds in PRIVATE_NAMES.items() if not holds()]
+    if changed:
+        raise RuntimeError(f"{_release()} It has changed what this code relies on: {', '.join(changed)}.")
+    logger.warning(f"{_release()} The second step of every generation is checked; what else is new in it is not known.")
 
 
 # --- Loading -----------------------------------------------------------------------------------------------------
@@ -942,3 +1179,50 @@ class PreTrainedTokenizer(transformers.PreTrainedTokenizer):
                 **(tokenizer_kwargs or {}),
             )
             return encoded if return_dict else encoded["input_ids"]
+
+
+# --- Private names -----------------------------------------------------------------------------------------------
+
+
+def _takes(owner, name: str, *arguments: str) -> bool:
+    """Whether a method exists, with these arguments in front; releases up to 4.52 have not got all of them."""
+    method = getattr(owner, name, None)
+    if method is None:
+        return masking_utils is None
+    found = [argument for argument in inspect.signature(method).parameters if argument not in ("self", "cls")]
+    return found[: len(arguments)] == list(arguments)
+
+
+def _has(owner, name: str) -> bool:
+    return hasattr(owner, name) or _CACHE_WANTS_POSITIONS  # up to 4.57 some are missing
+
+
+# All private names of transformers that the modules use, and whether each is what they take it for. Public ones that
+# transformers documents for custom models are not in it, nor what a feature test above asks for.
+PRIVATE_NAMES = {
+    "_init_weights": lambda: _takes(transformers.PreTrainedModel, "_init_weights", "module"),
+    "_from_config": lambda: _takes(transformers.PreTrainedModel, "_from_config", "config"),
+    "_attn_implementation": lambda: _has(transformers.PretrainedConfig(), "_attn_implementation"),
+    "_attn_implementation_internal": lambda: _has(transformers.PretrainedConfig(), "_attn_implementation_internal"),
+    "_name_or_path": lambda: _has(transformers.PretrainedConfig(), "_name_or_path"),
+    # what a model says of itself
+    **{
+        name: functools.partial(_has, transformers.PreTrainedModel, name)
+        for name in (
+            *("_auto_class", "_no_split_modules", "_skip_keys_device_placement", "_tp_plan", "_can_compile_fullgraph"),
+            *("_keys_to_ignore_on_load_unexpected", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"),
+            *("_supports_attention_backend", "_can_set_attn_implementation"),
+        )
+    },
+    "_fsdp_plan": lambda: CACHE != "cache" or hasattr(transformers.PreTrainedModel, "_fsdp_plan"),
+    # what a tokenizer brings, or calls
+    "_encode_plus": lambda: _takes(transformers.PreTrainedTokenizer, "_encode_plus", "text", "text_pair"),
+    "_eventual_warn_about_too_long_sequence": lambda: _takes(
+        transformers.PreTrainedTokenizer, "_eventual_warn_about_too_long_sequence", "ids", "max_length", "verbose"
+    ),
+    "_from_pretrained": lambda: _takes(transformers.PreTrainedTokenizer, "_from_pretrained", "resolved_vocab_files"),
+    "_add_tokens": lambda: _takes(transformers.PreTrainedTokenizer, "_add_tokens", "new_tokens", "special_tokens"),
+    "_convert_token_to_id": lambda: _takes(transformers.PreTrainedTokenizer, "_convert_token_to_id", "token"),
+    "_convert_id_to_token": lambda: _takes(transformers.PreTrainedTokenizer, "_convert_id_to_token", "index"),
+    "_decode": lambda: _takes(transformers.PreTrainedTokenizer, "_decode", "token_ids", "skip_special_tokens"),
+}

@@ -4,11 +4,13 @@ Run the test suite with other releases of transformers, and with other versions 
     python tests/matrix.py                   every release in RELEASES, with the Python and the torch that run this: the
                                              files of ACCEPTANCE
     python tests/matrix.py 4.32.0 4.57.6     all but INDEPENDENT with these, printing the table only
+    python tests/matrix.py newest            with the newest release that the package index has
+    python tests/matrix.py newest-torch      with the newest PyTorch that it has; downloads several GB
     python tests/matrix.py --others          OTHERS, the whole suite: other Pythons and PyTorches; downloads several GB
 
 Every run has an environment of its own in `.cache/`, made once. Those of releases see the packages of the current
-environment, torch among them, behind their own. The full runs write their table into docs/compatibility.md. The exit
-status is 1 if the suite fails anywhere.
+environment, torch among them, behind their own. The full runs, and those with what is newest, write their table into
+docs/compatibility.md. The exit status is 1 if the suite fails with anything but a newest one that is not listed here.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import sysconfig
 import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,7 +47,7 @@ RELEASES = (
     *("4.53.3", "4.54.1", "4.55.4", "4.56.2", "4.57.6"),
     *("5.0.0", "5.1.0", "5.2.0", "5.3.0", "5.4.0", "5.5.4", "5.6.2", "5.7.0", "5.8.1", "5.9.0", "5.10.4", "5.11.0"),
     *("5.12.1", "5.13.1", "5.14.1", "5.15.1", "5.16.1", "5.17.0", "5.18.0", "5.19.0", "5.20.2", "5.21.1", "5.22.2"),
-    "5.23.0",
+    *("5.23.0", "5.24.0"),
 )
 # (Python, torch, transformers): the model card's floor, the newest that each Python has, and one between.
 OTHERS = (
@@ -62,7 +65,7 @@ ACCEPTANCE = tuple(
     f"tests/test_{name}.py"
     for name in (
         *("configuration_qwen", "model_card", "flash_attention", "modeling_qwen", "combinations", "qwen_cache"),
-        *("generation", "chat", "qwen_generation_utils", "tokenization_qwen"),
+        *("generation", "chat", "qwen_generation_utils", "tokenization_qwen", "releases"),
     )
 )
 # What knows nothing of transformers.
@@ -73,6 +76,20 @@ INDEPENDENT = tuple(
 
 def numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")[:2]))
+
+
+def newest(package: str) -> str:
+    """The newest version of a package that the package index has; CalledProcessError if it doesn't answer."""
+    command = [sys.executable, "-m", "pip", "index", "versions", package]
+    return first_version(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def first_version(answer: str) -> str:
+    """Of what `pip index versions` prints: 'torch (2.13.0+cpu)' and more lines."""
+    found = re.match(r"[\w-]+ \((\d[^)+]*)", answer)
+    if found is None:
+        raise ValueError(f"pip does not say which versions there are: {answer[:200]!r}")
+    return found.group(1)
 
 
 def packages(release: str) -> list[str]:
@@ -188,10 +205,13 @@ def write(section: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the test suite with several releases of transformers.")
-    parser.add_argument("releases", nargs="*", help="default: all")
+    parser.add_argument("releases", nargs="*", help="numbers, newest or newest-torch; default: all")
+    parser.add_argument("--unlisted", action="store_true", help="only if it is not listed here, and so tested anyway")
     parser.add_argument("--others", action="store_true", help="other versions of Python and torch instead")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     arguments = parser.parse_args()
+    if {"newest", "newest-torch"} & set(arguments.releases):
+        sys.exit(run_newest(arguments.releases[0], arguments.unlisted))
     names = OTHERS if arguments.others else [(release,) for release in arguments.releases or RELEASES]
     files = () if arguments.others else INDEPENDENT if arguments.releases else ACCEPTANCE
     results = []
@@ -208,6 +228,26 @@ def main() -> None:
         write("releases", f"All with {shared}:\n\n{table(results)}")
     failed = [" ".join(result.name) for result in results if result.failed]
     sys.exit(f"failed with {', '.join(failed)}" if failed else 0)
+
+
+def run_newest(what: str, only_unlisted: bool) -> int:
+    """The whole suite with the newest release of transformers or of torch; 1 if it fails with one that is listed."""
+    try:
+        if what == "newest":
+            name = (newest("transformers"),)
+        else:
+            name = (".".join(platform.python_version_tuple()[:2]), newest("torch"), RELEASES[-1])
+    except (subprocess.CalledProcessError, ValueError) as error:
+        print(f"The package index gives no newest release: {error}")
+        return 0
+    listed = name in ((release,) for release in RELEASES) or name[1:2] in ((torch,) for _, torch, _ in OTHERS)
+    print(f"{what}: {' '.join(name)}, which is {'' if listed else 'not '}listed as supported", flush=True)
+    if listed and only_unlisted:
+        return 0
+    result = test(name, INDEPENDENT if what == "newest" else (), 1)
+    print(f"{result.output}\n{table([result])}")
+    write(what, f"Of {date.today()}:\n\n{table([result])}")
+    return int(bool(result.failed) and listed)
 
 
 if __name__ == "__main__":

@@ -352,6 +352,10 @@ def test_a_cache_of_unknown_tokens_is_refused(model, demo_tokenizer):
     static = static_cache(model.config, 200)
     model(torch.tensor([[1, 2, 3]]), past_key_values=static)
     static.token_ids = [1, 2, 3]
+    if hasattr(next(iter(getattr(static, "layers", ())), None), "crop"):  # from 5.24
+        expected = model.chat(demo_tokenizer, "hi", None)
+        assert model.chat(demo_tokenizer, "hi", None, past_key_values=static) == expected
+        return
     with pytest.raises(ValueError, match="StaticCache can't be shortened"):
         model.chat(demo_tokenizer, "hi", None, past_key_values=static)
 

@@ -7,7 +7,8 @@ import re
 import subprocess
 
 import pytest
-from conftest import CODE, ROOT
+import torch
+from conftest import CODE, ROOT, modeling_qwen, tiny_config
 from matrix import interpreter
 
 MODULES = [name for name in CODE if name.endswith(".py")]
@@ -35,9 +36,9 @@ def test_import_statements_name_only_what_is_always_installed(name):
     unless `try` guards them. Loading from a local folder does not show it: only the first module is looked at there.
     """
     standard = {
-        *("ast", "base64", "codecs", "collections", "concurrent", "contextlib", "copy", "dataclasses", "functools"),
-        *("hashlib", "importlib", "inspect", "json", "math", "os", "pathlib", "platform", "queue", "re", "shlex"),
-        *("shutil", "subprocess", "sys", "tempfile", "threading", "time", "types"),
+        *("ast", "base64", "codecs", "collections", "concurrent", "contextlib", "contextvars", "copy", "dataclasses"),
+        *("functools", "hashlib", "importlib", "inspect", "json", "math", "os", "pathlib", "platform", "queue", "re"),
+        *("shlex", "shutil", "subprocess", "sys", "tempfile", "threading", "time", "types"),
         *("__future__", "typing", "unicodedata", "weakref"),
     }
     packages = {module.split(".")[0] for module in imported(TREES[name])}
@@ -67,6 +68,55 @@ def test_the_model_imports_every_module_itself():
     """transformers up to 4.57 copies from a local folder what modeling_qwen.py imports, not what that imports."""
     own = set(re.findall(r"^ *from \.(\w+) import", SOURCES["modeling_qwen.py"], re.MULTILINE))
     assert own | {"modeling_qwen", "tokenization_qwen"} == {name[:-3] for name in MODULES}
+
+
+# Which rooms a room may enter when it is imported.
+ARROWS = {
+    "cpp_kernels": set(),
+    "transformers_compat": set(),
+    "configuration_qwen": {"transformers_compat"},
+    "qwen_ops": {"cpp_kernels"},
+    "triton_kernels": {"qwen_ops"},
+    "qwen_cache": {"qwen_ops", "transformers_compat"},
+    "qwen_attention": {"qwen_cache", "transformers_compat"},
+    "qwen_quantization": {"qwen_ops", "transformers_compat"},
+    "qwen_generation_utils": {"transformers_compat"},
+    "tokenization_qwen": {"transformers_compat", "qwen_generation_utils"},
+    "qwen_loading": {"configuration_qwen", "cpp_kernels", "qwen_quantization", "transformers_compat"},
+    "qwen_cuda_graph": {"qwen_cache", "qwen_ops", "transformers_compat"},
+    "qwen_decode": {
+        *("qwen_attention", "qwen_cache", "qwen_cuda_graph", "qwen_generation_utils", "qwen_ops"),
+        *("qwen_quantization", "transformers_compat"),
+    },
+    "qwen_chat": {"qwen_generation_utils", "transformers_compat"},
+    "modeling_qwen": {
+        *("configuration_qwen", "qwen_attention", "qwen_cache", "qwen_chat", "qwen_decode", "qwen_generation_utils"),
+        *("qwen_loading", "transformers_compat"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_rooms_are_entered_in_one_direction(name):
+    """Imports of a module's own statements; those within functions and for readers of the file don't run with it."""
+    entered = {node.module for node in TREES[name].body if isinstance(node, ast.ImportFrom) and node.level == 1}
+    assert entered <= ARROWS[name[:-3]], "a new arrow"
+    order = [name[:-3] for name in MODULES]
+    assert all(order.index(module) < order.index(name[:-3]) for module in entered), "CODE_FILES has it too early"
+
+
+def test_the_network_is_plain():
+    """It names no kernel, device, release or checkpoint, and its matrices are exactly nn.Linear."""
+    source = SOURCES["modeling_qwen.py"].split("class RMSNorm")[1]
+    source = re.sub("gradient_?checkpointing", "", source, flags=re.IGNORECASE).replace("checkpoint's tokenizer", "")
+    for word in ("cuda", "gpu", "triton", "native", "kernel", "compil", "safetensors", "checkpoint", "release"):
+        assert not re.search(word, source, re.IGNORECASE), word
+    with torch.device("meta"):
+        model = modeling_qwen.QWenLMHeadModel(tiny_config())
+    kinds = {type(module).__name__: type(module) for module in model.modules() if list(module.parameters(False))}
+    assert set(kinds) == {"Linear", "Embedding", "RMSNorm"}
+    assert kinds["Linear"] is torch.nn.Linear
+    assert kinds["Embedding"] is torch.nn.Embedding
 
 
 def test_kernels_are_built_within_functions_only():

@@ -48,13 +48,13 @@ def peak_memory(reset: bool = False) -> int:
 def prefill(model, ids, mask=None, chunk=LENGTH, kept=1):
     """Logits of the last token or of `kept`, the largest tensor (elements a token), the memory (bytes) of a prefill."""
     cache = DynamicCache()
-    cache.prompt_lengths = (torch.ones_like(ids) if mask is None else mask).sum(-1)  # as `generate` notes it
+    alpha = model.transformer.prompt_alpha((torch.ones_like(ids) if mask is None else mask).sum(-1))
     before = peak_memory(reset=True)
     with torch.no_grad(), Largest() as largest:
         for start in range(0, LENGTH, chunk):
             seen = None if mask is None else mask[:, : start + chunk]
             part = ids[:, start : start + chunk]
-            output = model(part, attention_mask=seen, past_key_values=cache, logits_to_keep=kept)
+            output = model(part, attention_mask=seen, past_key_values=cache, logits_to_keep=kept, ntk_alpha=alpha)
     return output.logits, largest.elements / LENGTH, peak_memory() - before
 
 
