@@ -25,6 +25,7 @@ CODE_FILES = (
     "configuration_qwen.py",
     "qwen_generation_utils.py",
     "qwen_chat.py",
+    "qwen_cuda_graph.py",
     "qwen_decode.py",
     "qwen_loading.py",
     "tokenization_qwen.py",

@@ -36,9 +36,10 @@ def _plain() -> bool:
 class _Store:
     """Keys or values of a layer: tensors (B, nh, capacity, width), of which the first `length` tokens are written."""
 
-    def __init__(self, bits: int | None, device):
+    def __init__(self, bits: int | None, device, expected_length: int | None):
         self.bits = bits
         self.device = device
+        self.expected_length = expected_length
         self.tensors: list[torch.Tensor] = []
         self.length = 0
 
@@ -74,12 +75,15 @@ class _Store:
 
     def grow(self, needed: int) -> None:
         """
-        Room for `needed` tokens. It copies what is there, one layer after the other, so that the peak is one layer
-        above the total; every `BLOCK` tokens that is, which costs a few hundredths of the reading between.
+        Room for `needed` tokens. Growing copies what is there, one layer after the other, so that the peak is one layer
+        above the total; storage grows by a quarter, or towards the length that is expected, so that it is rare.
         """
         if needed <= self.tensors[0].shape[2]:
             return
-        capacity = -(-needed // BLOCK) * BLOCK
+        capacity = needed + needed // 4 if self.length else needed
+        if self.expected_length is not None:
+            capacity = max(needed, min(needed + max(needed // 4, 4 * BLOCK), self.expected_length))
+        capacity = -(-capacity // BLOCK) * BLOCK
         old = self.written()
         with torch.inference_mode(False):  # as in `_reserve`
             self.tensors = [t.new_empty(*t.shape[:2], capacity, t.shape[3]) for t in self.tensors]
@@ -111,8 +115,8 @@ class _Store:
 
 
 class _Layer:
-    def __init__(self, bits: int | None, device):
-        self.keys, self.values = _Store(bits, device), _Store(bits, device)
+    def __init__(self, *settings):
+        self.keys, self.values = _Store(*settings), _Store(*settings)
 
     @property
     def length(self) -> int:
@@ -162,11 +166,35 @@ class QWenCache(LayeredCache):
     def __init__(self, *, device=None):
         super().__init__()
         self.device = device
+        self._expected_length: int | None = None
 
     def _layer(self, layer_idx: int) -> _Layer:
         while len(self.layers) <= layer_idx:
-            self.layers.append(_Layer(self.bits, self.device))
+            self.layers.append(_Layer(self.bits, self.device, self._expected_length))
         return self.layers[layer_idx]
+
+    def _stores(self) -> list[_Store]:
+        return [store for layer in self.layers for store in (layer.keys, layer.values)]
+
+    def expect(self, length: int | None) -> None:
+        """Tokens that will be stored at most, where that is known: storage grows towards them."""
+        self._expected_length = length
+        for store in self._stores():
+            store.expected_length = length
+
+    def storages(self) -> list[torch.Tensor]:
+        """Of every layer the tensors of keys, then those of values, each (B, nh, capacity, width)."""
+        return [tensor for store in self._stores() for tensor in store.tensors]
+
+    def make_room(self, new_tokens: int) -> None:
+        """Storage for so many tokens more, for who writes them there itself and then calls `advance`."""
+        for store in self._stores():
+            store.grow(store.length + new_tokens)
+
+    def advance(self, new_tokens: int) -> None:
+        """So many tokens were written behind those that were there."""
+        for store in self._stores():
+            store.length += new_tokens
 
     def attends(self, new_tokens: int) -> bool:
         """Whether this step is for `attend`: few new tokens behind a filled cache, outside of training."""
@@ -211,8 +239,7 @@ class QWenCache(LayeredCache):
 
     @property
     def nbytes(self) -> int:
-        stores = [store for layer in self.layers for store in (layer.keys, layer.values)]
-        return sum(t.numel() * t.element_size() for store in stores for t in store.tensors)
+        return sum(t.numel() * t.element_size() for t in self.storages())
 
     def _settings(self) -> str:
         return "" if self.device is None else f"device={str(self.device)!r}"

@@ -19,6 +19,8 @@ from transformers.utils import logging
 
 from .qwen_attention import AttendingCache
 from .qwen_cache import QWenCache, quantized_cache
+from .qwen_cuda_graph import DEVICES as GRAPH_DEVICES
+from .qwen_cuda_graph import GraphedGeneration, graphed_step, is_plain
 from .qwen_generation_utils import StopWordsLogitsProcessor
 from .qwen_ops import decode_block, has_decode_kernel, linear, rms_norm
 from .qwen_quantization import Int8Linear
@@ -123,6 +125,12 @@ def _compute(model, module: str, call: dict):
     mask, position_ids = call.get("attention_mask"), call.get("position_ids")
     if position_ids is None:
         position_ids = network.positions(mask, torch.arange(length, length + T, device=x.device), length)
+    if head is not None and ids is not None and T == 1 and ids.device.type in GRAPH_DEVICES and is_plain(model):
+        logits = graphed_step(model, cache, ids, position_ids, mask)
+        if logits is not None:
+            kept = call.get("logits_to_keep", 0)
+            kept = slice(-kept, None) if isinstance(kept, int) else kept
+            return CausalLMOutputWithPast(logits=logits[:, kept], past_key_values=cache)
     cos, sin, query_scale = network.rotation(position_ids, cache, length, call.get("ntk_alpha"))
     mask = None if mask is None else mask[..., : length + T].bool()
     config = network.config
@@ -194,7 +202,7 @@ def _matrix(module: nn.Module, like: torch.Tensor):
 # --- Generation --------------------------------------------------------------------------------------------------
 
 
-class QWenGenerationMixin(GenerationMixin):
+class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
     """transformers' `generate` with stop words, and with the cache that steps are fast with."""
 
     @accepts_cache
@@ -292,7 +300,7 @@ class QWenGenerationMixin(GenerationMixin):
         # takes cuDNN, which plans anew for every length.
         is_faster = (
             has_decode_kernel(self.device, self.dtype, self.config.kv_channels)
-            and self.config._attn_implementation == "sdpa"
+            and (self.device.type == "cuda" or self.config._attn_implementation == "sdpa")
             and (DRAFTS_CROP_CACHES or not drafts)
         )
         if unwanted:

@@ -469,6 +469,37 @@ except ImportError:  # up to 4.33
         return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 
 
+# --- The loop of `generate` --------------------------------------------------------------------------------------
+
+GenerateDecoderOnlyOutput = getattr(transformers.generation, "GenerateDecoderOnlyOutput", None)  # from 4.36
+
+
+def _prefill(model, input_ids, generation_config, model_kwargs: dict):
+    """The model's outputs for a prompt, as `generate` calls it."""
+    first = {"is_first_iteration": True}
+    known = inspect.signature(model._prefill).parameters
+    return model._prefill(
+        input_ids, generation_config, model_kwargs, **{key: value for key, value in first.items() if key in known}
+    )
+
+
+def _prefill_by_positions(model, input_ids, generation_config, model_kwargs: dict):  # up to 4.57
+    model_kwargs = model._get_initial_cache_position(input_ids.shape[1], input_ids.device, dict(model_kwargs))
+    return model(**model.prepare_inputs_for_generation(input_ids, **model_kwargs), return_dict=True)
+
+
+def _choose_prefill():
+    mixin = transformers.GenerationMixin
+    if hasattr(mixin, "_prefill"):
+        return _prefill
+    positions = getattr(mixin, "_get_initial_cache_position", None)
+    if positions is not None and "device" in inspect.signature(positions).parameters:  # 4.52 to 4.57
+        return _prefill_by_positions
+    return None  # their loop is left alone
+
+
+prefill = _choose_prefill()
+
 # --- Several devices ---------------------------------------------------------------------------------------------
 
 

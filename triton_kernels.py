@@ -25,6 +25,7 @@ from .qwen_ops import (
     decode_attention_reference,
     quantize_append_reference,
     quantized_decode_attention_reference,
+    quantized_sizes,
 )
 
 # No import statements: transformers refuses code that imports what is not installed.
@@ -38,7 +39,7 @@ tl = importlib.import_module("triton.language")
 TUNING = {
     4: {"N": 32, "num_warps": 1, "STAGES": 3, "programs": 24, "DOT": True, "maxnreg": 168},
     8: {"N": 64, "num_warps": 2, "STAGES": 3, "programs": 8, "DOT": True, "maxnreg": 168},
-    16: {"N": 64, "num_warps": 4, "STAGES": 3, "programs": 16, "DOT": False, "maxnreg": None},
+    16: {"N": 16, "num_warps": 1, "STAGES": 3, "programs": 8, "DOT": False, "maxnreg": None},
     32: {"N": 32, "num_warps": 4, "STAGES": 2, "programs": 16, "DOT": False, "maxnreg": None},
 }
 MAX_SPLITS = 64
@@ -77,16 +78,37 @@ def _from_bf16_bits(bits):
     return (bits << 16).to(tl.float32, bitcast=True)
 
 
+# --- Storage whose address is read by the kernel -----------------------------------------------------------------
+
+# A CUDA graph outlives the storage of a cache, and its length. Kernels of a graph read both from a table, int64:
+# the tokens after this step, the capacity, and from HEADER on the address of every storage, in elements behind the
+# address that they are called with; `slot` is the index of one.
+HEADER = 2
+
+
+@triton.jit
+def _store_at(base, table, slot, nh, stride_t):
+    """The address of a storage (B, nh, capacity, stride_t), and its strides of rows and heads."""
+    stride_h = tl.load(table + 1) * stride_t
+    return base + tl.multiple_of(tl.load(table + slot), 16), nh * stride_h, stride_h
+
+
 # --- Quantising --------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["T", "position"])
+@triton.jit(do_not_specialize=["T", "position", "slot"])
 def _append_kernel(
-    x, codes, scales, x_b, x_h, x_t, c_b, c_h, c_t, p_b, p_h, p_t, nh, T, position,
-    HD: tl.constexpr, LOG_HD: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
+    x, codes, scales, x_b, x_h, x_t, c_b, c_h, c_t, p_b, p_h, p_t, nh, T, position, table, slot, x_2,
+    HD: tl.constexpr, LOG_HD: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     b, h = head // nh, head % nh
+    if LATE:  # keys, and values x_2 behind them
+        slot += 2 * tl.program_id(2)
+        x += x_2 * tl.program_id(2)
+        codes, c_b, c_h = _store_at(codes, table, slot, nh, c_t)
+        scales, p_b, p_h = _store_at(scales, table, slot + 1, nh, p_t)
+        position = tl.load(table) - T
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = rows < T
     channels = tl.arange(0, HD)
@@ -165,8 +187,8 @@ def quantize_append(codes, params, x, position):
     rows = 1 if T == 1 else 8
     with torch.cuda.device_of(x):
         _append_kernel[(B * nh, triton.cdiv(T, rows))](
-            x, codes, params, *x.stride()[:3], *codes.stride()[:3], *params.stride()[:3], nh, T, position,
-            HD=hd, LOG_HD=hd.bit_length() - 1, BITS=bits, ROWS=rows, num_warps=1 if T == 1 else 4,
+            x, codes, params, *x.stride()[:3], *codes.stride()[:3], *params.stride()[:3], nh, T, position, codes, 0, 0,
+            HD=hd, LOG_HD=hd.bit_length() - 1, BITS=bits, ROWS=rows, LATE=False, num_warps=1 if T == 1 else 4,
             enable_fp_fusion=False,  # the codes are those of a CPU, bit for bit
         )  # fmt: skip
     return None
@@ -326,17 +348,21 @@ def _scales4(params, n, p_t, g, G: tl.constexpr, PLUS: tl.constexpr, ASM: tl.con
     return _from_bf16_bits(base), step, centre * (CENTRE_BY * 2.0**127) + (CENTRE - 7.5 - PLUS) / 8
 
 
-@triton.jit(do_not_specialize=["S", "T", "splits", "blocks", "m_b", "m_h", "m_t"])
+@triton.jit(do_not_specialize=["S", "T", "splits", "blocks", "m_b", "m_h", "m_t", "slot"])
 def _attend_kernel(
     q, k, k_params, v, v_params, mask, partial, stats, scaling,
     q_b, q_h, q_t, k_b, k_h, k_t, kp_b, kp_h, kp_t, v_b, v_h, v_t, vp_b, vp_h, vp_t, m_b, m_h, m_t,
-    nh, T, S, splits, blocks,
+    nh, T, S, splits, blocks, table, slot, starts,
     BITS: tl.constexpr, HD: tl.constexpr, LOG_HD: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, TERMS: tl.constexpr, ASM: tl.constexpr,
+    LATE: tl.constexpr,
 ):  # fmt: skip
     """
     One query over `blocks` blocks of N keys. partial: float32 (B * nh * T, splits, HD), the weighted sum of the values;
     stats: float32 (B * nh * T, splits, 2), the largest score in powers of two and the sum of the weights.
+
+    With LATE storages and length are those of `table`, and the keys from starts, int64 (B), on are shared out evenly,
+    however many they are.
     """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -346,13 +372,23 @@ def _attend_kernel(
     if BITS < 16:
         query = tl.reshape(_hadamard(tl.reshape(query, (1, HD)), 1, HD, LOG_HD), (HD,))
     query *= scaling * LOG2_E
+    first = 0  # key
+    if LATE:
+        S = tl.load(table).to(tl.int32)
+        first = tl.load(starts + b).to(tl.int32) // N * N
+        blocks = tl.cdiv(tl.cdiv(S - first, N), splits)
+        k, k_b, k_h = _store_at(k, table, slot, nh, k_t)
+        v, v_b, v_h = _store_at(v, table, slot + (2 if BITS < 16 else 1), nh, v_t)
+        if BITS < 16:
+            k_params, kp_b, kp_h = _store_at(k_params, table, slot + 1, nh, kp_t)
+            v_params, vp_b, vp_h = _store_at(v_params, table, slot + 3, nh, vp_t)
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
     k_params += b * kp_b + h * kp_h
     v_params += b * vp_b + h * vp_h
     mask += b * m_b + h * m_h + t * m_t
     end = S - T + t + 1 if CAUSAL else S
-    end = tl.minimum(end, (split + 1) * blocks * N)
+    end = tl.minimum(end, first + (split + 1) * blocks * N)
 
     ROWS: tl.constexpr = HD // 8 if BITS == 4 and HD > 128 else 16  # of a matrix product, 16 at least
     r = tl.arange(0, ROWS)
@@ -381,7 +417,7 @@ def _attend_kernel(
     total = 0.0
     unit_v = 1e-30  # what the sums of values are multiples of: the largest step so far, for float16
 
-    for start in tl.range(split * blocks * N, end, N, num_stages=STAGES):
+    for start in tl.range(first + split * blocks * N, end, N, num_stages=STAGES):
         # Keys after the last one are the last one once more, and don't count: addresses are cheaper than masks.
         there = tl.arange(0, N) < end - start
         n = tl.minimum(tl.arange(0, N), end - start - 1)
@@ -408,6 +444,8 @@ def _attend_kernel(
         # softmax
         if MASKED:
             there = there & (tl.load(mask + at + n) != 0)
+        if LATE:
+            there = there & (start + n >= tl.load(starts + b))
         score = tl.where(there, score, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(score, 0))
         reference = tl.where(new_largest == -float("inf"), 0.0, new_largest)
@@ -494,20 +532,33 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@functools.lru_cache(maxsize=None)
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return getattr(properties, "shared_memory_per_block_optin", 2**16)
+
+
+def _tuning(bits: int, hd: int, cuda: bool, launch=None) -> tuple:
+    """Of `TUNING`, or `launch`: arguments of the launch, and programs for each multiprocessor."""
+    tuning = dict(launch or TUNING[bits])
+    if not (_HAS_PTX and cuda):
+        tuning.pop("maxnreg", None)
+    if hd > 128:  # else a block would not fit some cards' shared memory, nor the sums a warp's registers
+        tuning["N"] = max(16, tuning["N"] // 2)
+        tuning["num_warps"] = 4
+    return tuning, tuning.pop("programs")
+
+
 def _attend(q, k, k_params, v, v_params, bits, mask, scaling, causal):
     B, nh, T, hd = q.shape
     S = k.shape[2]
-    tuning = dict(TUNING[bits])
-    if not (_HAS_PTX and q.is_cuda):
-        tuning.pop("maxnreg", None)
+    tuning, programs = _tuning(bits, hd, q.is_cuda)
     if bits == 8 and k_params.stride(2) % 4:
         raise ValueError(f"the parameters of a token must be 4 bytes side by side, found {k_params.stride()}.")
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    if hd > 128:  # else a block would not fit some cards' shared memory, nor the sums a warp's registers
-        tuning["N"] //= 2
-        tuning["num_warps"] = 4
     rows, blocks = B * nh * T, triton.cdiv(S, tuning["N"])
-    splits = _multiprocessors(q.device) * tuning.pop("programs") // max(rows, 1)
+    splits = _multiprocessors(q.device) * programs // max(rows, 1)
     blocks_each = triton.cdiv(blocks, max(1, min(splits, MAX_SPLITS, blocks)))
     splits = max(1, triton.cdiv(blocks, max(1, blocks_each)))
     y = q.new_empty(B, T, nh, hd)
@@ -522,9 +573,10 @@ def _attend(q, k, k_params, v, v_params, bits, mask, scaling, causal):
         _attend_kernel[(rows, splits)](
             q, k, k_params, v, v_params, seen.view(torch.uint8) if mask is not None else seen, partial, stats, scaling,
             *q.stride()[:3], *k.stride()[:3], *k_params.stride()[:3], *v.stride()[:3], *v_params.stride()[:3],
-            *seen.stride()[:3], nh, T, S, splits, blocks_each,
+            *seen.stride()[:3], nh, T, S, splits, blocks_each, q, 0, q,
             BITS=bits, HD=hd, LOG_HD=hd.bit_length() - 1, CAUSAL=causal and T > 1, MASKED=mask is not None,
-            TERMS=1 if bits == 4 and q.dtype != torch.float32 else 2, ASM=_HAS_PTX and q.is_cuda, **tuning,
+            TERMS=1 if bits == 4 and q.dtype != torch.float32 else 2, ASM=_HAS_PTX and q.is_cuda, LATE=False,
+            **tuning,
         )  # fmt: skip
         _merge_kernel[(rows,)](
             partial, stats, y, nh, T, splits,
@@ -545,6 +597,218 @@ def quantized_decode_attention(q, k_codes, k_params, v_codes, v_params, mask, sc
         return quantized_decode_attention_reference(q, k_codes, k_params, v_codes, v_params, mask, scaling, causal)
     bits = 8 if k_codes.shape[-1] == hd else 4
     return _attend(q, k_codes, k_params, v_codes, v_params, bits, mask, scaling, causal)
+
+
+# --- A decoding step ---------------------------------------------------------------------------------------------
+
+# How products are launched of one row, with and without a gate, and of several: outputs of a program, inputs at a time,
+# warps, blocks read ahead. Measured on an H100 with benchmarks/gpu_kernels.py --tune. One row is multiplied element by
+# element, more by tensor cores.
+PRODUCT = {
+    (False, False): {"BN": 4, "BK": 1024, "num_warps": 2, "STAGES": 1},
+    (False, True): {"BN": 2, "BK": 1024, "num_warps": 2, "STAGES": 2},
+    (True, False): {"BN": 64, "BK": 128, "num_warps": 4, "STAGES": 6},
+    (True, True): {"BN": 16, "BK": 128, "num_warps": 1, "STAGES": 6},
+}
+PRODUCT_ROWS = 16  # up to so many; more are left to the library of products
+
+
+@triton.jit
+def _norm_kernel(x, weight, y, eps, K: tl.constexpr, BLOCK: tl.constexpr):
+    """RMSNorm of one row of (M, K)."""
+    row = tl.program_id(0).to(tl.int64) * K
+    channels = tl.arange(0, BLOCK)
+    there = channels < K
+    value = tl.load(x + row + channels, mask=there, other=0).to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / K + eps)
+    value = value.to(y.dtype.element_ty).to(tl.float32) * tl.load(weight + channels, mask=there, other=0).to(tl.float32)
+    tl.store(y + row + channels, value.to(y.dtype.element_ty), mask=there)
+
+
+def rms_norm(x, weight, eps):
+    """x: (M, K). Returns (M, K)."""
+    y, (M, K) = torch.empty_like(x), x.shape
+    _norm_kernel[(M,)](x, weight, y, eps, K=K, BLOCK=triton.next_power_of_2(K), num_warps=8)
+    return y
+
+
+@triton.jit
+def _product_kernel(
+    x, norm, weight, gate, bias, gate_bias, residual, y, M, N, K, eps,
+    ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """
+    x (M, K) times weight (N, K): BN outputs of every row. Then, as asked for: of one row the norm before (its scale is
+    a factor of the sum), plus bias, times silu of the product with `gate`, plus residual (M, N).
+    """
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    m = tl.arange(0, ROWS)
+    at = tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + k[None, :]
+    weight += at
+    gate += at
+    DOT: tl.constexpr = ROWS > 1
+    total = tl.zeros((BN, ROWS if DOT else BK), tl.float32)
+    gate_total = tl.zeros((BN, ROWS if DOT else BK), tl.float32)
+    squares = tl.zeros((BK,), tl.float32)
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        inside = k < K - start
+        if EVEN:
+            w = tl.load(weight + start, eviction_policy="evict_first")
+        else:
+            w = tl.load(weight + start, mask=inside[None, :], other=0, eviction_policy="evict_first")
+        if GATE:
+            if EVEN:
+                g = tl.load(gate + start, eviction_policy="evict_first")
+            else:
+                g = tl.load(gate + start, mask=inside[None, :], other=0, eviction_policy="evict_first")
+        if DOT:
+            there = inside[:, None] & (m < M)[None, :]
+            value = tl.load(x + (start + k)[:, None] + (m * K)[None, :], mask=there, other=0)  # (BK, ROWS)
+            total = tl.dot(w, value, total, input_precision="ieee")
+            if GATE:
+                gate_total = tl.dot(g, value, gate_total, input_precision="ieee")
+        else:
+            value = tl.load(x + start + k, mask=inside, other=0).to(tl.float32)
+            if NORM:
+                squares += value * value
+                value *= tl.load(norm + start + k, mask=inside, other=0).to(tl.float32)
+            total += w.to(tl.float32) * value[None, :]
+            if GATE:
+                gate_total += g.to(tl.float32) * value[None, :]
+    if not DOT:
+        total, gate_total = tl.sum(total, 1)[:, None], tl.sum(gate_total, 1)[:, None]
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        total, gate_total = total * scale, gate_total * scale
+    there = n < N
+    kind = y.dtype.element_ty
+    if BIAS:
+        total += tl.load(bias + n, mask=there, other=0).to(tl.float32)[:, None]
+    total = total.to(kind).to(tl.float32)
+    if GATE:
+        if BIAS:
+            gate_total += tl.load(gate_bias + n, mask=there, other=0).to(tl.float32)[:, None]
+        gate_total = gate_total.to(kind).to(tl.float32)
+        total *= (gate_total / (1 + tl.exp(-gate_total))).to(kind).to(tl.float32)
+    there = there[:, None] & (m < M)[None, :]
+    place = n[:, None] + (m * N)[None, :]
+    if RESIDUAL:
+        total += tl.load(residual + place, mask=there, other=0).to(tl.float32)
+    tl.store(y + place, total.to(kind), mask=there)
+
+
+def product(x, weight, bias=None, *, norm=None, eps=0.0, gate=None, gate_bias=None, residual=None, tuning=None):
+    """
+    `residual + linear(norm(x), weight, bias)`, or `linear(…) * silu(linear(…, gate, gate_bias))`, for few rows.
+
+    x: (M, K), contiguous, M at most `PRODUCT_ROWS`, 1 with `norm` (K,). weight, gate: (N, K), contiguous. Returns
+    (M, N) in x's dtype. tuning: as an entry of `PRODUCT`.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    y = x.new_empty(M, N)
+    tuning = dict(tuning or PRODUCT[M > 1, gate is not None])
+    if M > 1:  # blocks lie in shared memory
+        block = (tuning["BN"] * (1 if gate is None else 2) + 16) * tuning["BK"] * x.element_size()
+        tuning["STAGES"] = max(1, min(tuning["STAGES"], (_shared_memory(x.device) - 2**13) // block))
+    _product_kernel[(triton.cdiv(N, tuning["BN"]),)](
+        x, x if norm is None else norm, weight, weight if gate is None else gate, x if bias is None else bias,
+        x if gate_bias is None else gate_bias, x if residual is None else residual, y, M, N, K, eps,
+        ROWS=16 if M > 1 else 1, EVEN=K % tuning["BK"] == 0, NORM=norm is not None, GATE=gate is not None,
+        BIAS=bias is not None, RESIDUAL=residual is not None, **tuning,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit(do_not_specialize=["T", "slot"])
+def _rotary_kernel(
+    qkv, cos, sin, scale, q, k, v, table, slot, nh, T,
+    HD: tl.constexpr, HALF: tl.constexpr, SCALED: tl.constexpr, STORED: tl.constexpr,
+):  # fmt: skip
+    """
+    One head of one token, of queries, keys or values: the first two are rotated, and queries scaled; to where it is
+    wanted, (B, T, nh, HD), or into the storages of a table.
+    """
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b, t = row // T, row % T
+    which, h = head // nh, head % nh
+    c = tl.arange(0, HD)
+    qkv += (row * 3 * nh + head) * HD
+    value = tl.load(qkv + c).to(tl.float32)
+    other = tl.load(qkv + tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))).to(tl.float32)
+    rotated = c < tl.where(which < 2, 2 * HALF, 0)
+    at = row * HALF + c % HALF
+    cos = tl.load(cos + at, mask=rotated, other=1.0)
+    sin = tl.load(sin + at, mask=rotated, other=0.0)
+    value = value * cos + tl.where(c < HALF, -other, other) * sin
+    value = value.to(q.dtype.element_ty)
+    place = (row * nh + h) * HD + c
+    if which == 0:
+        if SCALED:
+            value = (value.to(tl.float32) * tl.load(scale + row)).to(q.dtype.element_ty)
+        tl.store(q + place, value)
+    elif STORED:
+        store, s_b, s_h = _store_at(k, table, slot + which - 1, nh, HD)
+        tl.store(store + b * s_b + h * s_h + (tl.load(table) - T + t) * HD + c, value)
+    elif which == 1:
+        tl.store(k + place, value)
+    else:
+        tl.store(v + place, value)
+
+
+def rotary_append(qkv, cos, sin, scale, base, bits, table, slot, nh):
+    """
+    Rotate queries and keys, and store keys and values behind those of earlier tokens. Returns queries (B, nh, T, hd).
+
+    qkv: (B, T, 3 nh hd). cos, sin: float32 (B, T, rotated / 2). scale: float32 (B, T) or None, of the queries.
+    base: (1,) in the storage's dtype, that the addresses of `table` count from; slot: of this layer's first storage.
+    """
+    (B, T), hd = qkv.shape[:2], qkv.shape[2] // (3 * nh)
+    stored = bits >= 16
+    q = qkv.new_empty(B, T, nh, hd)
+    new = (base, base) if stored else qkv.new_empty(2, B, T, nh, hd)
+    _rotary_kernel[(B * T, 3 * nh)](
+        qkv, cos, sin, cos if scale is None else scale, q, *new, table, slot, nh, T,
+        HD=hd, HALF=cos.shape[-1], SCALED=scale is not None, STORED=stored, num_warps=1,
+    )  # fmt: skip
+    if not stored:
+        rows, (codes, params) = 1 if T == 1 else 8, quantized_sizes(hd, bits)
+        _append_kernel[(B * nh, triton.cdiv(T, rows), 2)](
+            new, base, base, T * nh * hd, hd, nh * hd, 0, 0, codes, 0, 0, params, nh, T, 0, table, slot,
+            B * T * nh * hd,
+            HD=hd, LOG_HD=hd.bit_length() - 1, BITS=bits, ROWS=rows, LATE=True, num_warps=1 if T == 1 else 4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return q.transpose(1, 2)
+
+
+def attend(q, base, bits, table, slot, starts, scaling, launch=None):
+    """
+    Attention of q (B, nh, T, hd) over the storages of a table; its last T tokens are those of q, causally.
+
+    starts: int64 (B), the first key that a row attends to. Returns (B, T, nh, hd). The launch does not depend on the
+    length. base, slot: as of `rotary_append`; launch: as an entry of `TUNING`.
+    """
+    B, nh, T, hd = q.shape
+    tuning, programs = _tuning(bits, hd, q.is_cuda, launch)
+    splits = max(1, min(_multiprocessors(q.device) * programs // (B * nh * T), MAX_SPLITS))
+    y = q.new_empty(B, T, nh, hd)
+    partial = torch.empty(B * nh * T, splits, hd, dtype=torch.float32, device=q.device)
+    stats = torch.empty(B * nh * T, splits, 2, dtype=torch.float32, device=q.device)
+    codes, params = (hd, 0) if bits >= 16 else quantized_sizes(hd, bits)
+    _attend_kernel[(B * nh * T, splits)](
+        q, base, base, base, base, q, partial, stats, scaling,
+        *q.stride()[:3], 0, 0, codes, 0, 0, params, 0, 0, codes, 0, 0, params, 0, 0, 0,
+        nh, T, 0, splits, 0, table, slot, starts,
+        BITS=bits, HD=hd, LOG_HD=hd.bit_length() - 1, CAUSAL=T > 1, MASKED=False,
+        TERMS=1 if bits == 4 and q.dtype != torch.float32 else 2, ASM=_HAS_PTX and q.is_cuda, LATE=True, **tuning,
+    )  # fmt: skip
+    _merge_kernel[(B * nh * T,)](
+        partial, stats, y, nh, T, splits,
+        ROTATED=bits < 16, HD=hd, LOG_HD=hd.bit_length() - 1, MAX_SPLITS=MAX_SPLITS, num_warps=4,
+    )  # fmt: skip
+    return y
 
 
 def register(library, device="cuda") -> str:

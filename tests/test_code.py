@@ -39,7 +39,7 @@ def test_import_statements_name_only_what_is_always_installed(name):
         *("ast", "base64", "codecs", "collections", "concurrent", "contextlib", "contextvars", "copy", "dataclasses"),
         *("functools", "hashlib", "importlib", "inspect", "json", "math", "os", "pathlib", "platform", "queue", "re"),
         *("shlex", "shutil", "stat", "subprocess", "sys", "tempfile", "threading", "time", "types"),
-        *("__future__", "typing", "unicodedata"),
+        *("__future__", "typing", "unicodedata", "weakref"),
     }
     packages = {module.split(".")[0] for module in imported(TREES[name])}
     assert packages <= standard | {"torch", "transformers", "tiktoken"}
@@ -83,9 +83,10 @@ ARROWS = {
     "qwen_generation_utils": {"transformers_compat"},
     "tokenization_qwen": {"transformers_compat", "qwen_generation_utils"},
     "qwen_loading": {"configuration_qwen", "cpp_kernels", "qwen_quantization", "transformers_compat"},
+    "qwen_cuda_graph": {"qwen_cache", "qwen_ops", "transformers_compat"},
     "qwen_decode": {
-        *("qwen_attention", "qwen_cache", "qwen_generation_utils", "qwen_ops", "qwen_quantization"),
-        "transformers_compat",
+        *("qwen_attention", "qwen_cache", "qwen_cuda_graph", "qwen_generation_utils", "qwen_ops"),
+        *("qwen_quantization", "transformers_compat"),
     },
     "qwen_chat": {"qwen_generation_utils", "transformers_compat"},
     "modeling_qwen": {

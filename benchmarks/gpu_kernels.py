@@ -1,0 +1,200 @@
+"""
+The kernels of a decoding step on an NVIDIA GPU, one by one, beside cuBLAS and beside the bandwidth that was measured.
+
+    python benchmarks/gpu_kernels.py [--sizes 7B 72B] [--rows 1 4 16] [--tune]
+
+Products of few rows with the shapes of the published models, as `GraphedSteps` calls them, then attention behind caches
+of several lengths. Microseconds are of one launch inside a CUDA graph of many, over copies of the weights that do not
+fit the L2 cache together. --tune tries every launch that is sensible and prints the best three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import itertools
+import statistics
+import time
+
+import torch
+from gpu import SIZES, Table
+from kv_cache import modeling
+
+kernels = importlib.import_module(modeling.__name__.rpartition(".")[0] + ".triton_kernels")
+LAUNCH = ("N", "num_warps", "STAGES", "programs")
+POOL = 2**30  # bytes that the copies of a weight take at least
+
+
+def launches(rows: int):
+    """Sensible entries of `triton_kernels.PRODUCT`."""
+    if rows == 1:
+        found = [(2, 1024, 1, 2), (2, 1024, 2, 1), (2, 1024, 2, 2), (2, 1024, 2, 3), (4, 1024, 2, 1), (4, 1024, 4, 2)]
+        found += [(2, 512, 1, 2), (2, 512, 1, 3), (4, 512, 2, 2), (1, 1024, 1, 3), (2, 2048, 4, 2), (2, 2048, 2, 2)]
+    else:
+        found = [(64, 128, 4, 6), (64, 128, 4, 3), (32, 128, 2, 3), (32, 128, 2, 4), (32, 512, 2, 3), (32, 256, 2, 4)]
+        found += [(32, 128, 1, 6), (32, 256, 1, 4), (16, 256, 1, 6), (16, 128, 1, 6), (64, 256, 4, 4)]
+    return [dict(zip(("BN", "BK", "num_warps", "STAGES"), launch)) for launch in found]
+
+
+def attention_launches(bits: int):
+    """Sensible entries of `triton_kernels.TUNING`."""
+    usual = kernels.TUNING[bits]
+    for n, warps, stages, programs in itertools.product((16, 32, 64), (1, 2, 4), (1, 2, 3), (8, 16)):
+        if 16 <= n // warps <= 64 and (bits == 16 or (stages > 1 and n > 16)):
+            yield {**usual, "N": n, "num_warps": warps, "STAGES": stages, "programs": programs}
+
+
+def microseconds(function, copies: int, repeat: int = 5) -> float:
+    """Of function(i) for i in range(copies), inside a graph."""
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        function(0)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(copies):
+                function(i)
+    times = []
+    for _ in range(repeat):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / copies)
+    return statistics.median(times)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of a sum over 4 GB."""
+    x = torch.empty(2**29, dtype=torch.int64, device="cuda").random_()
+    return 8 * x.numel() / (microseconds(lambda i: x.sum(), 3) / 1e6)
+
+
+def shapes(size: str):
+    """Name, inputs, outputs, with a norm before it, as a gate, with a bias, with the residual stream."""
+    hidden, _, _, intermediate, vocab = SIZES[size]
+    return [
+        ("c_attn", hidden, 3 * hidden, True, False, True, False),
+        ("attn.c_proj", hidden, hidden, False, False, False, True),
+        ("w1, w2", hidden, intermediate // 2, True, True, False, False),
+        ("mlp.c_proj", intermediate // 2, hidden, False, False, False, True),
+        ("lm_head", hidden, vocab, True, False, False, False),
+    ]
+
+
+def product(shape, rows: int, copies: int):
+    """A function (index of a copy, launch) for our kernel, one of cuBLAS, and the bytes it reads."""
+    _, K, N, normed, gated, biased, residual = shape
+    kind = {"dtype": torch.bfloat16, "device": "cuda"}
+    x = torch.randn(rows, K, **kind)
+    weights = [torch.randn(N, K, **kind) * 0.02 for _ in range(copies * (2 if gated else 1))]
+    norm, bias, stream = torch.ones(K, **kind), torch.randn(N, **kind), torch.randn(rows, N, **kind)
+
+    def ours(i, tuning=None):
+        y = kernels.rms_norm(x, norm, 1e-6) if normed and rows > 1 else x
+        kernels.product(
+            y,
+            weights[i],
+            bias if biased else None,
+            norm=norm if normed and rows == 1 else None,
+            eps=1e-6,
+            gate=weights[copies + i] if gated else None,
+            residual=stream if residual else None,
+            tuning=tuning,
+        )
+
+    def cublas(i):
+        torch.nn.functional.linear(x, weights[i], bias if biased else None)
+        if gated:
+            torch.nn.functional.linear(x, weights[copies + i])
+
+    return ours, cublas, 2 * N * K * (2 if gated else 1)
+
+
+def products(sizes, rows, tune: bool, bandwidth: float) -> None:
+    table = Table("product", "size", "rows", "ours µs", "of the bandwidth", "cuBLAS µs", "of the bandwidth", "best")
+    cases = [(size, m, shape) for size in sizes for m in rows for shape in shapes(size)]
+    for size, m, shape in cases:
+        copies = max(2, POOL // (2 * shape[1] * shape[2] * (2 if shape[4] else 1)))
+        ours, cublas, size_read = product(shape, m, copies)
+        best = []
+        for launch in launches(m) if tune else ():
+            try:
+                best.append((microseconds(functools.partial(ours, tuning=launch), copies, 3), launch))
+            except Exception:  # noqa: BLE001
+                continue
+        best.sort(key=lambda pair: pair[0])
+        shares, times = [], []
+        for time_ in (microseconds(ours, copies), microseconds(cublas, copies)):
+            times.append(time_)
+            shares.append(f"{size_read / time_ * 1e6 / bandwidth:.0%}")
+        found = "; ".join(f"{t:.1f} {'/'.join(map(str, launch.values()))}" for t, launch in best[:6])
+        table.row(shape[0], size, m, times[0], shares[0], times[1], shares[1], found)
+        torch.cuda.empty_cache()
+
+
+def attention(sizes, rows, tune: bool, bandwidth: float) -> None:
+    table = Table("attention", "size", "rows", "tokens", "bits", "µs", "of the bandwidth", "best")
+    for size, bits, B, S in itertools.product(sizes, (16, 8, 4), rows, (128, 2048, 8192, 32000)):
+        hidden, _, heads, _, _ = SIZES[size]
+        hd = hidden // heads
+        widths = [2 * hd] if bits == 16 else kernels.quantized_sizes(hd, bits)
+        read = 2 * B * heads * S * sum(widths)
+        copies = max(1, min(8, POOL // (4 * read)))
+        if read * copies > 2**34:
+            continue
+        dtype = torch.bfloat16 if bits == 16 else torch.uint8
+        capacity = -(-S // 256) * 256
+        stores = [
+            [torch.zeros(B, heads, capacity, w // dtype.itemsize, dtype=dtype, device="cuda") for w in widths * 2]
+            for _ in range(copies)
+        ]
+        if bits == 16:
+            for tensors in stores:
+                for tensor in tensors:
+                    tensor.normal_()
+        else:
+            for tensors in stores:
+                for tensor, width in zip(tensors, widths * 2):
+                    tensor.random_(0, 256) if width >= hd // 2 else tensor.fill_(60)
+        base = torch.zeros(1, dtype=dtype, device="cuda")
+        addresses = [(t.data_ptr() - base.data_ptr()) // base.element_size() for tensors in stores for t in tensors]
+        lengths = torch.tensor([S, capacity, *addresses], device="cuda")
+        starts = torch.zeros(B, dtype=torch.int64, device="cuda")
+        q = torch.randn(B, heads, 1, hd, dtype=torch.bfloat16, device="cuda")
+        slots = len(stores[0])
+
+        def run(i, launch=None):
+            kernels.attend(q, base, bits, lengths, kernels.HEADER + slots * i, starts, hd**-0.5, launch)  # noqa: B023
+
+        took = microseconds(run, copies)
+        best = []
+        for launch in attention_launches(bits) if tune and bits != 4 else ():
+            try:
+                best.append((microseconds(functools.partial(run, launch=launch), copies, 3), launch))
+            except Exception:  # noqa: BLE001
+                continue
+        found = sorted(best, key=lambda pair: pair[0])[:3]
+        found = "; ".join(f"{t:.1f} {'/'.join(str(launch[k]) for k in LAUNCH)}" for t, launch in found)
+        table.row(size, B, S, bits, took, f"{read / took * 1e6 / bandwidth:.0%}", found)
+        del stores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kernels of a decoding step, one by one.")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["7B"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--tune", action="store_true")
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    bandwidth = read_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; a sum reads {bandwidth / 1e12:.2f} TB/s")
+    products(arguments.sizes, arguments.rows, arguments.tune, bandwidth)
+    attention(arguments.sizes, [1, 16], arguments.tune, bandwidth)
+    print(f"{time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+../qwen_cuda_graph.py

@@ -1,0 +1,540 @@
+"""
+A decoding step on a GPU as one CUDA graph, and the loop of `generate` that keeps the GPU busy with it.
+
+The graph computes few new tokens behind a filled `QWenCache` or `QWenQuantizedCache` from the network's weights, by the
+kernels of triton_kernels.py, and by the library of products where there are many rows. It reads lengths, positions,
+NTK scales and the addresses of keys and values from tensors: one graph serves every length, every cache of so many
+rows, and storage that grows. It belongs to one generation at a time, and to the weights it was captured with: before
+every step it is compared where the model has them now.
+
+In the shapes below B is the batch, T the new tokens, nh the heads and hd the width of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import sys
+import threading
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import logging
+
+from .qwen_cache import QWenCache
+from .qwen_ops import GPU_HEAD_SIZES
+from .transformers_compat import GenerateDecoderOnlyOutput, is_compiling, prefill
+
+logger = logging.get_logger(__name__)
+
+DEVICES = ("cuda",)  # the tests add the CPU, where nothing is captured and the kernels run in Triton's interpreter
+MAX_ROWS = 512  # new tokens of all rows together; more are a prompt
+KEPT_GRAPHS = 8  # of a model, while nobody uses them
+
+
+@functools.lru_cache(maxsize=None)
+def _kernels():
+    """triton_kernels.py, or None without Triton. At the first use: it needs a GPU, or an interpreter chosen before."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from .triton_kernels import register  # in this form: transformers to 4.57 copies only what is imported so
+
+    return sys.modules[register.__module__]
+
+
+# --- Which models and caches -------------------------------------------------------------------------------------
+
+
+def _linears(model) -> list[nn.Module]:
+    """All matrices, in the order of the computation."""
+    blocks = model.transformer.h
+    return [m for b in blocks for m in (b.attn.c_attn, b.attn.c_proj, b.mlp.w1, b.mlp.w2, b.mlp.c_proj)] + [
+        model.lm_head
+    ]
+
+
+def _norms(model) -> list[nn.Module]:
+    return [norm for block in model.transformer.h for norm in (block.ln_1, block.ln_2)] + [model.transformer.ln_f]
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return any(hooks) or "forward" in vars(module) or hasattr(module, "_hf_hook")
+
+
+def is_plain(model) -> bool:
+    """
+    Whether a step may be computed from the weights alone: floating-point matrices of exactly the network's types in
+    one precision on one GPU, no hooks, adapters, training or compilation.
+    """
+    differentiated = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    if model.training or is_compiling() or differentiated:
+        return False
+    try:
+        linears, norms = _linears(model), _norms(model)
+        weights = [module.weight for module in (*linears, *norms, model.transformer.wte)]
+        biases = [module.bias for module in linears if module.bias is not None]
+    except AttributeError:
+        return False
+    ours = type(model).__module__
+    blocks = [m for b in model.transformer.h for m in (b, b.attn, b.mlp)]
+    if not (
+        all(type(module) is nn.Linear for module in linears)
+        and all(type(module).__module__ == ours for module in (*norms, *blocks, model.transformer))
+        and type(model.transformer.wte) is nn.Embedding
+        and all(type(block.mlp.act) is nn.SiLU for block in model.transformer.h)
+        and not any(_is_hooked(module) for module in model.modules())
+    ):
+        return False
+    first = weights[0]
+    return (
+        first.device.type in DEVICES
+        and first.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and all(type(t) in (nn.Parameter, torch.Tensor) and t.is_contiguous() for t in weights + biases)
+        and all(t.dtype == first.dtype and t.device == first.device for t in weights + biases)
+        and _kernels() is not None
+        and model.config.kv_channels in GPU_HEAD_SIZES
+    )
+
+
+def takes(model, cache, rows: int) -> bool:
+    """Whether steps of `rows` new tokens behind this cache, once it is filled, are for a graph of a plain model."""
+    weight = model.lm_head.weight
+    return (
+        isinstance(cache, QWenCache)
+        and cache.kernel
+        and not getattr(cache, "has_no_room_for_graphs", False)
+        and weight.device.type in DEVICES
+        and 0 < rows <= MAX_ROWS
+        and (cache.device is None or torch.device(cache.device) == weight.device)
+        and all(
+            t.device == weight.device and (cache.bits is not None or t.dtype == weight.dtype) for t in cache.storages()
+        )
+    )
+
+
+class _Places:
+    """Where a model has its weights: modules by their parents, and the addresses of all parameters."""
+
+    def __init__(self, model):
+        transformer = model.transformer
+        parents = [model, transformer, transformer.h]
+        parents += [m for block in transformer.h for m in (block, block.attn, block.mlp)]
+        self._links = [
+            (parent._modules, name, module) for parent in parents for name, module in parent._modules.items()
+        ]
+        modules = [*_linears(model), *_norms(model), transformer.wte]
+        self._tensors = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None]
+        tensors = [parameters[name] for parameters, name in self._tensors]
+        settings = [norm.eps for norm in _norms(model)]
+        self.signature = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in tensors], settings
+        self._addresses = [t.data_ptr() for t in tensors]
+
+    def unchanged(self) -> bool:
+        """Whether all of them are where they were; what is written in place needs no attention."""
+        return all(modules.get(name) is module for modules, name, module in self._links) and self._addresses == [
+            parameters[name].data_ptr() for parameters, name in self._tensors
+        ]
+
+
+# --- The step ----------------------------------------------------------------------------------------------------
+
+
+class GraphedSteps:
+    """
+    Steps of B rows and T tokens behind caches of so many bits (16 or 32: full precision) for one model.
+
+    Buffers that a step reads: `ids`, `positions` int64 (B, T), `starts` int64 (B), the first key of a row that is not
+    padding, `inverse_frequencies` float32 (B, rotated / 2), and a table of lengths and addresses (triton_kernels.py).
+    """
+
+    def __init__(self, model, B: int, T: int, bits: int):
+        config, weight = model.config, model.lm_head.weight
+        self.bits = bits
+        self._config = config
+        self._nh = config.num_attention_heads
+        rotary = model.transformer.rotary_emb
+        self._rotary = rotary.dim, rotary.base
+        self._slots = 2 if bits >= 16 else 4
+        self._slots_of_bind: list[int] | None = None
+        self.graph = None
+        self.logits = None
+        self.used = None  # an event behind the last step
+        device = weight.device
+        with torch.inference_mode(False):
+            self.ids = torch.zeros(B, T, dtype=torch.int64, device=device)
+            self.positions = torch.zeros(B, T, dtype=torch.int64, device=device)
+            self.starts = torch.zeros(B, dtype=torch.int64, device=device)
+            self.inverse_frequencies = torch.zeros(B, rotary.dim // 2, device=device)
+            size = _kernels().HEADER + self._slots * config.num_hidden_layers
+            self._table = torch.zeros(size, dtype=torch.int64, device=device)
+            self._base = torch.zeros(1, dtype=weight.dtype if bits >= 16 else torch.uint8, device=device)
+
+    def bind(self, starts: torch.Tensor | None, alpha: torch.Tensor | None) -> None:
+        """For a generation: starts int64 (B) or None, no padding; alpha float32 (B or 1), NTK scales, or None."""
+        self.starts.zero_() if starts is None else self.starts.copy_(starts)
+        dim, base = self._rotary
+        exponents = torch.arange(0, dim, 2, device=self.starts.device, dtype=torch.float32) / dim
+        if alpha is not None:
+            base = base * alpha.to(exponents.device)[:, None] ** (dim / (dim - 2))  # (B or 1, 1)
+        self.inverse_frequencies.copy_(1.0 / base**exponents)
+
+    def step(self, model, cache, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """
+        Append the tokens `input_ids` (B, T) at `positions` (B, T) to the cache.
+
+        Returns logits (B, T, vocab) in a buffer that the next step overwrites.
+        """
+        T = input_ids.shape[1]
+        cache.make_room(T)
+        storages = cache.storages()
+        base, size = self._base.data_ptr(), self._base.element_size()
+        slots = [storages[0].shape[2], *((t.data_ptr() - base) // size for t in storages)]
+        if slots != self._slots_of_bind:
+            self._table[1:].copy_(torch.tensor(slots))
+            self._slots_of_bind = slots
+        self._table[:1].fill_(cache.get_seq_length() + T)
+        self.ids.copy_(input_ids)
+        self.positions.copy_(positions)
+        if self.ids.device.type != "cuda":
+            self.logits = self._compute(model)
+        else:
+            if self.graph is None:
+                self._capture(model)
+            self.graph.replay()
+        cache.advance(T)
+        return self.logits
+
+    def _capture(self, model) -> None:
+        current = torch.cuda.current_stream(self.ids.device)
+        stream = torch.cuda.Stream(self.ids.device)
+        stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        with _CAPTURE, torch.cuda.stream(stream):
+            # Once as it is: kernels are compiled, and the library of products makes its workspace. What it writes to
+            # the cache the replay writes again.
+            self._compute(model)
+            stream.synchronize()
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                logits = self._compute(model)
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # of a capture that has broken off
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        current.wait_stream(stream)
+        self.graph, self.logits = graph, logits
+
+    @torch.no_grad()
+    def _compute(self, model) -> torch.Tensor:
+        kernels, config, transformer = _kernels(), self._config, model.transformer
+        B, T = self.ids.shape
+        few = B * T <= kernels.PRODUCT_ROWS
+        with torch.cuda.device_of(self.ids), torch.inference_mode():
+            angles = self.positions[:, :, None].float() * self.inverse_frequencies[:, None]  # (B, T, rotated / 2)
+            cos, sin, scale = angles.cos(), angles.sin(), None
+            if config.use_logn_attn:
+                scale = ((self.positions + 1).float().log() / math.log(config.seq_length)).clamp(min=1)  # (B, T)
+
+            def product(x, linear, norm=None, gate=None, residual=None):
+                """As `kernels.product`, of modules, for any number of rows."""
+                if norm is not None and not (few and B * T == 1):
+                    x, norm = kernels.rms_norm(x, norm.weight, norm.eps), None
+                if few:
+                    return kernels.product(
+                        x,
+                        linear.weight,
+                        linear.bias,
+                        norm=None if norm is None else norm.weight,
+                        eps=0.0 if norm is None else norm.eps,
+                        gate=None if gate is None else gate.weight,
+                        gate_bias=None if gate is None else gate.bias,
+                        residual=residual,
+                    )
+                y = F.linear(x, linear.weight, linear.bias)
+                if gate is not None:
+                    y *= F.silu(F.linear(x, gate.weight, gate.bias))
+                return y if residual is None else y.add_(residual)
+
+            x = F.embedding(self.ids.view(-1), transformer.wte.weight)  # (B * T, hidden)
+            for i, block in enumerate(transformer.h):
+                qkv = product(x, block.attn.c_attn, norm=block.ln_1).view(B, T, -1)  # (B, T, 3 nh hd)
+                slot = kernels.HEADER + self._slots * i
+                q = kernels.rotary_append(qkv, cos, sin, scale, self._base, self.bits, self._table, slot, self._nh)
+                scaling = block.attn.scaling
+                y = kernels.attend(q, self._base, self.bits, self._table, slot, self.starts, scaling)  # (B, T, nh, hd)
+                x = product(y.view(B * T, -1), block.attn.c_proj, residual=x)
+                y = product(x, block.mlp.w1, norm=block.ln_2, gate=block.mlp.w2)
+                x = product(y, block.mlp.c_proj, residual=x)
+            return product(x, model.lm_head, norm=transformer.ln_f).view(B, T, -1)
+
+
+_CAPTURE = threading.Lock()
+_LOCK = threading.Lock()
+_FREE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of every model: signature, and free graphs by kind
+
+
+@contextlib.contextmanager
+def graphed_steps(model, cache, B: int, T: int):
+    """
+    Graphs for a generation of its own: gives a function (input_ids, positions, starts, alpha) to logits (B, T, vocab),
+    or None where the GPU has no memory for a graph, or the model is no longer what it was.
+
+    Call it with a plain model and a cache that is filled.
+    """
+    places = _Places(model)
+    kind = (B, T, cache.bits or 8 * model.lm_head.weight.element_size())
+    with _LOCK:
+        signature, free = _FREE.get(model, (None, None))
+        if signature != places.signature:
+            free = []
+            _FREE[model] = places.signature, free
+        found = next((i for i, (other, _) in enumerate(free) if other == kind), None)
+        steps = free.pop(found)[1] if found is not None else None
+    bound, broken = None, False
+
+    def step(input_ids, positions, starts=None, alpha=None):
+        nonlocal steps, bound, broken
+        if broken or not places.unchanged():
+            broken = True
+            return None
+        try:
+            if steps is None:
+                steps = GraphedSteps(model, *kind)
+            if bound is None:
+                if steps.used is not None:
+                    steps.used.wait()
+                steps.bind(starts, alpha)
+                bound = True
+            return steps.step(model, cache, input_ids, positions)
+        except torch.cuda.OutOfMemoryError:
+            logger.warning_once("The GPU has no memory left for a CUDA graph of decoding; steps are computed without.")
+            broken, steps, cache.has_no_room_for_graphs = True, None, True
+            return None
+
+    try:
+        yield step
+    finally:
+        if steps is not None and not broken:
+            if steps.ids.is_cuda:
+                steps.used = torch.cuda.Event()
+                steps.used.record()
+            with _LOCK:
+                now, free = _FREE.get(model, (None, None))
+                if now == places.signature:
+                    free.append((kind, steps))
+                    del free[:-KEPT_GRAPHS]
+
+
+def graphed_step(model, cache, input_ids, position_ids, attention_mask):
+    """
+    One step on its own, of whoever calls `forward`: logits (B, T, vocab), or None if it is not for a graph.
+
+    input_ids, position_ids: int64 (B, T). attention_mask: None or (B, S), the tokens of this step included. The model
+    is plain, which is not looked at here.
+    """
+    B, T = input_ids.shape
+    alpha, padding = getattr(cache, "ntk_alpha", None), (False, None)
+    ours = takes(model, cache, B * T) and cache.get_seq_length() > 0
+    if ours and (alpha is not None or not model.config.use_dynamic_ntk):
+        padding = _left_padding(attention_mask, cache.get_seq_length() + T)
+    if not padding[0]:
+        return None
+    with graphed_steps(model, cache, B, T) as step:
+        logits = step(input_ids, position_ids.expand(B, T), padding[1], alpha)
+        return None if logits is None else logits.clone()
+
+
+# --- generate ----------------------------------------------------------------------------------------------------
+
+
+def _left_padding(attention_mask: torch.Tensor | None, length: int):
+    """Whether a mask (B, length) hides nothing but the beginning of rows, and how much, int64 (B) or None."""
+    if attention_mask is None:
+        return True, None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != length:
+        return False, None
+    real = attention_mask.bool()
+    starts = length - real.sum(-1)
+    if not bool((real == (torch.arange(length, device=real.device) >= starts[:, None])).all()):
+        return False, None
+    return True, starts if bool(starts.any()) else None
+
+
+class GraphedGeneration:
+    """
+    A mixin before `GenerationMixin`: greedy decoding and sampling with the host one step ahead of the GPU.
+
+    The next step is launched before the host knows whether the last one was needed: the end is checked while it runs,
+    and a step too many is taken back from the cache. Processors, criteria and streamers are called as ever, once a
+    token, in their order. What it does not take goes through transformers' own loop.
+    """
+
+    _OWN_LOOP_TAKES = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    _OWN_LOOP_TAKES |= {"cache_position", "ntk_alpha"}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """As inherited; tells a cache of ours how long it will become."""
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, QWenCache):
+            cache.expect(generation_config.max_length)
+        return result
+
+    def _sample(self, input_ids, *args, **kwargs):
+        if args or not self._is_for_own_loop(input_ids, **kwargs):
+            return super()._sample(input_ids, *args, **kwargs)
+        return self._own_loop(input_ids, **kwargs)
+
+    def _is_for_own_loop(
+        self,
+        input_ids,
+        logits_processor=None,
+        stopping_criteria=None,
+        generation_config=None,
+        synced_gpus=False,
+        streamer=None,
+        **model_kwargs,
+    ) -> bool:
+        cache = model_kwargs.get("past_key_values")
+        settings = generation_config
+        return (
+            prefill is not None
+            and isinstance(cache, QWenCache)
+            and None not in (logits_processor, stopping_criteria, settings)
+            and set(model_kwargs) <= self._OWN_LOOP_TAKES
+            and bool(model_kwargs.get("use_cache"))
+            and not synced_gpus
+            and not (settings.output_attentions or settings.output_hidden_states)
+            and not getattr(settings, "is_assistant", False)
+            and getattr(settings, "prefill_chunk_size", None) is None
+            and input_ids.device == self.lm_head.weight.device
+            and takes(self, cache, input_ids.shape[0])
+            and is_plain(self)
+        )
+
+    def _own_loop(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **kwargs,
+    ):
+        """transformers' `_sample`, which says what its arguments are."""
+        settings, cache = generation_config, kwargs["past_key_values"]
+        B, device = input_ids.shape[0], input_ids.device
+        as_dict = settings.return_dict_in_generate
+        scores = () if as_dict and settings.output_scores else None
+        raw_logits = () if as_dict and settings.output_logits else None
+        has_ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        pad = settings._pad_token_tensor
+        pad = None if pad is None else pad.to(device)
+        max_length = stopping_criteria.max_length
+        unfinished = torch.ones(B, dtype=torch.int64, device=device)
+        reads = [_Reading(B, device, streamer is not None) for _ in range(2)]
+
+        outputs = prefill(self, input_ids, settings, kwargs)
+        logits = outputs.logits
+        del outputs
+        # Positions, and the padding that the cache begins with
+        mask, length = kwargs.get("attention_mask"), cache.get_seq_length()
+        known, starts = _left_padding(mask, length)
+        positions = kwargs.get("position_ids")
+        if positions is None or positions.shape[-1] == 0:
+            positions = length - (0 if starts is None else starts)[:, None] if starts is not None else None
+            if positions is None:
+                positions = torch.full((B, 1), length, device=device)
+        else:
+            positions = positions[:, -1:].expand(B, 1) + 1
+        alpha = getattr(cache, "ntk_alpha", None)
+        takes_graph = known and takes(self, cache, B) and (alpha is not None or not self.config.use_dynamic_ntk)
+        ahead = False  # a step is computed that may turn out not to be wanted
+        with contextlib.ExitStack() as stack:
+            graphed = stack.enter_context(graphed_steps(self, cache, B, 1)) if takes_graph else None
+
+            def step(tokens):
+                """The logits behind tokens (B, 1)."""
+                nonlocal mask, positions
+                if mask is not None:
+                    mask = torch.cat([mask, mask.new_ones(B, 1)], -1)
+                found = None
+                if graphed is not None:
+                    found = graphed(tokens, positions, starts, alpha)
+                if found is None:
+                    found = self(
+                        input_ids=tokens,
+                        past_key_values=cache,
+                        attention_mask=mask,
+                        position_ids=positions,
+                        use_cache=True,
+                        return_dict=True,
+                    ).logits
+                positions = positions + 1
+                return found
+
+            try:
+                while True:
+                    last = logits[:, -1].to(copy=True, dtype=torch.float32)  # (B, vocab)
+                    wanted = logits_processor(input_ids, last)
+                    if scores is not None:
+                        scores += (wanted,)
+                    if raw_logits is not None:
+                        raw_logits += (last,)
+                    if settings.do_sample:
+                        tokens = torch.multinomial(wanted.softmax(-1), num_samples=1).squeeze(1)
+                    else:
+                        tokens = wanted.argmax(-1)
+                    if has_ends:
+                        tokens = tokens * unfinished + pad * (1 - unfinished)
+                    input_ids = torch.cat([input_ids, tokens[:, None]], -1)
+                    unfinished = unfinished & ~stopping_criteria(input_ids, scores)
+                    reads.reverse()
+                    reads[0].begin(unfinished, tokens)
+                    if max_length is None or input_ids.shape[1] < max_length:
+                        logits = step(tokens[:, None])
+                        ahead = True
+                    is_end, on_host = reads[0].end()
+                    if streamer is not None:
+                        streamer.put(on_host)
+                    if is_end:
+                        break
+                    ahead = False
+            finally:
+                if ahead:
+                    cache.crop(-1)
+        if streamer is not None:
+            streamer.end()
+        if not as_dict:
+            return input_ids
+        return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=raw_logits, past_key_values=cache)
+
+
+class _Reading:
+    """Brings to the host whether all rows have ended, and their tokens if wanted, while the GPU goes on."""
+
+    def __init__(self, B: int, device: torch.device, with_tokens: bool):
+        cuda = device.type == "cuda"
+        self._left = torch.zeros((), dtype=torch.int64, pin_memory=cuda)
+        self._tokens = torch.zeros(B, dtype=torch.int64, pin_memory=cuda) if with_tokens else None
+        self._event = torch.cuda.Event() if cuda else None
+
+    def begin(self, unfinished: torch.Tensor, tokens: torch.Tensor) -> None:
+        """unfinished, tokens: int64 (B)."""
+        self._left.copy_(unfinished.max(), non_blocking=True)
+        if self._tokens is not None:
+            self._tokens.copy_(tokens, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def end(self):
+        if self._event is not None:
+            self._event.synchronize()
+        return not self._left.item(), None if self._tokens is None else self._tokens.clone()
