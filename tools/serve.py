@@ -5,7 +5,7 @@
 
 CHECKPOINT is a folder or a repository of the hub. Clients may name the model as it was named here, by its full path, or
 by its last part; /v1/models lists these names. It needs `pip install transformers[serving]`, and adds, in its own
-process, what `transformers serve` (5.10 to 5.24) lacks for such a checkpoint:
+process, what `transformers serve` (read in 5.23) lacks for such a checkpoint:
 
 - The model's class is looked for among transformers' own, although there is an option --trust-remote-code.
 - `tokenizer.tokenizer` is taken for the tokenizer of a processor, and its Rust form for streaming.
