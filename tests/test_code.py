@@ -37,7 +37,7 @@ def test_import_statements_name_only_what_is_always_installed(name):
     standard = {
         *("ast", "base64", "codecs", "collections", "concurrent", "contextlib", "copy", "dataclasses", "functools"),
         *("hashlib", "importlib", "inspect", "json", "math", "os", "pathlib", "platform", "queue", "re", "shlex"),
-        *("shutil", "subprocess", "sys", "tempfile", "threading", "time", "types"),
+        *("shutil", "stat", "subprocess", "sys", "tempfile", "threading", "time", "types"),
         *("__future__", "typing", "unicodedata"),
     }
     packages = {module.split(".")[0] for module in imported(TREES[name])}
