@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -164,11 +165,10 @@ def new_folder(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _only_run(folder: Path, target: Path) -> Iterator[None]:
     """Problem if another process holds this folder; the system lets go of what a killed one held."""
-    try:
-        fcntl = importlib.import_module("fcntl")
-    except ImportError:  # Windows
+    if importlib.util.find_spec("fcntl") is None:  # Windows
         yield
         return
+    fcntl = importlib.import_module("fcntl")
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
