@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from .qwen_cache import QWenCache
 from .qwen_ops import GPU_HEAD_SIZES
-from .transformers_compat import GenerateDecoderOnlyOutput, is_compiling, prefill
+from .transformers_compat import CACHE, GenerateDecoderOnlyOutput, is_compiling, prefill
 
 logger = logging.get_logger(__name__)
 
@@ -375,13 +375,13 @@ class GraphedGeneration:
     token, in their order. What it does not take goes through transformers' own loop.
     """
 
-    _OWN_LOOP_TAKES = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    _OWN_LOOP_TAKES = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
     _OWN_LOOP_TAKES |= {"cache_position", "ntk_alpha"}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """As inherited; tells a cache of ours how long it will become."""
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if isinstance(cache, QWenCache):
             cache.expect(generation_config.max_length)
         return result
@@ -401,7 +401,7 @@ class GraphedGeneration:
         streamer=None,
         **model_kwargs,
     ) -> bool:
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         settings = generation_config
         return (
             prefill is not None
@@ -429,7 +429,7 @@ class GraphedGeneration:
         **kwargs,
     ):
         """transformers' `_sample`, which says what its arguments are."""
-        settings, cache = generation_config, kwargs["past_key_values"]
+        settings, cache = generation_config, kwargs[CACHE]
         B, device = input_ids.shape[0], input_ids.device
         as_dict = settings.return_dict_in_generate
         scores = () if as_dict and settings.output_scores else None
@@ -514,7 +514,7 @@ class GraphedGeneration:
             streamer.end()
         if not as_dict:
             return input_ids
-        return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=raw_logits, past_key_values=cache)
+        return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=raw_logits, **{CACHE: cache})
 
 
 class _Reading:

@@ -498,7 +498,7 @@ def _choose_prefill():
     return None  # their loop is left alone
 
 
-prefill = _choose_prefill()
+prefill = None if IS_NEWER else _choose_prefill()
 
 # --- Several devices ---------------------------------------------------------------------------------------------
 
@@ -1214,6 +1214,11 @@ def _has(owner, name: str) -> bool:
 # All private names of transformers that the modules use, and whether each is what they take it for. Public ones that
 # transformers documents for custom models are not in it, nor what a feature test above asks for.
 PRIVATE_NAMES = {
+    # called around and inside of the loop that `qwen_cuda_graph.GraphedGeneration` stands in for
+    "_prepare_cache_for_generation": lambda: _takes(
+        transformers.GenerationMixin, "_prepare_cache_for_generation", "generation_config", "model_kwargs"
+    ),
+    "_sample": lambda: _takes(transformers.GenerationMixin, "_sample", "input_ids", "logits_processor"),
     "_init_weights": lambda: _takes(transformers.PreTrainedModel, "_init_weights", "module"),
     "_from_config": lambda: _takes(transformers.PreTrainedModel, "_from_config", "config"),
     "_attn_implementation": lambda: _has(transformers.PretrainedConfig(), "_attn_implementation"),
