@@ -31,7 +31,6 @@ from .cpp_kernels import (
     copy_source,
     has_decode_kernel,
     linear,
-    linear_reference,
     rms_norm,
     rms_norm_reference,
     rotary,
@@ -49,6 +48,14 @@ from .qwen_generation_utils import (
     get_stop_words_ids,
     make_context,
     stream_generate,
+)
+from .qwen_quantization import (
+    Int8Linear,
+    QuantizedLinear,
+    check_tensors,
+    give_back_quantization,
+    replace_matrices,
+    take_quantization,
 )
 from .transformers_compat import (
     DRAFTS_CROP_CACHES,
@@ -69,6 +76,7 @@ from .transformers_compat import (
     gpu_supports_bf16,
     is_compiling,
     is_flash_attn_2_available,
+    keeping_dtypes,
     load_config,
     loading_defaults,
     named_attention,
@@ -95,23 +103,13 @@ set_cuda_kernels(_load_triton)
 
 class Linear(nn.Linear):
     """
-    `nn.Linear`, which reads bfloat16 and int8 weights at the speed of memory where a CPU has few rows to multiply:
-    decoding.
+    `nn.Linear`, which reads bfloat16 weights at the speed of memory where a CPU has few rows to multiply: decoding.
 
     Everything else (training, compilation, other precisions and devices, weights that a quantiser or tensor
-    parallelism put in place) is `nn.Linear`. int8: the weight is int8 (out, in), constant, and is multiplied by
-    weight_scale, float32 (out,).
+    parallelism put in place) is `nn.Linear`.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, int8: bool = False):
-        super().__init__(in_features, out_features, bias)
-        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32) if int8 else None)
-        if int8:
-            self.weight = nn.Parameter(torch.zeros_like(self.weight, dtype=torch.int8), requires_grad=False)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight_scale is not None:
-            return (linear_reference if is_compiling() else linear)(x, self.weight, self.bias, self.weight_scale)
         if is_compiling() or x.dtype != self.weight.dtype:
             return super().forward(x)
         return linear(x, self.weight, self.bias)
@@ -216,10 +214,9 @@ class QWenAttention(nn.Module):
         self.head_dim = config.kv_channels
         self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         self.is_causal = True
-        int8 = config.int8_weights
-        self.c_attn = Linear(config.hidden_size, 3 * projection_size, int8=int8)
+        self.c_attn = Linear(config.hidden_size, 3 * projection_size)
         self.c_attn.num_heads = config.num_attention_heads  # for tensor parallelism
-        self.c_proj = Linear(projection_size, config.hidden_size, not config.no_bias, int8)
+        self.c_proj = Linear(projection_size, config.hidden_size, not config.no_bias)
         self.c_proj.into_residual = True  # for the initial weights
 
     def forward(
@@ -278,10 +275,10 @@ class QWenMLP(nn.Module):
 
     def __init__(self, config: QWenConfig):
         super().__init__()
-        width, bias, int8 = config.intermediate_size // 2, not config.no_bias, config.int8_weights
-        self.w1 = Linear(config.hidden_size, width, bias, int8)
-        self.w2 = Linear(config.hidden_size, width, bias, int8)
-        self.c_proj = Linear(width, config.hidden_size, bias, int8)
+        width, bias = config.intermediate_size // 2, not config.no_bias
+        self.w1 = Linear(config.hidden_size, width, bias)
+        self.w2 = Linear(config.hidden_size, width, bias)
+        self.c_proj = Linear(width, config.hidden_size, bias)
         self.c_proj.into_residual = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -321,6 +318,11 @@ class QWenPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def post_init(self) -> None:
+        """As inherited, of the matrices that the checkpoint has."""
+        replace_matrices(self)
+        super().post_init()
+
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         """As inherited; raises ValueError for a model with int8 weights."""
         if self.config.int8_weights and new_num_tokens is not None:
@@ -333,11 +335,12 @@ class QWenPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights; those that write to the residual stream smaller by `sqrt(2 * layers)`, as in GPT-2."""
         std = self.config.initializer_range
+        if isinstance(module, (Int8Linear, QuantizedLinear)):  # come from a checkpoint
+            return
         if isinstance(module, nn.Linear):
             if getattr(module, "into_residual", False):
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
-            if module.weight.is_floating_point():  # int8 weights come from a checkpoint
-                nn.init.normal_(module.weight, std=std)
+            nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
@@ -361,6 +364,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         """
         config, kwargs = load_config(cls.config_class, config, pretrained_model_name_or_path, kwargs)
         cls._find_kernels(config, pretrained_model_name_or_path, kwargs)
+        config = take_quantization(config, pretrained_model_name_or_path, kwargs)
         device_map = kwargs.get("device_map")
         on_accelerator = _goes_to_accelerator(device_map)
         dtype = pop_dtype(kwargs)
@@ -375,9 +379,12 @@ class QWenPreTrainedModel(PreTrainedModel):
             attention, reason = cls._choose_attention(config, kwargs[DTYPE], on_accelerator)
         set_attention(config, kwargs, attention)
         info_wanted = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
-        )
+        with keeping_dtypes(kwargs):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+            )
+        check_tensors(model, info, pretrained_model_name_or_path)
+        give_back_quantization(model)
         forget_device_map(model, device_map)
         model._forget_precision_flags()
         chosen = model.config._attn_implementation
@@ -784,7 +791,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # transformers would guess it from the class's name
         self.transformer = QWenModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, int8=config.int8_weights)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:

@@ -11,6 +11,7 @@ functions, of packages that are not installed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -712,6 +713,34 @@ def forget_device_map(model, device_map) -> None:
     """The map of `loading_defaults` is nobody's wish (`device_map` is the caller's): the model may be moved."""
     if masking_utils is None and device_map is None and getattr(model, "hf_device_map", None) == _ON_CPU:
         del model.hf_device_map
+
+
+@contextlib.contextmanager
+def keeping_dtypes(kwargs: dict):
+    """
+    A context for `from_pretrained(**kwargs)` in which a tensor of a precision of its own keeps it.
+
+    Up to 4.52 (needed to 4.49) every tensor is cast to the precision that is asked for, and then to that of its place:
+    the scales of quantised matrices lose bits in between. Without the argument only the second happens.
+    """
+    dtype = kwargs.get(DTYPE)
+    if masking_utils is not None or not isinstance(dtype, torch.dtype):
+        yield
+        return
+    del kwargs[DTYPE]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def quantization_methods() -> set:
+    """The methods of quantised checkpoints that this release knows, as config.json calls them."""
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    return {method.value for method in QuantizationMethod}
 
 
 _HUB_ARGUMENTS = (
