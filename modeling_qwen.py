@@ -54,6 +54,7 @@ from .qwen_quantization import (
     QuantizedLinear,
     check_tensors,
     give_back_quantization,
+    loading_quantized,
     replace_matrices,
     take_quantization,
 )
@@ -76,7 +77,6 @@ from .transformers_compat import (
     gpu_supports_bf16,
     is_compiling,
     is_flash_attn_2_available,
-    keeping_dtypes,
     load_config,
     loading_defaults,
     named_attention,
@@ -379,7 +379,7 @@ class QWenPreTrainedModel(PreTrainedModel):
             attention, reason = cls._choose_attention(config, kwargs[DTYPE], on_accelerator)
         set_attention(config, kwargs, attention)
         info_wanted = kwargs.pop("output_loading_info", False)
-        with keeping_dtypes(kwargs):
+        with loading_quantized(config, pretrained_model_name_or_path, kwargs):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
             )

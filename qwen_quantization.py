@@ -7,14 +7,15 @@ Two formats of checkpoints are read and written as they lie in the file, without
     int8   config.json has "int8_weights": true, as tools/quantize_weights.py writes it (`Int8Linear`)
 
 Loading calls, in this order: `take_quantization` before transformers' `from_pretrained`, which would hand the
-checkpoint to another package; `replace_matrices` when the model was built, on the meta device; `check_tensors` and
-`give_back_quantization` when its weights are loaded.
+checkpoint to another package; `loading_quantized` around it; `replace_matrices` when the model was built, on the meta
+device; `check_tensors` and `give_back_quantization` when its weights are loaded.
 
 Other methods (bitsandbytes, AWQ, ...) and a `quantization_config` that the caller passes are transformers' own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -32,7 +33,13 @@ from .cpp_kernels import (
     linear,
     linear_reference,
 )
-from .transformers_compat import is_compiling, quantization_methods
+from .transformers_compat import (
+    REPORTS_MISMATCHES,
+    is_compiling,
+    keep_offloaded_dtypes,
+    keeping_dtypes,
+    quantization_methods,
+)
 
 HELD = "_gptq"  # where a configuration keeps its quantization_config while transformers may not see it
 
@@ -167,14 +174,14 @@ class QuantizedLinear(_Quantized):
         self.is_ordered = not format.desc_act  # input i is in group i // group_size
         groups = -(-in_features // self.group_size)
 
-        def parameter(*shape, dtype):
-            return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
+        def parameter(*shape, dtype, requires_grad=False):
+            return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad)
 
         self.qweight = parameter(in_features // n, out_features, dtype=torch.int32)
         self.qzeros = parameter(groups, out_features // n, dtype=torch.int32)
         self.scales = parameter(groups, out_features, dtype=torch.float16)
         self.g_idx = parameter(in_features, dtype=torch.int32)
-        self.bias = parameter(out_features, dtype=dtype)
+        self.bias = parameter(out_features, dtype=dtype, requires_grad=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in), any floating dtype. Returns (..., out) in the same."""
@@ -304,7 +311,8 @@ def take_quantization(config, path, kwargs: dict):
             "Quantised matrices can't be split by tensor parallelism (tp_plan). Place whole blocks on the devices "
             "instead: device_map='auto'."
         )
-    kwargs.setdefault("ignore_mismatched_sizes", True)
+    if REPORTS_MISMATCHES:
+        kwargs.setdefault("ignore_mismatched_sizes", True)
     if gptq:
         config = copy.copy(config)
         vars(config).pop("quantization_config", None)
@@ -344,6 +352,29 @@ def replace_matrices(model) -> None:
         setattr(model.get_submodule(parent), leaf, new)
 
 
+def _other_shapes(source, found: str) -> str:
+    return (
+        f"Tensors of the checkpoint {source} have other shapes than its config.json says: {found}. Compare hidden_size, "
+        f"intermediate_size and, in quantization_config, bits and group_size with the weight files; both must come from "
+        f"one checkpoint."
+    )
+
+
+@contextlib.contextmanager
+def loading_quantized(config, source, kwargs: dict):
+    """A context for transformers' `from_pretrained(source, config=config, **kwargs)` after `take_quantization`."""
+    if not hasattr(config, HELD) and not getattr(config, "int8_weights", False):
+        yield
+        return
+    try:
+        with keeping_dtypes(kwargs):
+            yield
+    except ValueError as error:
+        if REPORTS_MISMATCHES or "tensor of shape" not in str(error):
+            raise
+        raise RuntimeError(_other_shapes(source, str(error))) from None
+
+
 def check_tensors(model, info: dict, source) -> None:
     """
     See that the tensors of a checkpoint fit its quantisation, and fill in what a file may leave out.
@@ -357,15 +388,13 @@ def check_tensors(model, info: dict, source) -> None:
     mismatched = sorted(tuple(entry) for entry in info.get("mismatched_keys") or ())
     if mismatched:
         shown = "; ".join(f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in mismatched[:3])
-        raise RuntimeError(
-            f"{len(mismatched)} tensors of the checkpoint {source} have other shapes than its config.json says: {shown}"
-            f"{'; ...' if len(mismatched) > 3 else ''}. Compare hidden_size, intermediate_size and, in "
-            f"quantization_config, bits and group_size with the weight files; both must come from one checkpoint."
-        )
+        raise RuntimeError(_other_shapes(source, f"{shown}; ..." if len(mismatched) > 3 else shown))
     missing = set(info["missing_keys"])
+    keep_offloaded_dtypes(model, ("qweight", "qzeros", "scales", "g_idx", "weight_scale"))
     for name, module in model.named_modules():
         if not isinstance(module, QuantizedLinear):
             continue
+        module.scales.requires_grad_(False)
         absent = {leaf: [key for key in missing if f".{key}".endswith(f".{name}.{leaf}")] for leaf in ("g_idx", "bias")}
         if absent["g_idx"] and module.format.desc_act:
             raise RuntimeError(

@@ -736,6 +736,19 @@ def keeping_dtypes(kwargs: dict):
         torch.set_default_dtype(before)
 
 
+# Up to 4.52 a tensor of another shape stops the loading, whatever `ignore_mismatched_sizes` says.
+REPORTS_MISMATCHES = masking_utils is not None
+
+
+def keep_offloaded_dtypes(model, names: tuple) -> None:
+    """Up to 4.52 what is read from a disk is cast, codes too: read the tensors of these last names as they lie."""
+    for module in model.modules():
+        index = getattr(getattr(getattr(module, "_hf_hook", None), "weights_map", None), "dataset", None)
+        for name, entry in (getattr(index, "index", None) or {}).items():
+            if name.rpartition(".")[2] in names and "safetensors_file" in entry:
+                entry.pop("dtype", None)
+
+
 def quantization_methods() -> set:
     """The methods of quantised checkpoints that this release knows, as config.json calls them."""
     from transformers.utils.quantization_config import QuantizationMethod

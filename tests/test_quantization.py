@@ -349,10 +349,10 @@ print(peak - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 def test_loading_takes_little_more_than_the_file(tmp_path):
-    """Twelve blocks of Qwen-1.8B's width in two files: the peak is at most 1.15 times the tensors."""
+    """Twelve blocks of Qwen-1.8B's width in six files: the peak is at most 1.15 times the tensors."""
     config = tiny_config(hidden_size=2048, num_hidden_layers=12, num_attention_heads=16, kv_channels=128,
                          intermediate_size=11008, vocab_size=32000)  # fmt: skip
-    files = [{}, {}]
+    files = [{} for _ in range(6)]
     for layer in range(12):
         for name, inputs, outputs in (
             *(("attn.c_attn", 2048, 6144), ("attn.c_proj", 2048, 2048)),
@@ -365,9 +365,9 @@ def test_loading_takes_little_more_than_the_file(tmp_path):
                 "g_idx": torch.arange(inputs, dtype=torch.int32) // 128,
                 "bias": torch.ones(outputs, dtype=torch.float16),
             }
-            files[layer % 2].update({f"transformer.h.{layer}.{name}.{part}": t for part, t in parts.items()})
+            files[layer // 2].update({f"transformer.h.{layer}.{name}.{part}": t for part, t in parts.items()})
         for name in ("ln_1", "ln_2"):
-            files[layer % 2][f"transformer.h.{layer}.{name}.weight"] = torch.ones(2048, dtype=torch.float16)
+            files[layer // 2][f"transformer.h.{layer}.{name}.weight"] = torch.ones(2048, dtype=torch.float16)
     for name, rows in (("transformer.wte", 32000), ("lm_head", 32000), ("transformer.ln_f", None)):
         files[0][f"{name}.weight"] = torch.ones(*([rows] if rows else []), 2048, dtype=torch.float16)
     quantized = {"bits": 4, "group_size": 128, "quant_method": "gptq"}
@@ -376,7 +376,7 @@ def test_loading_takes_little_more_than_the_file(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     places = {name: f"{i}.safetensors" for i, tensors in enumerate(files) for name in tensors}
     size = sum(tensor.numel() * tensor.element_size() for tensors in files for tensor in tensors.values())
-    for i in range(2):
+    for i in range(6):
         save_file(files[i], tmp_path / f"{i}.safetensors", metadata={"format": "pt"})
     del files
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
@@ -448,8 +448,8 @@ def groups_that_are_not_there(tensors):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ({}, scales_of_other_groups, r"other shapes.*qzeros is \(1, .*not \(\d, .*group_size"),
-        ({}, codes_of_other_inputs, r"1 tensors.*h\.1\.mlp\.w1\.qweight is \(7, 96\), not \(8, 96\)"),
+        ({}, scales_of_other_groups, r"other shapes.*(?:qzeros|scales).*group_size"),
+        ({}, codes_of_other_inputs, r"other shapes.*qweight.*8, 96"),
         ({"desc_act": True}, without("h.0.mlp.w1.g_idx"), r"desc_act, but lacks .*h\.0\.mlp\.w1\.g_idx"),
         ({}, without("mlp.w2.scales"), r"3 weights missing.*mlp\.w2\.scales"),
         ({}, without("attn.c_attn.bias"), r"3 weights missing.*attn\.c_attn\.bias"),
@@ -467,7 +467,7 @@ def test_tensors_that_do_not_fit(tmp_path, kind, change, message):
 def test_codes_of_another_number_of_bits(published):
     folder, _ = published
     edit_config(folder, bits=8)
-    with pytest.raises(RuntimeError, match=r"other shapes.*qweight is .*bits and group_size"):
+    with pytest.raises(RuntimeError, match=r"other shapes.*qweight.*bits and group_size"):
         QWenLMHeadModel.from_pretrained(folder, fp32=True)
 
 
