@@ -385,10 +385,10 @@ def check_tensors(model, info: dict, source) -> None:
     Raises RuntimeError for tensors of other shapes, for a g_idx that is missing with desc_act, or names groups that
     there are not.
     """
-    mismatched = sorted(tuple(entry) for entry in info.get("mismatched_keys") or ())
-    if mismatched:
-        shown = "; ".join(f"{key} is {tuple(found)}, not {tuple(wanted)}" for key, found, wanted in mismatched[:3])
-        raise RuntimeError(_other_shapes(source, f"{shown}; ..." if len(mismatched) > 3 else shown))
+    mismatched = info.get("mismatched_keys") or ()
+    if mismatched:  # names, in some releases (name, shape found, shape wanted)
+        shown = [entry if isinstance(entry, str) else f"{entry[0]} is {tuple(entry[1])}" for entry in sorted(mismatched)]
+        raise RuntimeError(_other_shapes(source, ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")))
     missing = set(info["missing_keys"])
     keep_offloaded_dtypes(model, ("qweight", "qzeros", "scales", "g_idx", "weight_scale"))
     for name, module in model.named_modules():

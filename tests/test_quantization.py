@@ -449,7 +449,7 @@ def groups_that_are_not_there(tensors):
     ("kind", "change", "message"),
     [
         ({}, scales_of_other_groups, r"other shapes.*(?:qzeros|scales).*group_size"),
-        ({}, codes_of_other_inputs, r"other shapes.*qweight.*8, 96"),
+        ({}, codes_of_other_inputs, r"other shapes.*qweight"),
         ({"desc_act": True}, without("h.0.mlp.w1.g_idx"), r"desc_act, but lacks .*h\.0\.mlp\.w1\.g_idx"),
         ({}, without("mlp.w2.scales"), r"3 weights missing.*mlp\.w2\.scales"),
         ({}, without("attn.c_attn.bias"), r"3 weights missing.*attn\.c_attn\.bias"),
