@@ -530,3 +530,79 @@ def test_adapters_train_and_merging_says_what_to_do_instead(published):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     with pytest.raises(AttributeError, match="merge them into the checkpoint in full precision"):
         adapted.merge_and_unload()
+
+
+# --- The kernels --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "avx512_bf16"])
+def instructions(request):
+    if not operations.load():
+        pytest.skip(f"no native kernels: {operations.kernels_in_use()['reason']}")
+    before = operations.kernels_in_use()["instructions"]
+    try:
+        operations.set_instructions(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield request.param
+    operations.set_instructions(before)
+
+
+SHAPES = {  # inputs, outputs, then how they are quantised
+    "whole tiles": (256, 192, {"bits": 4, "group_size": 128}),
+    "a group of two segments": (512, 64, {"bits": 4, "group_size": 256, "sym": False}),
+    "one group": (320, 72, {"bits": 4, "sym": False, "v2": True}),
+    "short groups": (96, 40, {"bits": 4, "group_size": 32, "sym": False}),
+    "a last group that is short": (200, 104, {"bits": 4, "group_size": 64, "sym": False}),
+    "groups that fill no integer": (48, 16, {"bits": 4, "group_size": 12, "sym": False}),
+    "int8": (256, 100, {"bits": 8, "group_size": 128, "sym": False}),
+    "int8 per channel": (132, 68, {"bits": 8}),
+    "any order": (256, 104, {"bits": 4, "group_size": 64, "desc_act": True, "sym": False}),
+    "any order, int8": (96, 36, {"bits": 8, "group_size": 32, "desc_act": True}),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_rows(instructions, shape, rows, dtype):
+    inputs, outputs, kind = SHAPES[shape]
+    parts, weight = random_matrix(inputs, outputs, **kind)
+    x = torch.randn(2, rows, inputs, generator=torch.Generator().manual_seed(1)).to(dtype)[1:]
+    bias = torch.randn(outputs).to(dtype)
+    group_size = kind.get("group_size", inputs)
+    g_idx = parts["g_idx"] if kind.get("desc_act") else None
+    tensors = parts["qweight"], parts["qzeros"], parts["scales"], g_idx, kind["bits"], group_size, int(not kind.get("v2"))
+    y = operations.gptq_linear(x, *tensors, bias)
+    assert y.dtype == dtype
+    assert y.shape == (1, rows, outputs)
+    expected = x.double() @ weight.t() + bias.double()
+    exact = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    torch.testing.assert_close(y.double(), expected, rtol=exact, atol=exact * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_dequantised_matrix(instructions, shape, dtype):
+    inputs, outputs, kind = SHAPES[shape]
+    parts, weight = random_matrix(inputs, outputs, **kind)
+    group_size = kind.get("group_size", inputs)
+    g_idx = parts["g_idx"] if kind.get("desc_act") else None
+    tensors = parts["qweight"], parts["qzeros"], parts["scales"], g_idx, kind["bits"], group_size, int(not kind.get("v2"))
+    found = operations.gptq_dequantize(*tensors, dtype=dtype)
+    assert torch.equal(found, weight.t().to(torch.float32).to(dtype))
+    assert torch.equal(operations.gptq_dequantize_reference(*tensors, dtype=dtype), found)
+    n = 32 // kind["bits"]  # a block of outputs is a view into the whole
+    some = (tensors[0][:, n : 3 * n], tensors[1][:, 1:3], tensors[2][:, n : 3 * n], *tensors[3:])
+    assert torch.equal(operations.gptq_dequantize(*some, dtype=dtype), found[:, n : 3 * n])
+
+
+def test_blocks_are_the_whole(monkeypatch):
+    parts, weight = random_matrix(64, 96, 4, 32)
+    monkeypatch.setattr(operations, "BLOCK_WEIGHTS", 64 * 40)
+    tensors = *(parts[name] for name in PARTS[:3]), None, 4, 32, 1
+    found = list(operations.gptq_blocks(*tensors, dtype=torch.float32))
+    assert [where.start for where, _ in found] == [0, 40, 80]
+    x = torch.randn(20, 64)
+    y = operations.gptq_linear(x, *tensors)
+    torch.testing.assert_close(y.double(), x.double() @ weight.t(), rtol=1e-5, atol=1e-5)

@@ -21,8 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from upgrade_checkpoint import Problem, check_weights, planned, read_json, try_loading, write_file
+
+ROOT = Path(__file__).resolve().parent.parent
+QWenConfig = get_class_from_dynamic_module("configuration_qwen.QWenConfig", str(ROOT))
+QWenLMHeadModel = get_class_from_dynamic_module("modeling_qwen.QWenLMHeadModel", str(ROOT))
+QWenTokenizer = get_class_from_dynamic_module("tokenization_qwen.QWenTokenizer", str(ROOT))
 
 INDEX = "model.safetensors.index.json"
 # The matrices of a block in the order of its computation; those of a line have one input.
@@ -338,9 +343,9 @@ def make(
     partial = target.parent / f"quantizing_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     partial.mkdir(parents=True, exist_ok=True)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    qwen = AutoConfig.from_pretrained(source, trust_remote_code=True)
+    qwen = QWenConfig.from_dict(config)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(qwen, trust_remote_code=True).eval()
+        model = QWenLMHeadModel(qwen).eval()
     dtype = torch.float32
     if device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -375,7 +380,7 @@ def make(
 
 def first_hidden(source: Path, weights: Weights, calibration: Path, samples: int, length: int) -> list[torch.Tensor]:
     """The embeddings of the calibration text, float16 (T, hidden) for each sample."""
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+    tokenizer = QWenTokenizer.from_pretrained(source)
     embedding = weights["transformer.wte.weight"]
     dtype = torch.float16 if embedding.dtype != torch.bfloat16 else torch.bfloat16
     dtype = torch.float32 if embedding.dtype == torch.float32 else dtype
