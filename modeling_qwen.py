@@ -54,6 +54,7 @@ from .qwen_quantization import (
     QuantizedLinear,
     check_tensors,
     give_back_quantization,
+    is_quantized,
     loading_quantized,
     replace_matrices,
     take_quantization,
@@ -470,7 +471,9 @@ class QWenPreTrainedModel(PreTrainedModel):
         else:
             supported = cpu_supports_bf16()
             fallback = torch.float32
-        if own is not None and (own != torch.bfloat16 or supported):
+        # GPTQ checkpoints all name float16, which is slow on a CPU; their codes are exact in any precision.
+        slow = own == torch.float16 and not on_accelerator and is_quantized(config)
+        if own is not None and not slow and (own != torch.bfloat16 or supported):
             return own
         return torch.bfloat16 if supported else fallback
 

@@ -91,8 +91,8 @@ def check_quantization_config(config: dict) -> GPTQFormat | None:
     layout = config.get("checkpoint_format") or config.get("format") or "gptq"
     if layout not in ("gptq", "gptq_v2"):
         raise ValueError(
-            f"config.json: quantization_config.checkpoint_format must be 'gptq' or 'gptq_v2', found {layout!r}, a layout "
-            f"for one kernel. Take the checkpoint it was made from, or load it with the package gptqmodel: "
+            f"config.json: quantization_config.checkpoint_format must be 'gptq' or 'gptq_v2', found {layout!r}, which "
+            f"is a layout for one kernel. Take the checkpoint it was made from, or load it with the package gptqmodel: "
             f"quantization_config=GPTQConfig(bits={bits})."
         )
     for key, plain in (("dynamic", (None, {})), ("pack_dtype", (None, "int32"))):
@@ -320,6 +320,11 @@ def take_quantization(config, path, kwargs: dict):
     return config
 
 
+def is_quantized(config) -> bool:
+    """Whether the model that is being loaded with this configuration has matrices of GPTQ."""
+    return getattr(config, HELD, None) is not None
+
+
 def give_back_quantization(model) -> None:
     """Let the configuration of a loaded model say how its matrices are quantised, as it is saved."""
     held = vars(model.config).pop(HELD, None)
@@ -354,16 +359,16 @@ def replace_matrices(model) -> None:
 
 def _other_shapes(source, found: str) -> str:
     return (
-        f"Tensors of the checkpoint {source} have other shapes than its config.json says: {found}. Compare hidden_size, "
-        f"intermediate_size and, in quantization_config, bits and group_size with the weight files; both must come from "
-        f"one checkpoint."
+        f"Tensors of the checkpoint {source} have other shapes than its config.json says: {found}. Compare "
+        f"hidden_size, intermediate_size and, in quantization_config, bits and group_size with the weight files; both "
+        f"must come from one checkpoint."
     )
 
 
 @contextlib.contextmanager
 def loading_quantized(config, source, kwargs: dict):
     """A context for transformers' `from_pretrained(source, config=config, **kwargs)` after `take_quantization`."""
-    if not hasattr(config, HELD) and not getattr(config, "int8_weights", False):
+    if not is_quantized(config) and not getattr(config, "int8_weights", False):
         yield
         return
     try:
@@ -387,7 +392,9 @@ def check_tensors(model, info: dict, source) -> None:
     """
     mismatched = info.get("mismatched_keys") or ()
     if mismatched:  # names, in some releases (name, shape found, shape wanted)
-        shown = [entry if isinstance(entry, str) else f"{entry[0]} is {tuple(entry[1])}" for entry in sorted(mismatched)]
+        shown = [
+            entry if isinstance(entry, str) else f"{entry[0]} is {tuple(entry[1])}" for entry in sorted(mismatched)
+        ]
         raise RuntimeError(_other_shapes(source, ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")))
     missing = set(info["missing_keys"])
     keep_offloaded_dtypes(model, ("qweight", "qzeros", "scales", "g_idx", "weight_scale"))

@@ -26,10 +26,12 @@ def correlated(inputs: int, seed: int = 0) -> torch.Tensor:
 
 
 def error(x, weight, parts, bits) -> float:
-    return float(((x @ (gptq.dequantized(parts, bits) - weight).t()).norm() / (x @ weight.t()).norm()))
+    return float((x @ (gptq.dequantized(parts, bits) - weight).t()).norm() / (x @ weight.t()).norm())
 
 
-@pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"sym": False}, {"desc_act": True}, {"group_size": -1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"group_size": 32}, {"sym": False}, {"desc_act": True}, {"group_size": -1}], ids=str
+)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_it_is_better_than_rounding_to_the_nearest(bits, options):
     x, weight = correlated(256), torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
@@ -91,7 +93,9 @@ def source(tmp_path_factory):
 
 
 def quantised(source, target, *arguments, calibration="text.txt"):
-    status = tool.main([str(source), str(target), "--calibration", str(source.parent / calibration), *SMALL, *arguments])
+    status = tool.main(
+        [str(source), str(target), "--calibration", str(source.parent / calibration), *SMALL, *arguments]
+    )
     return status
 
 
@@ -120,7 +124,8 @@ def tokenizer(folder):
 def test_conversations_are_chatml_and_contents_are_text(source):
     found = gptq.calibration_samples(tokenizer(source), source.parent / "chat.json", 128, 2048)
     assert len(found) == 3
-    text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n"
+    text = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n"
+    text += "<|im_start|>assistant\n"
     one = tokenizer(source)
     begin = one(text)["input_ids"]
     assert found[0][: len(begin)] == begin

@@ -77,7 +77,8 @@ def make(folder, bits=4, group_size=32, biases="all", with_g_idx=True, files=1, 
                 tensors[name] = parameter.half()
     folder.mkdir(parents=True, exist_ok=True)
     config = {
-        **plain.config.to_dict(), compat.DTYPE: "float16", "auto_map": json.loads((ROOT / "config.json").read_text())["auto_map"],
+        **plain.config.to_dict(), compat.DTYPE: "float16",
+        "auto_map": json.loads((ROOT / "config.json").read_text())["auto_map"],
         "quantization_config": {
             "bits": bits, "group_size": group_size, "damp_percent": 0.01, "desc_act": kind.get("desc_act", False),
             "static_groups": False, "sym": kind.get("sym", True), "true_sequential": True, "quant_method": "gptq",
@@ -196,6 +197,13 @@ def test_every_precision_keeps_the_tensors_of_the_file(published, arguments, dty
     assert (logits - wanted).norm() < (1e-5 if dtype == torch.float32 else 0.05) * wanted.norm()
 
 
+def test_without_a_precision_a_cpu_takes_one_that_it_has(published):
+    """config.json names float16, which CPUs have no fast code for."""
+    folder, _ = published
+    wanted = torch.bfloat16 if compat.cpu_supports_bf16() else torch.float32
+    assert QWenLMHeadModel.from_pretrained(folder, device_map="cpu").dtype == wanted
+
+
 def test_the_memory_is_that_of_the_file(published):
     folder, _ = published
     model = QWenLMHeadModel.from_pretrained(folder, fp16=True)
@@ -224,7 +232,7 @@ def test_it_is_saved_as_it_was(tmp_path, kind):
 
 
 def test_a_cast_leaves_the_scales_alone(published):
-    folder, plain = published
+    folder, _ = published
     model = QWenLMHeadModel.from_pretrained(folder, fp16=True)
     for cast in (lambda m: m.to(torch.bfloat16), lambda m: m.float()):
         model = cast(model)
@@ -267,7 +275,8 @@ from transformers import AutoModelForCausalLM as A
 m = A.from_pretrained({str(folder)!r}, trust_remote_code=True, fp32=True)
 m.save_pretrained('again')
 m = A.from_pretrained('again', trust_remote_code=True, fp32=True)
-print(m.config.quantization_config['bits'], m.generate(torch.tensor({ids.tolist()}), max_new_tokens=8, do_sample=False)[0].tolist())
+ids = m.generate(torch.tensor({ids.tolist()}), max_new_tokens=8, do_sample=False)
+print(m.config.quantization_config['bits'], ids[0].tolist())
 """
     printed = run(code, tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert printed == f"4 {plain.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()}"
@@ -473,13 +482,13 @@ def test_codes_of_another_number_of_bits(published):
 
 def test_sizes_that_cannot_be_packed():
     format = quantization.check_quantization_config({"quant_method": "gptq", "bits": 4, "group_size": 4})
-    with pytest.raises(ValueError, match="4 bits are packed 8 to an integer.*12 inputs and 16 outputs"):
+    with pytest.raises(ValueError, match=r"4 bits are packed 8 to an integer.*12 inputs and 16 outputs"):
         quantization.QuantizedLinear(12, 16, format)
 
 
 def test_tensor_parallelism_is_refused(published):
     folder, _ = published
-    with pytest.raises(ValueError, match="tp_plan.*device_map"):
+    with pytest.raises(ValueError, match=r"tp_plan.*device_map"):
         QWenLMHeadModel.from_pretrained(folder, tp_plan="auto")
 
 
@@ -498,7 +507,8 @@ def test_gradients_go_through_the_weight_to_the_inputs(tmp_path, kind):
             model.transformer.get_parameter(name).grad, plain.transformer.get_parameter(name).grad, rtol=1e-4, atol=1e-6
         )
     held = [p for name, p in model.named_parameters() if name.endswith(PARTS)]
-    assert held and all(p.grad is None for p in held)
+    assert held
+    assert all(p.grad is None for p in held)
 
 
 def lora(model):
@@ -572,7 +582,15 @@ def test_few_rows(instructions, shape, rows, dtype):
     bias = torch.randn(outputs).to(dtype)
     group_size = kind.get("group_size", inputs)
     g_idx = parts["g_idx"] if kind.get("desc_act") else None
-    tensors = parts["qweight"], parts["qzeros"], parts["scales"], g_idx, kind["bits"], group_size, int(not kind.get("v2"))
+    tensors = (
+        parts["qweight"],
+        parts["qzeros"],
+        parts["scales"],
+        g_idx,
+        kind["bits"],
+        group_size,
+        int(not kind.get("v2")),
+    )
     y = operations.gptq_linear(x, *tensors, bias)
     assert y.dtype == dtype
     assert y.shape == (1, rows, outputs)
@@ -588,7 +606,15 @@ def test_the_dequantised_matrix(instructions, shape, dtype):
     parts, weight = random_matrix(inputs, outputs, **kind)
     group_size = kind.get("group_size", inputs)
     g_idx = parts["g_idx"] if kind.get("desc_act") else None
-    tensors = parts["qweight"], parts["qzeros"], parts["scales"], g_idx, kind["bits"], group_size, int(not kind.get("v2"))
+    tensors = (
+        parts["qweight"],
+        parts["qzeros"],
+        parts["scales"],
+        g_idx,
+        kind["bits"],
+        group_size,
+        int(not kind.get("v2")),
+    )
     found = operations.gptq_dequantize(*tensors, dtype=dtype)
     assert torch.equal(found, weight.t().to(torch.float32).to(dtype))
     assert torch.equal(operations.gptq_dequantize_reference(*tensors, dtype=dtype), found)

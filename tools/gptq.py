@@ -2,9 +2,9 @@
 GPTQ (https://arxiv.org/abs/2210.17323): matrices in 4 or 8 bits, rounded so that the outputs of a calibration text
 change least. `quantize_weights.py --bits` is the command; this is what it does with a checkpoint.
 
-One block at a time is on the device, read from the source's files and written to the target's, so that 72B needs no more
-than a block and the hidden states of the calibration text, which are kept in the unfinished folder between blocks: a run
-that was stopped goes on from there.
+One block at a time is on the device, read from the source's files and written to the target's, so that 72B needs no
+more than a block and the hidden states of the calibration text. These are kept in the unfinished folder between blocks:
+a run that was stopped goes on from there.
 """
 
 from __future__ import annotations
