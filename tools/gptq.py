@@ -103,8 +103,9 @@ def quantize(
     w = weight.detach().to(torch.float32).clone()
     group_size = width if group_size == -1 else group_size
     groups = -(-width // group_size)
+    if group_size % block:  # no group begins in one block and ends in the next, which is not up to date then
+        block = max(1, block // group_size) * group_size
     order = torch.arange(width, device=w.device)
-    inverse = None
     if hessian is not None:
         h = hessian.to(w.device, torch.float32).clone()
         diagonal = h.diagonal()
@@ -120,22 +121,24 @@ def quantize(
         inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     scales, zeros = (torch.zeros(out, groups, device=w.device) for _ in range(2))
     codes = torch.zeros_like(w)
-    for first in range(0, width, block):
+    if hessian is None:
+        for g in range(groups):
+            where = slice(g * group_size, (g + 1) * group_size)
+            scales[:, g : g + 1], zeros[:, g : g + 1] = scale, zero = grid(w[:, where], bits, sym)
+            codes[:, where] = encode(w[:, where], scale, zero, bits)
+    for first in range(0, width if hessian is not None else 0, block):
         last = min(first + block, width)
         errors = torch.zeros(out, last - first, device=w.device)
         for i in range(first, last):
             g = i // group_size
             if i % group_size == 0:
-                # what blocks behind this one still owe the group they don't know: within a block it is up to date
                 scale, zero = grid(w[:, i : i + group_size], bits, sym)
                 scales[:, g : g + 1], zeros[:, g : g + 1] = scale, zero
             scale, zero = scales[:, g], zeros[:, g]
             codes[:, i] = encode(w[:, i], scale, zero, bits)
-            if inverse is not None:
-                errors[:, i - first] = (w[:, i] - scale * (codes[:, i] - zero)) / inverse[i, i]
-                w[:, i:last] -= errors[:, i - first, None] * inverse[i, i:last]
-        if inverse is not None:
-            w[:, last:] -= errors @ inverse[first:last, last:]
+            errors[:, i - first] = (w[:, i] - scale * (codes[:, i] - zero)) / inverse[i, i]
+            w[:, i:last] -= errors[:, i - first, None] * inverse[i, i:last]
+        w[:, last:] -= errors @ inverse[first:last, last:]
     place = torch.argsort(order)
     g_idx = (torch.arange(width, device=w.device) // group_size)[place]
     return {
