@@ -407,8 +407,6 @@ def resume(partial: Path, files: list[str]) -> tuple[int, list[torch.Tensor] | N
 
 def finish(source: Path, partial: Path, config: dict, settings: dict, files: list[str]) -> None:
     """Everything but the weights: index, configuration, tokenizer, generation settings, code."""
-    for path in partial.glob("hidden-*.safetensors"):
-        path.unlink()
     places, total = {}, 0
     for file in files:
         with safe_open(partial / file, framework="pt") as weights:
@@ -422,7 +420,7 @@ def finish(source: Path, partial: Path, config: dict, settings: dict, files: lis
         if path.is_file() and not weights:
             shutil.copy2(path, partial)  # the files that links point to
     config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
-    config.update(bf16=False, fp16=True, fp32=False, torch_dtype="float16")
+    config.update(bf16=False, fp16=False, fp32=False, torch_dtype="float16")
     config["quantization_config"] = {
         "bits": settings["bits"],
         "group_size": settings["group_size"],
@@ -438,3 +436,5 @@ def finish(source: Path, partial: Path, config: dict, settings: dict, files: lis
     for name, content in planned(partial).items():
         write_file(partial / name, content)
     try_loading(partial)
+    for path in partial.glob("hidden-*.safetensors"):  # last, so that a run that is stopped before goes on from them
+        path.unlink()
