@@ -12,9 +12,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/List.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/silu.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Optional.h>
 #include <torch/library.h>
@@ -54,6 +56,21 @@ struct Linear {
   void* y;            // (rows, out)
   bool bf16_out;
 };
+
+struct Gptq {  // a product with a quantised matrix, or the matrix itself
+  const float* x;        // (rows rounded up to a power of two, in)
+  const BFloat16* pairs;  // (rows, in): x for the kernel of bfloat16, in its order
+  const float* sums;     // (rows, segments) of x
+  const int32_t *qweight, *qzeros, *g_idx;  // g_idx null: input i is in group i / group_size
+  const uint16_t* scales;                   // float16
+  int64_t qweight_stride, qzeros_stride, scales_stride;
+  int64_t rows, in, out, groups, group_size;
+  int bits, zero_offset;
+  float* y;  // (rows, out), zeros
+  void* weight;  // (in, out), float or BFloat16
+};
+
+constexpr int64_t SEGMENT = 128;  // inputs of one group that are summed up before the scale: 4 kB of codes at a time
 
 struct Store {  // keys or values, (B, nh, S, ...)
   const char *rows, *params;
@@ -100,6 +117,8 @@ enum Kind { F32, BF16, INT8, INT4 };
 
 struct Kernels {
   void (*linear)(const Linear&, bool int8, int64_t begin, int64_t end);  // output channels
+  void (*gptq)(const Gptq&, int64_t begin, int64_t end);                        // output channels
+  void (*dequantize)(const Gptq&, bool bf16, int64_t begin, int64_t end);       // rows of qweight
   void (*attend)(const Attention&, Kind, int64_t begin, int64_t end);            // splits of heads
   void (*merge)(const Attention&, bool rotated, int64_t begin, int64_t end);     // queries
   void (*append)(const Append&, bool bf16, bool int4, int64_t begin, int64_t end);  // rows of x
@@ -156,20 +175,21 @@ struct Level {
   int width;
   Kernels kernels;
   void (*linear_bf16)(const Linear&, bool int8, int64_t begin, int64_t end);  // x bfloat16 too, or null
+  void (*gptq_bf16)(const Gptq&, int64_t begin, int64_t end);
 };
 
 const std::vector<Level>& levels() {
   static const std::vector<Level> all = [] {
-    std::vector<Level> found{{"portable", 4, portable::KERNELS, nullptr}};
+    std::vector<Level> found{{"portable", 4, portable::KERNELS, nullptr, nullptr}};
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2) found.push_back({"avx2", 8, avx2::KERNELS, nullptr});
+    if (avx2) found.push_back({"avx2", 8, avx2::KERNELS, nullptr, nullptr});
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      found.push_back({"avx512", 16, avx512::KERNELS, nullptr});
+      found.push_back({"avx512", 16, avx512::KERNELS, nullptr, nullptr});
       if (__builtin_cpu_supports("avx512bf16"))
-        found.push_back({"avx512_bf16", 16, avx512::KERNELS, avx512_bf16::linear});
+        found.push_back({"avx512_bf16", 16, avx512::KERNELS, avx512_bf16::linear, avx512_bf16::gptq});
     }
 #endif
     return found;
@@ -248,6 +268,93 @@ Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bia
   at::parallel_for(0, a.out, grain(a.in * w.element_size()),
                    [&](int64_t begin, int64_t end) { run(a, int8, begin, end); });
   return y;
+}
+
+// What is said about the matrix, checked; the tensors are kept alive by the caller.
+Gptq gptq_matrix(Tensor& qweight, Tensor& qzeros, Tensor& scales, optional<Tensor>& g_idx, int64_t bits,
+                 int64_t group_size, int64_t zero_offset) {
+  TORCH_CHECK((bits == 4 || bits == 8) && group_size > 0, "gptq: bits must be 4 or 8 and the group positive, found ", bits,
+              " and ", group_size);
+  Gptq a{};
+  const int64_t n = 32 / bits;
+  for (const Tensor* t : {&qweight, &qzeros})
+    TORCH_CHECK(t->scalar_type() == at::kInt && t->dim() == 2, "gptq: qweight and qzeros must be int32 matrices");
+  a.in = qweight.size(0) * n, a.out = qweight.size(1), a.groups = scales.size(0), a.group_size = group_size;
+  a.bits = bits, a.zero_offset = zero_offset;
+  TORCH_CHECK(scales.dim() == 2 && scales.size(1) == a.out && qzeros.size(0) == a.groups && qzeros.size(1) * n == a.out,
+              "gptq: qweight ", qweight.sizes(), ", qzeros ", qzeros.sizes(), " and scales ", scales.sizes(), " don't fit");
+  if (!g_idx && group_size % n != 0) g_idx = at::arange(a.in, qweight.options()).floor_divide(group_size).to(at::kInt);
+  if (g_idx) {
+    g_idx = g_idx->to(at::kInt).contiguous();
+    TORCH_CHECK(g_idx->numel() == a.in, "gptq: g_idx must be (", a.in, "), found ", g_idx->sizes());
+    a.g_idx = g_idx->data_ptr<int32_t>();
+  } else {
+    TORCH_CHECK((a.in + group_size - 1) / group_size == a.groups, "gptq: ", a.groups, " groups of ", group_size,
+                " don't make ", a.in);
+  }
+  scales = scales.to(at::kHalf);
+  for (Tensor* t : {&qweight, &qzeros, &scales})
+    if (t->stride(1) != 1) *t = t->contiguous();
+  a.qweight = qweight.data_ptr<int32_t>(), a.qweight_stride = qweight.stride(0);
+  a.qzeros = qzeros.data_ptr<int32_t>(), a.qzeros_stride = qzeros.stride(0);
+  a.scales = static_cast<const uint16_t*>(scales.data_ptr()), a.scales_stride = scales.stride(0);
+  return a;
+}
+
+Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales, optional<Tensor> g_idx, int64_t bits,
+                   int64_t group_size, int64_t zero_offset, const optional<Tensor>& bias) {
+  Gptq a = gptq_matrix(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset);
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == a.in, "gptq_linear: x ", x.sizes(), " and ", a.in, " inputs don't fit");
+  auto shape = x.sizes().vec();
+  shape.back() = a.out;
+  a.rows = x.numel() / std::max<int64_t>(1, a.in);
+  TORCH_CHECK(a.rows <= 8, "gptq_linear: x has ", a.rows, " rows, more than 8");
+  if (a.rows == 0 || a.out == 0) return at::empty(shape, x.options());
+  int64_t padded = 1;
+  while (padded < a.rows) padded *= 2;
+  const auto options = x.options().dtype(at::kFloat);
+  const Tensor rows = at::zeros({padded, a.in}, options), y = at::zeros({padded, a.out}, options);
+  rows.narrow(0, 0, a.rows).copy_(x.reshape({a.rows, a.in}));
+  a.x = rows.data_ptr<float>(), a.y = y.data_ptr<float>();
+  const auto bf16 = x.scalar_type() == at::kBFloat16 && bits == 4 && !a.g_idx ? levels()[level].gptq_bf16 : nullptr;
+  Tensor pairs, sums;
+  if (bf16) {  // inputs j and j + 4 of an integer side by side
+    pairs = rows.view({padded, a.in / 8, 2, 4}).transpose(2, 3).to(at::kBFloat16).contiguous();
+    a.pairs = pairs.data_ptr<BFloat16>();
+  }
+  if (!a.g_idx) {
+    const int64_t part = std::min(group_size, SEGMENT);
+    if (a.in % part == 0 && (group_size % SEGMENT == 0 || group_size < SEGMENT)) {
+      sums = rows.view({padded, a.in / part, part}).sum(-1);
+    } else {
+      std::vector<Tensor> parts;
+      for (int64_t g = 0; g < a.in; g += group_size)
+        for (int64_t i = g, end = std::min(a.in, g + group_size); i < end; i += SEGMENT)
+          parts.push_back(rows.narrow(1, i, std::min(SEGMENT, end - i)).sum(-1));
+      sums = at::stack(parts, 1);
+    }
+    a.sums = sums.data_ptr<float>();
+  }
+  const auto run = bf16 ? bf16 : kernels().gptq;
+  constexpr int64_t TILE = 64;  // a thread has whole tiles
+  at::parallel_for(0, (a.out + TILE - 1) / TILE, grain(a.in * bits / 8 * TILE), [&](int64_t begin, int64_t end) {
+    run(a, begin * TILE, std::min(a.out, end * TILE));
+  });
+  Tensor result = y.narrow(0, 0, a.rows);
+  if (bias) result = result.add(*bias);
+  return result.to(x.scalar_type()).view(shape);
+}
+
+Tensor gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, optional<Tensor> g_idx, int64_t bits,
+                       int64_t group_size, int64_t zero_offset, at::ScalarType dtype) {
+  Gptq a = gptq_matrix(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset);
+  const bool bf16 = dtype == at::kBFloat16;
+  Tensor weight = at::empty({a.in, a.out}, qweight.options().dtype(bf16 ? at::kBFloat16 : at::kFloat));
+  if (weight.numel() == 0) return weight.to(dtype);
+  a.weight = weight.data_ptr();
+  at::parallel_for(0, qweight.size(0), grain(a.out * 32),
+                   [&](int64_t begin, int64_t end) { kernels().dequantize(a, bf16, begin, end); });
+  return weight.to(dtype);
 }
 
 // A row of keys, values, codes or parameters has to lie in one piece; copies what does not.
@@ -435,6 +542,8 @@ Tensor decode_block(const Tensor& input, at::TensorList norms, const c10::List<o
 
 TORCH_LIBRARY_IMPL(QWEN_NAMESPACE, CPU, m) {
   m.impl("linear", linear);
+  m.impl("gptq_linear", gptq_linear);
+  m.impl("gptq_dequantize", gptq_dequantize);
   m.impl("decode_attention", decode_attention);
   m.impl("quantize_append", quantize_append);
   m.impl("quantized_decode_attention", quantized_decode_attention);
@@ -662,7 +771,228 @@ void linear(const Linear& a, bool int8, int64_t begin, int64_t end) {
 }
 #endif
 
+// --- matrices in 4 and 8 bits -------------------------------------------------------------------------------------
+//
+// A vector is W outputs: of an integer each, n inputs. Codes are multiplied as they are, and a segment's sum is scaled:
+// scale * (sum of x * code - zero * sum of x).
+
+// The W codes `shift` bits up.
+template <int BITS>
+INLINE vf codes_at(vi words, int shift) {
+#if QWEN_WIDTH == 16
+  if (BITS == 4) {
+    static const float VALUES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (vf)_mm512_permutexvar_ps((__m512i)(words >> shift), _mm512_loadu_ps(VALUES));
+  }
+#endif
+  return __builtin_convertvector((words >> shift) & ((1 << BITS) - 1), vf);
+}
+
+INLINE vf load_half(const uint16_t* p) {
+  const vi bits = widen(reinterpret_cast<const BFloat16*>(p));
+  return (vf)((vi)((vf)((bits & 0x7fff) << 13) * 0x1p112f) | ((bits & 0x8000) << 16));
+}
+
+INLINE float one_half(uint16_t h) {
+  const uint32_t bits = (h & 0x7fffu) << 13, sign = (h & 0x8000u) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  x *= 0x1p112f;
+  return sign ? -x : x;
+}
+
+INLINE float one_zero(const Gptq& a, int64_t group, int64_t channel) {
+  const int n = 32 / a.bits, mask = (1 << a.bits) - 1;
+  const uint32_t word = a.qzeros[group * a.qzeros_stride + channel / n];
+  return ((word >> (channel % n * a.bits) & mask) + a.zero_offset) & mask;
+}
+
+// Zeros of W outputs.
+template <int BITS>
+INLINE vf zeros_at(const Gptq& a, int64_t group, int64_t channel) {
+  constexpr int N = 32 / BITS;
+  const int32_t* p = a.qzeros + group * a.qzeros_stride;
+  vi words, shifts;
+  for (int i = 0; i < W; ++i) words[i] = p[(channel + i) / N], shifts[i] = (channel + i) % N * BITS;
+  return __builtin_convertvector(((words >> shifts) + a.zero_offset) & ((1 << BITS) - 1), vf);
+}
+
+INLINE float one_code(const Gptq& a, int64_t i, int64_t channel) {
+  const int n = 32 / a.bits;
+  const uint32_t word = a.qweight[i / n * a.qweight_stride + channel];
+  return word >> (i % n * a.bits) & ((1 << a.bits) - 1);
+}
+
+// Adds inputs [i, end), a segment of `group`, for C vectors of outputs from `channel` on.
+template <int R, int C, int BITS>
+INLINE void gptq_block(const Gptq& a, int64_t segment, int64_t segments, int64_t group, int64_t i, int64_t end,
+                       int64_t channel) {
+  constexpr int N = 32 / BITS;
+  const int32_t* q = a.qweight + i / N * a.qweight_stride + channel;
+  vf acc[C][R] = {};
+#ifdef QWEN_BF16
+  static const uint16_t VALUES[32] = {
+      0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160,
+      0x4170, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150,
+      0x4160, 0x4170};  // the fifth bit of an index is the next code's
+  const __m512i values = _mm512_loadu_si512(VALUES);
+#endif
+  for (; i < end; i += N, q += a.qweight_stride) {
+    vi words[C];
+    for (int c = 0; c < C; ++c) words[c] = read<vi>(q + c * W);
+    __builtin_prefetch(q + 2 * C * W);
+#ifdef QWEN_BF16
+    for (int j = 0; j < 4; ++j) {
+      __m512bh x[R];
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, a.pairs + r * a.in + i + 2 * j, 4);
+        x[r] = (__m512bh)_mm512_set1_epi32(pair);
+      }
+      for (int c = 0; c < C; ++c) {
+        const __m512i codes = _mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)words[c], 4 * j), values);
+        for (int r = 0; r < R; ++r) acc[c][r] = (vf)_mm512_dpbf16_ps((__m512)acc[c][r], x[r], (__m512bh)codes);
+      }
+    }
+#else
+    for (int j = 0; j < N; ++j)
+      for (int c = 0; c < C; ++c) {
+        const vf codes = codes_at<BITS>(words[c], BITS * j);
+        for (int r = 0; r < R; ++r) acc[c][r] = fma(codes, all(a.x[r * a.in + i + j]), acc[c][r]);
+      }
+#endif
+  }
+  for (int c = 0; c < C; ++c) {
+    const int64_t o = channel + c * W;
+    const vf scale = load_half(a.scales + group * a.scales_stride + o), zero = zeros_at<BITS>(a, group, o);
+    for (int r = 0; r < R; ++r) {
+      float* y = a.y + r * a.out + o;
+      save(y, load(y) + scale * (acc[c][r] - zero * a.sums[r * segments + segment]));
+    }
+  }
+}
+
+// The outputs from `channel` on that fill no vector.
+template <int R>
+void gptq_rest(const Gptq& a, int64_t channel, int64_t end) {
+  for (; channel < end; ++channel)
+    for (int64_t i = 0; i < a.in; ++i) {
+      const int64_t g = a.g_idx ? a.g_idx[i] : i / a.group_size;
+      const float w = one_half(a.scales[g * a.scales_stride + channel]) * (one_code(a, i, channel) - one_zero(a, g, channel));
+      for (int r = 0; r < R; ++r) a.y[r * a.out + channel] += w * a.x[r * a.in + i];
+    }
+}
+
+template <int R, int BITS>
+void gptq_channels(const Gptq& a, int64_t begin, int64_t end) {
+  constexpr int C = R <= 2 ? 4 : R == 4 ? 2 : 1;
+  const int64_t whole = begin + (end - begin) / W * W;
+  int64_t segments = 0, segment = 0;
+  for (int64_t g = 0; g < a.in; g += a.group_size)
+    segments += (std::min(a.in, g + a.group_size) - g + SEGMENT - 1) / SEGMENT;
+  for (int64_t group = 0; group < a.groups; ++group) {
+    const int64_t last = std::min(a.in, (group + 1) * a.group_size);
+    for (int64_t i = group * a.group_size; i < last; i += SEGMENT, ++segment) {
+      const int64_t stop = std::min(last, i + SEGMENT);
+      int64_t channel = begin;
+      for (; channel + C * W <= whole; channel += C * W)
+        gptq_block<R, C, BITS>(a, segment, segments, group, i, stop, channel);
+      for (; channel < whole; channel += W) gptq_block<R, 1, BITS>(a, segment, segments, group, i, stop, channel);
+    }
+  }
+  gptq_rest<R>(a, whole, end);
+}
+
+#ifndef QWEN_BF16
+// Inputs in groups of any order: a sum for each group.
+template <int R, int BITS>
+void gptq_in_any_order(const Gptq& a, int64_t begin, int64_t end) {
+  constexpr int N = 32 / BITS;
+  std::vector<float> buffer(a.groups * (R * W + R));
+  float *sums = buffer.data(), *totals = sums + a.groups * R * W;
+  for (int64_t i = 0; i < a.in; ++i)
+    for (int r = 0; r < R; ++r) totals[a.g_idx[i] * R + r] += a.x[r * a.in + i];
+  int64_t channel = begin;
+  for (; channel + W <= end; channel += W) {
+    std::fill(sums, totals, 0.f);
+    for (int64_t i = 0; i < a.in; i += N) {
+      const vi words = read<vi>(a.qweight + i / N * a.qweight_stride + channel);
+      for (int j = 0; j < N; ++j) {
+        const vf codes = codes_at<BITS>(words, BITS * j);
+        float* to = sums + a.g_idx[i + j] * R * W;
+        for (int r = 0; r < R; ++r) save(to + r * W, fma(codes, all(a.x[r * a.in + i + j]), load(to + r * W)));
+      }
+    }
+    for (int64_t g = 0; g < a.groups; ++g) {
+      const vf scale = load_half(a.scales + g * a.scales_stride + channel), zero = zeros_at<BITS>(a, g, channel);
+      for (int r = 0; r < R; ++r) {
+        float* y = a.y + r * a.out + channel;
+        save(y, load(y) + scale * (load(sums + (g * R + r) * W) - zero * totals[g * R + r]));
+      }
+    }
+  }
+  gptq_rest<R>(a, channel, end);
+}
+#endif
+
+template <int R>
+void gptq_rows(const Gptq& a, int64_t begin, int64_t end) {
+#ifdef QWEN_BF16
+  gptq_channels<R, 4>(a, begin, end);
+#else
+  if (a.g_idx)
+    a.bits == 4 ? gptq_in_any_order<R, 4>(a, begin, end) : gptq_in_any_order<R, 8>(a, begin, end);
+  else
+    a.bits == 4 ? gptq_channels<R, 4>(a, begin, end) : gptq_channels<R, 8>(a, begin, end);
+#endif
+}
+
+void gptq(const Gptq& a, int64_t begin, int64_t end) {
+  if (a.rows == 1)
+    gptq_rows<1>(a, begin, end);
+  else if (a.rows == 2)
+    gptq_rows<2>(a, begin, end);
+  else if (a.rows <= 4)
+    gptq_rows<4>(a, begin, end);
+  else
+    gptq_rows<8>(a, begin, end);
+}
+
 #ifndef QWEN_BF16  // the rest is that of avx512
+
+template <int BITS, class T>
+void dequantize_rows(const Gptq& a, int64_t begin, int64_t end) {
+  constexpr int N = 32 / BITS;
+  std::vector<float> buffer(2 * (a.out + W));
+  float *scale = buffer.data(), *zero = scale + a.out + W;
+  int64_t known = -1;
+  for (int64_t row = begin; row < end; ++row)
+    for (int j = 0; j < N; ++j) {
+      const int64_t i = row * N + j, g = a.g_idx ? a.g_idx[i] : i / a.group_size;
+      if (g != known) {
+        int64_t o = 0;
+        for (; o + W <= a.out; o += W) {
+          save(scale + o, load_half(a.scales + g * a.scales_stride + o));
+          save(zero + o, zeros_at<BITS>(a, g, o));
+        }
+        for (; o < a.out; ++o) scale[o] = one_half(a.scales[g * a.scales_stride + o]), zero[o] = one_zero(a, g, o);
+        known = g;
+      }
+      T* to = static_cast<T*>(a.weight) + i * a.out;
+      const int32_t* q = a.qweight + row * a.qweight_stride;
+      int64_t o = 0;
+      for (; o + W <= a.out; o += W)
+        save(to + o, load(scale + o) * (codes_at<BITS>(read<vi>(q + o), BITS * j) - load(zero + o)));
+      for (; o < a.out; ++o) to[o] = scale[o] * (one_code(a, i, o) - zero[o]);
+    }
+}
+
+void dequantize(const Gptq& a, bool bf16, int64_t begin, int64_t end) {
+  if (a.bits == 4)
+    bf16 ? dequantize_rows<4, BFloat16>(a, begin, end) : dequantize_rows<4, float>(a, begin, end);
+  else
+    bf16 ? dequantize_rows<8, BFloat16>(a, begin, end) : dequantize_rows<8, float>(a, begin, end);
+}
 
 // --- stores of keys and values ------------------------------------------------------------------------------------
 //
@@ -1175,7 +1505,7 @@ void rotary(const Rotary& a, bool bf16, int64_t begin, int64_t end) {
   bf16 ? rotary_rows<BFloat16>(a, begin, end) : rotary_rows<float>(a, begin, end);
 }
 
-constexpr Kernels KERNELS{linear, attend, merge, append, norm, rotary};
+constexpr Kernels KERNELS{linear, gptq, dequantize, attend, merge, append, norm, rotary};
 
 #endif
 #undef INLINE

@@ -16,7 +16,16 @@ from transformers.utils import cached_file, logging
 
 from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
 from .cpp_kernels import copy_source, set_source_folder
-from .qwen_quantization import replace_matrices
+from .qwen_quantization import (
+    Int8Linear,
+    QuantizedLinear,
+    check_tensors,
+    give_back_quantization,
+    is_quantized,
+    loading_quantized,
+    replace_matrices,
+    take_quantization,
+)
 from .transformers_compat import (
     DTYPE,
     FLASH_MIXES_ROWS,
@@ -69,6 +78,8 @@ class QWenPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights; those that write to the residual stream smaller by `sqrt(2 * layers)`, as in GPT-2."""
         std = self.config.initializer_range
+        if isinstance(module, (Int8Linear, QuantizedLinear)):  # come from a checkpoint
+            return
         if isinstance(module, nn.Linear):
             if getattr(module, "into_residual", False):
                 std /= math.sqrt(2 * self.config.num_hidden_layers)
@@ -82,8 +93,7 @@ class QWenPreTrainedModel(PreTrainedModel):
 
     def post_init(self) -> None:
         """As inherited, at the end of the construction; codes take the place of weights where a checkpoint has them."""
-        if self.config.int8_weights:
-            replace_matrices(self)
+        replace_matrices(self)
         super().post_init()
 
     @classmethod
@@ -108,6 +118,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         if given is not None:
             config = cls._settle(given, kwargs)
         cls._find_kernels(config, pretrained_model_name_or_path, kwargs)
+        config = take_quantization(config, pretrained_model_name_or_path, kwargs)
         device_map = kwargs.get("device_map")
         on_accelerator = _goes_to_accelerator(device_map)
         dtype = pop_dtype(kwargs)
@@ -123,9 +134,12 @@ class QWenPreTrainedModel(PreTrainedModel):
             attention, reason = cls._choose_attention(config, main, on_accelerator)
         set_attention(config, kwargs, attention)
         info_wanted = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
-        )
+        with loading_quantized(config, pretrained_model_name_or_path, kwargs):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+            )
+        check_tensors(model, info, pretrained_model_name_or_path)
+        give_back_quantization(model)
         forget_device_map(model, device_map)
         for name, value in tokens.items():
             setattr(model.config, name, value)
@@ -226,7 +240,9 @@ class QWenPreTrainedModel(PreTrainedModel):
         else:
             supported = cpu_supports_bf16()
             fallback = torch.float32
-        if own is not None and (own != torch.bfloat16 or supported):
+        # GPTQ checkpoints all name float16, which is slow on a CPU; their codes are exact in any precision.
+        slow = own == torch.float16 and not on_accelerator and is_quantized(config)
+        if own is not None and not slow and (own != torch.bfloat16 or supported):
             return own
         return torch.bfloat16 if supported else fallback
 

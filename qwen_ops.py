@@ -90,6 +90,81 @@ def linear_reference(x, weight, bias=None, scale=None):
     return (y if bias is None else y + bias).to(x.dtype)
 
 
+# --- Matrices in 4 and 8 bits ---------------------------------------------------------------------------------------
+#
+# The tensors are those of a GPTQ checkpoint, see `QuantizedLinear` in qwen_quantization.py. bits: of a code, 4 or 8.
+# g_idx: None where input i is in group i // group_size. zero_offset: added to a stored zero.
+
+
+def gptq_linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    zero_offset: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    x (..., in) times a quantised matrix: (..., out) in x's dtype.
+
+    At the speed of memory for up to 8 rows of x on a CPU, accumulated in float32; more rows are multiplied by blocks of
+    the matrix that are dequantised to x's dtype on the way.
+    """
+    if (
+        0 < math.prod(x.shape[:-1]) <= MAX_ROWS
+        and x.device.type == "cpu"
+        and x.dtype in (*_FLOATS, torch.float16)
+        and _plain(x, qweight)
+        and not _differentiated(x, bias)
+    ):
+        return _OPERATORS.gptq_linear(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias)
+    return gptq_linear_reference(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias)
+
+
+def gptq_linear_reference(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias=None):
+    blocks = gptq_blocks(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype=x.dtype)
+    parts = [x @ weight for _, weight in blocks]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+BLOCK_WEIGHTS = 1 << 22  # that are dequantised at a time
+
+
+def gptq_blocks(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype):
+    """Neighbouring outputs, as slices, with their weights (in, outputs) in `dtype`."""
+    n, out = 32 // bits, qweight.shape[1]
+    width = max(1, BLOCK_WEIGHTS // (qweight.shape[0] * n) // n) * n
+    for first in range(0, out, width):
+        where, packed = slice(first, first + width), slice(first // n, (first + width) // n)
+        tensors = qweight[:, where], qzeros[:, packed], scales[:, where], g_idx
+        yield where, gptq_dequantize(*tensors, bits, group_size, zero_offset, dtype)
+
+
+def gptq_dequantize(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype) -> torch.Tensor:
+    """The weights, `scales * (code - zero)`: (in, out) in `dtype`."""
+    if qweight.device.type == "cpu" and _plain(qweight) and dtype in (*_FLOATS, torch.float16):
+        return _OPERATORS.gptq_dequantize(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype)
+    return gptq_dequantize_reference(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype)
+
+
+def gptq_dequantize_reference(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype):
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=qweight.device)
+    mask = 2**bits - 1
+    codes = (qweight[:, None] >> shifts[:, None] & mask).flatten(0, 1)  # (in, out)
+    zeros = (qzeros[:, :, None] >> shifts & mask).flatten(1) + zero_offset & mask  # (groups, out)
+    if g_idx is None and codes.shape[0] == scales.shape[0] * group_size:
+        codes = codes.unflatten(0, (-1, group_size))  # (groups, group_size, out)
+        return ((codes - zeros[:, None]) * scales[:, None].to(torch.float32)).flatten(0, 1).to(dtype)
+    if g_idx is None:
+        g_idx = torch.arange(codes.shape[0], device=codes.device) // group_size
+    g_idx = g_idx.long()
+    return ((codes - zeros[g_idx]) * scales.to(torch.float32)[g_idx]).to(dtype)
+
+
 # --- Attention over a cache --------------------------------------------------------------------------------------
 
 
@@ -469,6 +544,20 @@ OPERATIONS = {
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor",
         linear_reference,
         lambda x, weight, *args: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    ),
+    "gptq_linear": (
+        "(Tensor x, Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int group_size, "
+        "int zero_offset, Tensor? bias) -> Tensor",
+        gptq_linear_reference,
+        lambda x, qweight, *args: x.new_empty(*x.shape[:-1], qweight.shape[1]),
+    ),
+    "gptq_dequantize": (
+        "(Tensor qweight, Tensor qzeros, Tensor scales, Tensor? g_idx, int bits, int group_size, int zero_offset, "
+        "ScalarType dtype) -> Tensor",
+        gptq_dequantize_reference,
+        lambda qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype: qweight.new_empty(
+            qweight.shape[0] * 32 // bits, qweight.shape[1], dtype=dtype
+        ),
     ),
     "decode_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, float scaling, bool causal) -> Tensor",

@@ -1,51 +1,421 @@
-"""Matrices in 8 bits: what takes the place of `nn.Linear` where a checkpoint holds codes instead of weights."""
+"""
+Matrices in 8 and 4 bits: the modules that multiply by them, and what loading does to have them.
+
+Two formats of checkpoints are read and written as they lie in the file, without any package:
+
+    GPTQ   config.json has "quantization_config" with "quant_method": "gptq" and 4 or 8 bits (`QuantizedLinear`)
+    int8   config.json has "int8_weights": true, as tools/quantize_weights.py writes it (`Int8Linear`)
+
+Loading calls, in this order: `take_quantization` before transformers' `from_pretrained`, which would hand the
+checkpoint to another package; `loading_quantized` around it; `replace_matrices` when the model was built, on the meta
+device; `check_tensors` and `give_back_quantization` when its weights are loaded.
+
+Other methods (bitsandbytes, AWQ, ...) and a `quantization_config` that the caller passes are transformers' own.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import re
 
 import torch
 from torch import nn
 
-from .qwen_ops import linear, linear_reference
-from .transformers_compat import is_compiling
+from .qwen_ops import (
+    gptq_blocks,
+    gptq_dequantize,
+    gptq_linear,
+    gptq_linear_reference,
+    linear,
+    linear_reference,
+)
+from .transformers_compat import (
+    REPORTS_MISMATCHES,
+    is_compiling,
+    keep_offloaded_dtypes,
+    keeping_dtypes,
+    quantization_methods,
+)
+
+HELD = "_gptq"  # where a configuration keeps its quantization_config while transformers may not see it
 
 
-class Int8Linear(nn.Module):
+@dataclasses.dataclass(frozen=True)
+class GPTQFormat:
     """
-    `nn.Linear` whose weight is int8 (out, in), constant, times `weight_scale`, float32 (out,).
+    What `quantization_config` says about the tensors of a GPTQ checkpoint.
 
-    `tools/quantize_weights.py` makes such weights. (..., in) to (..., out), accumulated in float32.
+    bits: 4 or 8. group_size: neighbouring inputs that share a scale, -1: all of them. desc_act: inputs were taken in
+    an order of their own, so that g_idx says which group each is in. zero_offset: what is added to a stored zero, 1,
+    or 0 in "gptq_v2". lm_head: whether the output layer is quantised too.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True):
-        super().__init__()
+    bits: int
+    group_size: int
+    desc_act: bool
+    zero_offset: int
+    lm_head: bool
+
+
+def check_quantization_config(config: dict) -> GPTQFormat | None:
+    """
+    The format that a checkpoint's `quantization_config` describes, or None for a method that is transformers' own.
+
+    Raises ValueError for what neither reads; the message says what was found and what to do.
+
+    Example:
+        >>> check_quantization_config({"quant_method": "gptq", "bits": 4, "group_size": 128})
+        GPTQFormat(bits=4, group_size=128, desc_act=False, zero_offset=1, lm_head=False)
+    """
+    method = config.get("quant_method") or ("bitsandbytes" if is_bitsandbytes(config) else None)
+    if method != "gptq":
+        if method in quantization_methods():
+            return None
+        raise ValueError(
+            f"config.json has a quantization_config of the method {method!r}, which neither this code nor this release "
+            f"of transformers reads. Take the GPTQ checkpoint (Int4, Int8) or the one in full precision, which "
+            f"tools/quantize_weights.py makes a GPTQ checkpoint of."
+        )
+    bits, group_size = config.get("bits"), config.get("group_size", -1)
+    if bits not in (4, 8):
+        raise ValueError(
+            f"config.json: quantization_config.bits must be 4 or 8, found {bits!r}. Other checkpoints need the package "
+            f"gptqmodel: pass quantization_config=GPTQConfig(bits={bits!r}) to from_pretrained."
+        )
+    if not isinstance(group_size, int) or (group_size != -1 and group_size < 1):
+        raise ValueError(f"config.json: quantization_config.group_size must be -1 or positive, found {group_size!r}.")
+    layout = config.get("checkpoint_format") or config.get("format") or "gptq"
+    if layout not in ("gptq", "gptq_v2"):
+        raise ValueError(
+            f"config.json: quantization_config.checkpoint_format must be 'gptq' or 'gptq_v2', found {layout!r}, which "
+            f"is a layout for one kernel. Take the checkpoint it was made from, or load it with the package gptqmodel: "
+            f"quantization_config=GPTQConfig(bits={bits})."
+        )
+    for key, plain in (("dynamic", (None, {})), ("pack_dtype", (None, "int32"))):
+        if config.get(key) not in plain:
+            raise ValueError(
+                f"config.json: quantization_config.{key} is {config[key]!r}, which this code does not read. Load the "
+                f"checkpoint with the package gptqmodel: quantization_config=GPTQConfig(bits={bits})."
+            )
+    return GPTQFormat(
+        bits=bits,
+        group_size=group_size,
+        desc_act=bool(config.get("desc_act", False)),
+        zero_offset=int(layout == "gptq"),
+        lm_head=bool(config.get("lm_head", False)),
+    )
+
+
+def is_bitsandbytes(config: dict) -> bool:
+    return bool(config.get("load_in_8bit") or config.get("load_in_4bit"))
+
+
+# --- Modules -----------------------------------------------------------------------------------------------------
+
+
+class _Quantized(nn.Linear):
+    """An `nn.Linear`, which adapters look for, with codes for a weight. Its scales keep their precision in a cast."""
+
+    SCALES = ""  # their name
+
+    def __init__(self, in_features: int, out_features: int):
+        nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        weight = torch.zeros(out_features, in_features, dtype=torch.int8)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32))
 
-    def reset_parameters(self) -> None:
-        """Codes come from a checkpoint; without one they are zeros."""
+    def _apply(self, fn, *args, **kwargs):
+        scales = getattr(self, self.SCALES)
+
+        def keep_scales(tensor):  # integers are moved, not cast
+            return fn(tensor.detach().view(torch.int16)).view(tensor.dtype) if tensor is scales else fn(tensor)
+
+        return super()._apply(keep_scales, *args, **kwargs)
+
+
+class QuantizedLinear(_Quantized):
+    """
+    `nn.Linear` with the tensors of a GPTQ checkpoint in place of its weight (https://arxiv.org/abs/2210.17323).
+
+    With n = 32 / bits codes in an int32, the first in its lowest bits:
+
+        qweight  int32 (in / n, out)        code q of input n r + j in bits `bits * j` of row r
+        qzeros   int32 (groups, out / n)    a zero for each group and output, less `zero_offset`, packed alike
+        scales   float16 (groups, out)
+        g_idx    int32 (in)                 the group of each input
+        bias     (out) or None, in the model's precision
+
+        weight[o, i] = scales[g_idx[i], o] * (q[i, o] - zero[g_idx[i], o])
+
+    The weight is computed by `dequantize`. Gradients go through it to the inputs, never to the codes.
+    """
+
+    SCALES = "scales"
+
+    def __init__(
+        self, in_features: int, out_features: int, format: GPTQFormat, needs_bias: bool = False, device=None, dtype=None
+    ):
+        """
+        needs_bias: a checkpoint without the bias is incomplete; else it has none then. dtype: of the bias.
+
+        Raises ValueError for sizes that can't be packed.
+        """
+        super().__init__(in_features, out_features)
+        n = 32 // format.bits
+        if in_features % n or out_features % n:
+            raise ValueError(
+                f"{format.bits} bits are packed {n} to an integer: a matrix of {in_features} inputs and {out_features} "
+                f"outputs can't be quantised by GPTQ."
+            )
+        self.format, self.needs_bias = format, needs_bias
+        self.group_size = in_features if format.group_size == -1 else format.group_size
+        self.is_ordered = not format.desc_act  # input i is in group i // group_size
+        groups = -(-in_features // self.group_size)
+
+        def parameter(*shape, dtype, requires_grad=False):
+            return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad)
+
+        self.qweight = parameter(in_features // n, out_features, dtype=torch.int32)
+        self.qzeros = parameter(groups, out_features // n, dtype=torch.int32)
+        self.scales = parameter(groups, out_features, dtype=torch.float16)
+        self.g_idx = parameter(in_features, dtype=torch.int32)
+        self.bias = parameter(out_features, dtype=dtype, requires_grad=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., in), any floating dtype. Returns (..., out) in the same."""
+        if torch.is_grad_enabled() and x.requires_grad and not is_compiling():
+            y = _FrozenProduct.apply(x, *self.tensors())
+            return y if self.bias is None else y + self.bias
+        return (gptq_linear_reference if is_compiling() else gptq_linear)(x, *self.tensors(), self.bias)
+
+    def tensors(self) -> tuple:
+        """What the operations `gptq_linear` and `gptq_dequantize` take."""
+        g_idx = None if self.is_ordered else self.g_idx
+        return (
+            *(self.qweight, self.qzeros, self.scales, g_idx),
+            *(self.format.bits, self.group_size, self.format.zero_offset),
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight that the codes stand for, (out, in)."""
+        return gptq_dequantize(*self.tensors(), dtype=dtype).t()
+
+    def set_order(self) -> None:
+        """
+        See from g_idx whether the inputs are in the groups' order, whatever the configuration says.
+
+        Raises ValueError for groups that there are not. What is offloaded to a disk is not looked at.
+        """
+        if self.g_idx.device.type == "meta":
+            return
+        self.is_ordered = bool((self.g_idx == self._ordered_groups()).all())
+        low, high = int(self.g_idx.min()), int(self.g_idx.max())
+        if low < 0 or high >= self.scales.shape[0]:
+            raise ValueError(f"g_idx names the groups {low} to {high}, but there are {self.scales.shape[0]}")
+
+    def derive_groups(self) -> None:
+        """Fill in a g_idx that the checkpoint left out."""
         with torch.no_grad():
-            self.weight.zero_()
-            self.weight_scale.fill_(1)
-            if self.bias is not None:
-                self.bias.zero_()
+            device = "cpu" if self.g_idx.device.type == "meta" else self.g_idx.device
+            self.g_idx = nn.Parameter(self._ordered_groups().to(device), requires_grad=False)
+
+    def _ordered_groups(self) -> torch.Tensor:
+        device = None if self.g_idx.device.type == "meta" else self.g_idx.device
+        return torch.arange(self.in_features, dtype=torch.int32, device=device) // self.group_size
+
+    @property
+    def weight(self):
+        """What adapters ask about a weight; its values can't be had, and so can't be changed."""
+        return _NoWeight(self)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.format.bits}, "
+            f"group_size={self.group_size}, bias={self.bias is not None}"
+        )
+
+
+class _NoWeight:
+    def __init__(self, module: QuantizedLinear):
+        self.shape = torch.Size((module.out_features, module.in_features))
+        self.dtype, self.device = module.qweight.dtype, module.qweight.device
+
+    def __getattr__(self, name):
+        raise AttributeError(
+            "A matrix quantised by GPTQ has no weight that could be changed: dequantize() computes what it stands for. "
+            "To merge adapters, merge them into the checkpoint in full precision that this one was made from, and "
+            "quantise the result with tools/quantize_weights.py."
+        )
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x (..., in) times a quantised matrix, whose weight is computed anew for the gradient instead of kept for it."""
+
+    @staticmethod
+    def forward(ctx, x, *tensors):
+        ctx.tensors = tensors
+        return gptq_linear(x, *tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        blocks = gptq_blocks(*ctx.tensors, dtype=grad.dtype)
+        return (sum(grad[..., where] @ weight.t() for where, weight in blocks), *[None] * len(ctx.tensors))
+
+
+class Int8Linear(_Quantized):
+    """`nn.Linear` with an int8 weight (out, in), constant, which is multiplied by weight_scale, float32 (out,)."""
+
+    SCALES = "weight_scale"
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, device=None, dtype=None):
+        super().__init__(in_features, out_features)
+        codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return (linear_reference if is_compiling() else linear)(x, self.weight, self.bias, self.weight_scale)
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+# --- Loading -----------------------------------------------------------------------------------------------------
 
 
-def replace_matrices(model: nn.Module) -> None:
-    """Put an `Int8Linear` in the place of every `nn.Linear` of the model, in place; their weights are to be loaded."""
-    for parent in list(model.modules()):
-        for name, module in parent.named_children():
-            if type(module) is nn.Linear:
-                quantised = Int8Linear(module.in_features, module.out_features, module.bias is not None)
-                quantised.to(device=module.weight.device)
-                if module.bias is not None:
-                    quantised.bias.data = quantised.bias.data.to(module.bias.dtype)
-                setattr(parent, name, quantised)
+def take_quantization(config, path, kwargs: dict):
+    """
+    The configuration to load with: transformers must not see a `quantization_config` that is ours to read.
+
+    config: of the checkpoint at `path`; it is not changed. kwargs: of `from_pretrained`; `quantization_config` among
+    them leaves everything to transformers, `ignore_mismatched_sizes` may be added, so that `check_tensors` can say
+    what is wrong.
+
+    Raises ValueError for a checkpoint that neither this code nor transformers reads, or in tensor parallelism.
+    """
+    if kwargs.get("quantization_config") is not None or is_bitsandbytes(kwargs):
+        return config
+    found = getattr(config, "quantization_config", None)
+    found = found.to_dict() if hasattr(found, "to_dict") else found
+    beside = os.path.join(str(path), "quantize_config.json")
+    if not found and os.path.isfile(beside):  # all that early checkpoints have
+        with open(beside, encoding="utf-8") as file:
+            found = {**json.load(file), "quant_method": "gptq"}
+    gptq = bool(found) and check_quantization_config(found) is not None
+    if not gptq and not getattr(config, "int8_weights", False):
+        return config
+    if kwargs.get("tp_plan") is not None:
+        raise ValueError(
+            "Quantised matrices can't be split by tensor parallelism (tp_plan). Place whole blocks on the devices "
+            "instead: device_map='auto'."
+        )
+    if REPORTS_MISMATCHES:
+        kwargs.setdefault("ignore_mismatched_sizes", True)
+    if gptq:
+        config = copy.copy(config)
+        vars(config).pop("quantization_config", None)
+        setattr(config, HELD, found)
+    return config
+
+
+def is_quantized(config) -> bool:
+    """Whether the model that is being loaded with this configuration has matrices of GPTQ."""
+    return getattr(config, HELD, None) is not None
+
+
+def give_back_quantization(model) -> None:
+    """Let the configuration of a loaded model say how its matrices are quantised, as it is saved."""
+    held = vars(model.config).pop(HELD, None)
+    if held is not None:
+        model.config.quantization_config = held
+
+
+def replace_matrices(model) -> None:
+    """
+    Put quantised modules where the checkpoint has them, in place, as `model.config` says: GPTQ the matrices of the
+    blocks, int8 the output layer too.
+
+    Weights are not converted: this is for a model that is about to be loaded. Nothing happens for a configuration that
+    asks for nothing, or has `quantization_config` in sight, which is for other software.
+    """
+    held = getattr(model.config, HELD, None)
+    format = None if held is None else check_quantization_config(held)
+    int8 = getattr(model.config, "int8_weights", False)
+    if format is None and not int8:
+        return
+    with_head = int8 or format.lm_head
+    for name, old in list(model.named_modules()):
+        is_ours = re.search(r"(^|\.)h\.\d+\.", name) or (name == "lm_head" and with_head)
+        if not is_ours or not isinstance(old, nn.Linear) or isinstance(old, _Quantized):
+            continue
+        sizes, has_bias = (old.in_features, old.out_features), old.bias is not None
+        where = {"device": old.weight.device, "dtype": old.weight.dtype}
+        new = Int8Linear(*sizes, has_bias, **where) if int8 else QuantizedLinear(*sizes, format, has_bias, **where)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+
+
+def _other_shapes(source, found: str) -> str:
+    return (
+        f"Tensors of the checkpoint {source} have other shapes than its config.json says: {found}. Compare "
+        f"hidden_size, intermediate_size and, in quantization_config, bits and group_size with the weight files; both "
+        f"must come from one checkpoint."
+    )
+
+
+@contextlib.contextmanager
+def loading_quantized(config, source, kwargs: dict):
+    """A context for transformers' `from_pretrained(source, config=config, **kwargs)` after `take_quantization`."""
+    if not is_quantized(config) and not getattr(config, "int8_weights", False):
+        yield
+        return
+    try:
+        with keeping_dtypes(kwargs):
+            yield
+    except ValueError as error:
+        if REPORTS_MISMATCHES or "tensor of shape" not in str(error):
+            raise
+        raise RuntimeError(_other_shapes(source, str(error))) from None
+
+
+def check_tensors(model, info: dict, source) -> None:
+    """
+    See that the tensors of a checkpoint fit its quantisation, and fill in what a file may leave out.
+
+    info: what `output_loading_info=True` gives; what was filled in is taken from its `missing_keys`. A bias may be
+    missing where the network has none, g_idx where it can be derived.
+
+    Raises RuntimeError for tensors of other shapes, for a g_idx that is missing with desc_act, or names groups that
+    there are not.
+    """
+    mismatched = info.get("mismatched_keys") or ()
+    if mismatched:  # names, in some releases (name, shape found, shape wanted)
+        shown = [
+            entry if isinstance(entry, str) else f"{entry[0]} is {tuple(entry[1])}" for entry in sorted(mismatched)
+        ]
+        raise RuntimeError(_other_shapes(source, ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")))
+    missing = set(info["missing_keys"])
+    keep_offloaded_dtypes(model, ("qweight", "qzeros", "scales", "g_idx", "weight_scale"))
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedLinear):
+            continue
+        module.scales.requires_grad_(False)
+        absent = {leaf: [key for key in missing if f".{key}".endswith(f".{name}.{leaf}")] for leaf in ("g_idx", "bias")}
+        if absent["g_idx"] and module.format.desc_act:
+            raise RuntimeError(
+                f"The checkpoint {source} was quantised with desc_act, but lacks {name}.g_idx, which says how its "
+                f"inputs are grouped and can't be derived. Copy all weight files again, or quantise without desc_act."
+            )
+        if absent["g_idx"]:
+            module.derive_groups()
+        if absent["bias"] and not module.needs_bias:
+            module.bias = None
+        missing.difference_update(absent["g_idx"], [] if module.needs_bias else absent["bias"])
+        if not any(f".{key}".endswith(f".{name}.scales") for key in missing):
+            try:
+                module.set_order()
+            except ValueError as error:
+                raise RuntimeError(f"The checkpoint {source} is damaged: {name}: {error}. Copy it again.") from None
+    info["missing_keys"] = [key for key in info["missing_keys"] if key in missing]

@@ -11,6 +11,7 @@ functions, of packages that are not installed.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import copy
 import functools
@@ -988,6 +989,47 @@ def drop_old_arguments(kwargs: dict) -> None:
     if "resume_download" in kwargs and "resume_download" not in taken:  # from 5.0 every download is resumed
         del kwargs["resume_download"]
         logger.info("resume_download has no effect with this release of transformers: downloads are always resumed.")
+
+
+@contextlib.contextmanager
+def keeping_dtypes(kwargs: dict):
+    """
+    A context for `from_pretrained(**kwargs)` in which a tensor of a precision of its own keeps it.
+
+    Up to 4.52 (needed to 4.49) every tensor is cast to the precision that is asked for, and then to that of its place:
+    the scales of quantised matrices lose bits in between. Without the argument only the second happens.
+    """
+    dtype = kwargs.get(DTYPE)
+    if masking_utils is not None or not isinstance(dtype, torch.dtype):
+        yield
+        return
+    del kwargs[DTYPE]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+# Up to 4.52 a tensor of another shape stops the loading, whatever `ignore_mismatched_sizes` says.
+REPORTS_MISMATCHES = masking_utils is not None
+
+
+def keep_offloaded_dtypes(model, names: tuple) -> None:
+    """Up to 4.52 what is read from a disk is cast, codes too: read the tensors of these last names as they lie."""
+    for module in model.modules():
+        index = getattr(getattr(getattr(module, "_hf_hook", None), "weights_map", None), "dataset", None)
+        for name, entry in (getattr(index, "index", None) or {}).items():
+            if name.rpartition(".")[2] in names and "safetensors_file" in entry:
+                entry.pop("dtype", None)
+
+
+def quantization_methods() -> set:
+    """The methods of quantised checkpoints that this release knows, as config.json calls them."""
+    from transformers.utils.quantization_config import QuantizationMethod
+
+    return {method.value for method in QuantizationMethod}
 
 
 _HUB_ARGUMENTS = (

@@ -125,8 +125,27 @@ def int8_of(model):
     return other.eval()
 
 
+def int4_of(model):
+    """The model with matrices in 4 bits, groups of 128, as GPTQ stores them, rounded to the nearest."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    quantize = importlib.import_module("gptq").quantize
+    quantization = importlib.import_module(modeling.__name__.replace("modeling_qwen", "qwen_quantization"))
+    config = copy.deepcopy(model.config)
+    setattr(config, quantization.HELD, {"quant_method": "gptq", "bits": 4, "group_size": 128})
+    with torch.device("meta"):
+        other = modeling.QWenLMHeadModel(config)
+    state = dict(model.state_dict())
+    for name, module in other.named_modules():
+        if isinstance(module, quantization.QuantizedLinear):
+            parts = quantize(state.pop(f"{name}.weight"), 4)
+            state.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
+            state.setdefault(f"{name}.bias", torch.zeros(module.out_features, dtype=model.dtype))
+    other.load_state_dict(state, strict=True, assign=True)
+    return other.requires_grad_(False).eval()
+
+
 def write_gguf(model, path: Path, kind: str) -> None:
-    """The weights of ours in llama.cpp's format; kind: "BF16" or "Q8_0", for matrices."""
+    """The weights of ours in llama.cpp's format; kind: "BF16", "Q8_0" or "Q4_0", for matrices."""
     import gguf
 
     config = model.config
@@ -169,14 +188,16 @@ def speeds(threads: int, rounds: int, folder: Path) -> None:
     read = {"ours, bfloat16": weights_read(model)}
     small = int8_of(model)
     engines["ours, int8"], read["ours, int8"] = Ours(small, QWenCache), weights_read(small)
+    small = int4_of(model)
+    engines["ours, int4"], read["ours, int4"] = Ours(small, QWenCache), weights_read(small)
     engines["Qwen2, bfloat16"] = Ours(qwen2_of(model), transformers.DynamicCache)
     read["Qwen2, bfloat16"] = read["ours, bfloat16"]
     if HAS_LLAMA:
-        for kind, name in (("BF16", "llama.cpp, bfloat16"), ("Q8_0", "llama.cpp, q8_0")):
+        for kind, name in (("BF16", "llama.cpp, bfloat16"), ("Q8_0", "llama.cpp, q8_0"), ("Q4_0", "llama.cpp, q4_0")):
             path = folder / f"{kind}.gguf"
             write_gguf(model, path, kind)
             engines[name] = Llama(path, threads, max(CONTEXTS) + TOKENS)
-            read[name] = read["ours, bfloat16"] * 34 // 64 if kind == "Q8_0" else read["ours, bfloat16"]
+            read[name] = read["ours, bfloat16"] * {"BF16": 64, "Q8_0": 34, "Q4_0": 18}[kind] // 64
     ids = torch.randint(config.vocab_size, (1, max(CONTEXTS)), generator=torch.Generator().manual_seed(0))
     source = torch.ones(1 << 28)
 

@@ -45,6 +45,23 @@ def test_bytes_of_int8_weights_are_those_of_the_model(dtype):
     assert tool.memory(config, dtype)["weights"] == size
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, -1), (4, 128)])
+def test_bytes_of_gptq_weights_are_those_of_the_model(dtype, bits, group_size):
+    config = tiny_config(**WIDE)
+    config.quantization_config = {"quant_method": "gptq", "bits": bits, "group_size": group_size}
+    built = tiny_config(**WIDE)
+    setattr(built, tool.quantization.HELD, config.quantization_config)
+    with init_empty_weights():
+        model = modeling_qwen.QWenLMHeadModel(built).to(tool.DTYPES[dtype])
+    assert type(model.transformer.h[0].mlp.w1).__name__ == "QuantizedLinear"
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    need = tool.memory(config, dtype)
+    assert need["weights"] == size
+    _, used = tool.place(config, dtype, need, [80 * GB])
+    assert used == {0: sum(need.values())}
+
+
 @pytest.mark.parametrize(
     "config",
     [

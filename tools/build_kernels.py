@@ -13,20 +13,24 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import re
 import sys
 import time
+import types
 from pathlib import Path
 
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_module(name: str):
-    """A module of this repository as transformers loads it."""
-    return sys.modules[get_class_from_dynamic_module(f"{name}.logger", str(ROOT)).name]
+    """A module of this repository; they import each other relatively, so a package whose path is the root holds them."""
+    package = types.ModuleType("qwen_code")
+    package.__path__ = [str(ROOT)]
+    sys.modules.setdefault(package.__name__, package)
+    return importlib.import_module(f"{package.__name__}.{name}")
 
 
 def pin(folder: Path = ROOT) -> str:

@@ -2,6 +2,7 @@
 How much memory a Qwen takes, where device_map="auto" puts it, and what to do if there is too little.
 
     python tools/estimate_memory.py CHECKPOINT                   a folder, or its config.json
+    python tools/estimate_memory.py --size 72B --bits 4 --context 2048 --devices 48GB
     python tools/estimate_memory.py --size 72B --context 8192 --batch 4 --cache int8 --devices "80GB x 2"
 
 GB are 10^9 bytes. The activations are those of a prefill of the whole context at once with SDPA or flash attention and
@@ -12,6 +13,7 @@ not, 2 something is wrong with the arguments.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import re
@@ -26,6 +28,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 ROOT = Path(__file__).resolve().parent.parent
 QWenConfig = get_class_from_dynamic_module("configuration_qwen.QWenConfig", str(ROOT))
 QWenLMHeadModel = get_class_from_dynamic_module("modeling_qwen.QWenLMHeadModel", str(ROOT))
+quantization = sys.modules[get_class_from_dynamic_module("qwen_quantization.QuantizedLinear", str(ROOT)).__module__]
 qwen_cache = sys.modules[get_class_from_dynamic_module("qwen_cache.QWenCache", str(ROOT)).__module__]
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -37,6 +40,7 @@ SIZES = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CACHES = {"full": None, "int8": 8, "int4": 4}
+NOT_QUANTISED = {"load_in_8bit": True}  # or by transformers, which is not estimated
 GB = 10**9
 RESERVE = GB  # of each device, for the driver, PyTorch's own and gaps between tensors
 
@@ -75,6 +79,14 @@ def memory(config, dtype: str = "bf16", context: int = 8192, batch: int = 1, cac
     tokens = batch * context
     activations = max(tokens * rotating - layer, tokens * max(attending, multiplying), batch * V * (size + 4))
     weights = parameters(config) * size
+    gptq = quantization.check_quantization_config(getattr(config, "quantization_config", None) or NOT_QUANTISED)
+    if gptq is not None:  # codes, a scale and a zero for each group and output, the group of each input, a bias
+        block = 2 * h * size
+        for inputs, outputs in ((h, 3 * p), (p, h), (h, w), (h, w), (w, h)):
+            groups = 1 if gptq.group_size == -1 else -(-inputs // gptq.group_size)
+            codes = (inputs + groups) * outputs * gptq.bits // 8
+            block += codes + 2 * groups * outputs + 4 * inputs + outputs * size
+        weights = config.num_hidden_layers * block + (2 * V * h + h) * size
     if getattr(config, "int8_weights", False):  # a byte each, and a float32 for each output channel
         matrices = config.num_hidden_layers * (4 * h * p + 3 * h * w) + V * h
         weights -= matrices * (size - 1) - 4 * (config.num_hidden_layers * (3 * p + 2 * h + 2 * w) + V)
@@ -92,6 +104,8 @@ def place(config, dtype: str, need: dict[str, int], devices: list[int]) -> tuple
     Returns that max_memory and the bytes that each device holds then: weights, and beside them on a device the cache of
     its layers and activations. What has no room is on "cpu", computes on the first device, and has its cache there.
     """
+    config = copy.copy(config)
+    setattr(config, quantization.HELD, getattr(config, "quantization_config", None))
     with init_empty_weights():
         model = QWenLMHeadModel(config).to(DTYPES[dtype])
     layers, share = config.num_hidden_layers, need["weights"] / (need["weights"] + need["cache"])
@@ -177,12 +191,17 @@ def main(arguments: list[str] | None = None) -> int:
     which.add_argument("config", nargs="?", type=read_config, metavar="PATH", help="checkpoint folder, or config.json")
     which.add_argument("--size", choices=SIZES, help="a published size, in place of PATH")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="precision of the weights")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="of the weights of --size: GPTQ in groups of 128")
     parser.add_argument("--context", type=count, default=8192, help="tokens of a row, prompt and answer")
     parser.add_argument("--batch", type=count, default=1, help="rows")
     parser.add_argument("--cache", choices=CACHES, default="full", help="keys and values: as the weights, or quantised")
     parser.add_argument("--devices", type=read_devices, metavar='"80GB x 2"', help="memory of the devices")
     args = parser.parse_args(arguments)
     config = args.config or QWenConfig(**dict(zip(SHAPE, SIZES[args.size])))
+    if args.bits is not None:
+        if args.config is not None:
+            parser.error("--bits goes with --size; a checkpoint's own config.json says how it is quantised")
+        config.quantization_config = {"quant_method": "gptq", "bits": args.bits, "group_size": 128}
     asked = (config, args.dtype, args.context, args.batch, args.cache)
     try:
         need = memory(*asked)

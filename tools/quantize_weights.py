@@ -1,11 +1,20 @@
 """
-Make a checkpoint with int8 weights: little more than half the memory, and faster decoding on a CPU.
+Make a checkpoint with weights of 8 or 4 bits: a half or a quarter of the memory, and faster decoding.
 
-    python tools/quantize_weights.py SOURCE TARGET
+    python tools/quantize_weights.py SOURCE TARGET                                       int8
+    python tools/quantize_weights.py SOURCE TARGET --bits 4 --calibration TEXT           GPTQ, as Qwen-*-Chat-Int4
+    python tools/quantize_weights.py SOURCE TARGET --bits 8 --method rtn                 the same format, rounded only
 
 SOURCE is the folder of a checkpoint in safetensors, TARGET a folder that does not exist yet; it gets this code and
-loads like any other checkpoint. Every matrix but the embedding is stored as int8 with a scale, float32, for each output
-channel: the largest magnitude of the channel is 127 steps. One weight file is read at a time.
+loads like any other checkpoint.
+
+Without --bits every matrix but the embedding is stored as int8 with a scale, float32, for each output channel: the
+largest magnitude of the channel is 127 steps. One weight file is read at a time.
+
+With --bits the matrices of the blocks are stored in the format of GPTQ, 4 or 8 bits with a scale, float16, for each
+output and --group-size inputs, the rest in float16. --method gptq rounds so that the outputs for the calibration text
+change least, rtn each weight to the nearest. One block at a time is in memory. A run that was stopped goes on where it
+was when it is started again with the same arguments.
 
 Exit status: 0 done; 2 the checkpoint has a problem, or TARGET can't be written, and there is no TARGET.
 """
@@ -16,6 +25,7 @@ import argparse
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +40,7 @@ from checkpoint_files import (
     weight_files,
     write_file,
 )
+from gptq import make as make_gptq
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -110,11 +121,31 @@ def make(source: Path, target: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Make a checkpoint with int8 weights.")
+    parser = argparse.ArgumentParser(description="Make a checkpoint with weights of 8 or 4 bits.")
     parser.add_argument("source", type=Path, help="folder of the checkpoint")
     parser.add_argument("target", type=Path, help="the folder to make")
+    gptq = parser.add_argument_group("GPTQ")
+    gptq.add_argument("--bits", type=int, choices=(4, 8), help="write the format of GPTQ with so many bits")
+    gptq.add_argument("--method", choices=("gptq", "rtn"), default="gptq", help="default: %(default)s")
+    gptq.add_argument("--group-size", type=int, default=128, help="inputs with one scale, -1: all (default: 128)")
+    gptq.add_argument("--calibration", type=Path, metavar="FILE", help="plain text, .json or .jsonl of conversations")
+    gptq.add_argument("--samples", type=int, default=128, help="of the calibration text (default: %(default)s)")
+    gptq.add_argument("--length", type=int, default=2048, help="tokens of a sample (default: %(default)s)")
+    gptq.add_argument("--asymmetric", action="store_true", help="a zero of its own for each group")
+    gptq.add_argument("--desc-act", action="store_true", help="take the inputs that matter most first")
+    gptq.add_argument("--device", help="default: the GPU if there is one, else the CPU")
     args = parser.parse_args(arguments)
-    return exit_status(make, args.source, args.target)
+    options = {key: value for key, value in vars(args).items() if key not in ("source", "target", "bits")}
+    if args.bits is None and any(value != parser.get_default(key) for key, value in options.items()):
+        parser.error("the options of GPTQ need --bits 4 or --bits 8")
+    if args.group_size != -1 and args.group_size < 1:
+        parser.error(f"--group-size must be -1 or positive, found {args.group_size}")
+    if args.samples < 1 or args.length < 1:
+        parser.error("--samples and --length must be at least 1")
+    if args.bits is None:
+        return exit_status(make, args.source, args.target)
+    sym = not options.pop("asymmetric")
+    return exit_status(partial(make_gptq, bits=args.bits, sym=sym, **options), args.source, args.target)
 
 
 if __name__ == "__main__":

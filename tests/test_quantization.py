@@ -1,0 +1,635 @@
+"""Checkpoints in 4 and 8 bits: loading, computing, training on and saving them, and what is wrong with some."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CODE, ROOT, compat, modeling_qwen, random_ids, run, tiny_config, tiny_model, transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+quantization = importlib.import_module("qwen.qwen_quantization")
+operations = importlib.import_module("qwen.qwen_ops")
+building = importlib.import_module("qwen.cpp_kernels")
+QWenLMHeadModel = modeling_qwen.QWenLMHeadModel
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int64 (rows, columns) below 2^bits, packed along the rows: int32 (rows * bits / 32, columns)."""
+    n = 32 // bits
+    words = sum(codes[j::n].long() << (bits * j) for j in range(n))
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def random_matrix(inputs, outputs, bits, group_size=-1, sym=True, desc_act=False, v2=False, seed=0):
+    """The tensors of a matrix as GPTQ stores them, and the weight that they stand for, float64 (out, in)."""
+    generator = torch.Generator().manual_seed(seed)
+    group_size = inputs if group_size == -1 else group_size
+    groups = -(-inputs // group_size)
+    codes = torch.randint(0, 2**bits, (inputs, outputs), generator=generator)
+    zeros = torch.full((groups, outputs), 2 ** (bits - 1))
+    if not sym:
+        zeros = torch.randint(0 if v2 else 1, 2**bits, zeros.shape, generator=generator)
+    scales = ((torch.rand(groups, outputs, generator=generator) + 0.5) * 0.7 / 2**bits / inputs**0.25).half()
+    g_idx = torch.arange(inputs) // group_size
+    if desc_act:
+        g_idx = g_idx[torch.randperm(inputs, generator=generator)]
+    weight = (scales.double()[g_idx] * (codes - zeros[g_idx])).t()
+    stored = packed((zeros - int(not v2)).t(), bits).t()
+    return {
+        "qweight": packed(codes, bits), "qzeros": stored.contiguous(), "scales": scales, "g_idx": g_idx.int(),
+    }, weight  # fmt: skip
+
+
+def matrices(model):
+    return {name: module for name, module in model.named_modules() if ".h." in name and isinstance(module, nn.Linear)}
+
+
+def make(folder, bits=4, group_size=32, biases="all", with_g_idx=True, files=1, **kind):
+    """
+    A checkpoint as published ones are, and the same network in float32 with the weights that it stands for.
+
+    biases: "all" matrices have one, zeros where the network has none; "own": only those of the network.
+    """
+    plain = tiny_model(no_bias=kind.pop("no_bias", True))
+    tensors = {}
+    for seed, (name, module) in enumerate(matrices(plain).items()):
+        parts, weight = random_matrix(module.in_features, module.out_features, bits, group_size, seed=seed, **kind)
+        if not with_g_idx:
+            del parts["g_idx"]
+        with torch.no_grad():
+            module.weight.copy_(weight)
+        tensors.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
+        if module.bias is None and biases == "all":
+            tensors[f"{name}.bias"] = torch.zeros(module.out_features, dtype=torch.float16)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if f"{name.rpartition('.')[0]}.qweight" not in tensors or name.endswith("bias"):
+                parameter.copy_(parameter.half())
+                tensors[name] = parameter.half()
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        **plain.config.to_dict(), compat.DTYPE: "float16",
+        "auto_map": json.loads((ROOT / "config.json").read_text())["auto_map"],
+        "quantization_config": {
+            "bits": bits, "group_size": group_size, "damp_percent": 0.01, "desc_act": kind.get("desc_act", False),
+            "static_groups": False, "sym": kind.get("sym", True), "true_sequential": True, "quant_method": "gptq",
+            **({"checkpoint_format": "gptq_v2"} if kind.get("v2") else {}),
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    names = sorted(tensors)
+    if files == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return plain
+    places = {}
+    for i in range(files):
+        file = f"model-{i + 1:05}-of-{files:05}.safetensors"
+        save_file({name: tensors[name] for name in names[i::files]}, folder / file, metadata={"format": "pt"})
+        places.update(dict.fromkeys(names[i::files], file))
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return plain
+
+
+def stored(folder) -> dict:
+    """All tensors of a checkpoint."""
+    return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"].update(changes)
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A checkpoint of 4 bits; its folder and its network in float32."""
+    return tmp_path / "int4", make(tmp_path / "int4")
+
+
+# --- Loading and computing ----------------------------------------------------------------------------------------
+
+KINDS = {
+    "as published": {},
+    "int8": {"bits": 8},
+    "one group": {"group_size": -1},
+    "int8 per channel": {"bits": 8, "group_size": -1},
+    "groups of 64, the last one short": {"group_size": 64},
+    "group larger than the matrix": {"group_size": 128},
+    "groups of 16": {"group_size": 16},
+    "asymmetric": {"sym": False},
+    "asymmetric int8": {"bits": 8, "sym": False},
+    "desc_act": {"desc_act": True},
+    "desc_act, asymmetric int8": {"bits": 8, "desc_act": True, "sym": False},
+    "version 2": {"v2": True, "sym": False},
+    "without needless biases": {"biases": "own"},
+    "biases": {"no_bias": False},
+    "without g_idx": {"with_g_idx": False},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_computes_with_the_weights_that_the_codes_stand_for(tmp_path, kind):
+    plain = make(tmp_path, **KINDS[kind])
+    model = QWenLMHeadModel.from_pretrained(tmp_path, fp32=True)
+    replaced = matrices(model)
+    assert len(replaced) == 5 * 3
+    assert all(type(module) is quantization.QuantizedLinear for module in replaced.values())
+    for shape in ((1, 1), (2, 3), (3, 20)):  # few rows and many
+        ids = random_ids(*shape)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    kept = {"max_new_tokens": 12, "do_sample": False}
+    assert model.generate(random_ids(1, 8), **kept).tolist() == plain.generate(random_ids(1, 8), **kept).tolist()
+
+
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_recorded_checkpoints(name):
+    folder = Path(os.environ.get("QWEN_GPTQ", ROOT.parent / "shared" / "gptq")) / name
+    if not folder.is_dir():
+        pytest.skip("needs recorded checkpoints: set QWEN_GPTQ to their folder")
+    expected = load_file(folder / "expected.safetensors")
+    model = QWenLMHeadModel.from_pretrained(folder, fp32=True)
+    with torch.no_grad():
+        logits = model(expected["ids"]).logits
+    assert (logits - expected["logits"]).norm() < 1e-4 * expected["logits"].norm()
+    ids = expected["greedy_ids"]
+    prompt = ids[:, :20]
+    assert torch.equal(prompt, expected["ids"][:1, :20])
+    assert torch.equal(model.generate(prompt, max_new_tokens=ids.shape[1] - 20, do_sample=False), ids)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dtype"),
+    [({"bf16": True}, torch.bfloat16), ({"fp16": True}, torch.float16), ({"fp32": True}, torch.float32)],
+    ids=["bf16", "fp16", "fp32"],
+)
+def test_every_precision_keeps_the_tensors_of_the_file(published, arguments, dtype):
+    folder, plain = published
+    model = QWenLMHeadModel.from_pretrained(folder, **arguments)
+    assert model.dtype == dtype
+    tensors, held = stored(folder), dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name.endswith(PARTS):
+            assert held[name].dtype == tensor.dtype, name
+            assert torch.equal(held[name], tensor), name
+        else:
+            assert held[name].dtype == dtype, name
+    with torch.no_grad():
+        logits, wanted = model(random_ids(2, 20)).logits.float(), plain(random_ids(2, 20)).logits
+    assert (logits - wanted).norm() < (1e-5 if dtype == torch.float32 else 0.05) * wanted.norm()
+
+
+def test_without_a_precision_a_cpu_takes_one_that_it_has(published):
+    """config.json names float16, which CPUs have no fast code for."""
+    folder, _ = published
+    wanted = torch.bfloat16 if compat.cpu_supports_bf16() else torch.float32
+    assert QWenLMHeadModel.from_pretrained(folder, device_map="cpu").dtype == wanted
+
+
+def test_the_memory_is_that_of_the_file(published):
+    folder, _ = published
+    model = QWenLMHeadModel.from_pretrained(folder, fp16=True)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    assert held == sum(tensor.numel() * tensor.element_size() for tensor in stored(folder).values())
+
+
+@pytest.mark.parametrize("kind", ["as published", "desc_act, asymmetric int8", "version 2", "without needless biases"])
+def test_it_is_saved_as_it_was(tmp_path, kind):
+    make(tmp_path / "made", files=3, **KINDS[kind])
+    model = QWenLMHeadModel.from_pretrained(tmp_path / "made", fp16=True)
+    model(random_ids(1, 3)), model(random_ids(3, 20))  # nothing that they do may change what is saved
+    model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    before, after = stored(tmp_path / "made"), stored(tmp_path / "saved")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype, name
+        assert torch.equal(after[name], tensor), name
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("made", "saved")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    assert not any(key.startswith("_gptq") for key in configs[1])
+    again = QWenLMHeadModel.from_pretrained(tmp_path / "saved", fp16=True)
+    with torch.no_grad():
+        assert torch.equal(again(random_ids(1, 9)).logits, model(random_ids(1, 9)).logits)
+
+
+def test_a_cast_leaves_the_scales_alone(published):
+    folder, _ = published
+    model = QWenLMHeadModel.from_pretrained(folder, fp16=True)
+    for cast in (lambda m: m.to(torch.bfloat16), lambda m: m.float()):
+        model = cast(model)
+        scales = {p.dtype for name, p in model.named_parameters() if name.endswith("scales")}
+        assert scales == {torch.float16}
+    assert model.dtype == torch.float32
+    name, module = next(iter(matrices(model).items()))
+    assert torch.equal(module.scales, stored(folder)[f"{name}.scales"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"device_map": {"transformer.h.1": "disk", "": "cpu"}}],
+    ids=["cpu", "dict", "disk"],
+)
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_placements(tmp_path, arguments, desc_act):
+    plain = make(tmp_path / "made", desc_act=desc_act)
+    if "transformer.h.1" in str(arguments):
+        names = {f"transformer.h.{i}": "cpu" for i in (0, 2)}
+        places = {"transformer.wte": "cpu", "transformer.drop": "cpu", "transformer.rotary_emb": "cpu", **names,
+                  "transformer.h.1": "disk", "transformer.ln_f": "cpu", "lm_head": "cpu"}  # fmt: skip
+        arguments = {"device_map": places, "offload_folder": str(tmp_path / "offload")}
+    model = QWenLMHeadModel.from_pretrained(tmp_path / "made", fp32=True, **arguments)
+    with torch.no_grad():
+        for shape in ((1, 1), (2, 20)):
+            logits = model(random_ids(*shape)).logits
+            torch.testing.assert_close(logits, plain(random_ids(*shape)).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_it_loads_as_a_user_loads_it(published, tmp_path):
+    """With the code in the folder and by the auto classes, in a process that knows nothing else."""
+    folder, plain = published
+    for name in CODE:
+        shutil.copy(ROOT / name, folder)
+    ids = random_ids(1, 6)
+    code = f"""
+import torch
+from transformers import AutoModelForCausalLM as A
+m = A.from_pretrained({str(folder)!r}, trust_remote_code=True, fp32=True)
+m.save_pretrained('again')
+m = A.from_pretrained('again', trust_remote_code=True, fp32=True)
+ids = m.generate(torch.tensor({ids.tolist()}), max_new_tokens=8, do_sample=False)
+print(m.config.quantization_config['bits'], ids[0].tolist())
+"""
+    printed = run(code, tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert printed == f"4 {plain.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()}"
+
+
+def test_the_bare_model(published):
+    folder, plain = published
+    base = modeling_qwen.QWenModel.from_pretrained(folder, fp32=True)
+    assert type(base.h[0].mlp.w1) is quantization.QuantizedLinear
+    with torch.no_grad():
+        torch.testing.assert_close(
+            base(random_ids(1, 9)).last_hidden_state, plain.transformer(random_ids(1, 9)).last_hidden_state
+        )
+
+
+def test_a_configuration_beside_the_weights(published):
+    """Early checkpoints say how they are quantised in a file of its own."""
+    folder, plain = published
+    config = json.loads((folder / "config.json").read_text())
+    beside = {k: v for k, v in config.pop("quantization_config").items() if k != "quant_method"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(beside))
+    model = QWenLMHeadModel.from_pretrained(folder, fp32=True)
+    assert model.config.quantization_config["quant_method"] == "gptq"
+    with torch.no_grad():
+        torch.testing.assert_close(model(random_ids(1, 9)).logits, plain(random_ids(1, 9)).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_callers_configuration_stays_as_it_is(published):
+    folder, _ = published
+    config = modeling_qwen.QWenConfig.from_pretrained(folder)
+    before = dict(config.quantization_config)
+    model = QWenLMHeadModel.from_pretrained(folder, config=config, dtype=torch.float32)
+    assert config.quantization_config == before == model.config.quantization_config
+    # Software that brings its own matrices (vLLM) makes the network from the configuration, and must find nn.Linear.
+    built = QWenLMHeadModel(config)
+    assert not any(isinstance(module, quantization.QuantizedLinear) for module in built.modules())
+
+
+def test_a_quantization_config_of_the_caller_goes_to_transformers(published):
+    """It asks for packages, which are not installed here, rather than being passed over."""
+    folder, _ = published
+    with pytest.raises((ImportError, RuntimeError), match=r"(?i)gptq|optimum|GPU"):
+        QWenLMHeadModel.from_pretrained(folder, quantization_config=transformers.GPTQConfig(bits=4))
+
+
+@pytest.mark.skipif(not hasattr(torch, "compiler"), reason="needs torch 2.1 to know that it compiles")
+def test_it_compiles(published):
+    folder, _ = published
+    block = QWenLMHeadModel.from_pretrained(folder, fp32=True).transformer.h[0].mlp
+    x = torch.randn(1, 2, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="eager")(x), block(x))
+
+
+MEASURE = """
+import sys, threading, torch
+from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+def held():
+    fields = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
+    return int(fields["RssAnon"].split()[0]) * 1024
+get_class_from_dynamic_module("modeling_qwen.QWenLMHeadModel", sys.argv[1])  # imports are not counted
+before, peak, done = held(), 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, held())
+thread = threading.Thread(target=watch, daemon=True)
+thread.start()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, fp16=True)
+for p in model.parameters():
+    p.view(torch.int16).sum()  # whatever is loaded lazily is loaded now
+done.set()
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_loading_takes_little_more_than_the_file(tmp_path):
+    """Twelve blocks of Qwen-1.8B's width in six files: the peak is at most 1.15 times the tensors."""
+    config = tiny_config(hidden_size=2048, num_hidden_layers=12, num_attention_heads=16, kv_channels=128,
+                         intermediate_size=11008, vocab_size=32000)  # fmt: skip
+    files = [{} for _ in range(6)]
+    for layer in range(12):
+        for name, inputs, outputs in (
+            *(("attn.c_attn", 2048, 6144), ("attn.c_proj", 2048, 2048)),
+            *(("mlp.w1", 2048, 5504), ("mlp.w2", 2048, 5504), ("mlp.c_proj", 5504, 2048)),
+        ):
+            parts = {
+                "qweight": torch.ones(inputs // 8, outputs, dtype=torch.int32),
+                "qzeros": torch.ones(inputs // 128, outputs // 8, dtype=torch.int32),
+                "scales": torch.ones(inputs // 128, outputs, dtype=torch.float16),
+                "g_idx": torch.arange(inputs, dtype=torch.int32) // 128,
+                "bias": torch.ones(outputs, dtype=torch.float16),
+            }
+            files[layer // 2].update({f"transformer.h.{layer}.{name}.{part}": t for part, t in parts.items()})
+        for name in ("ln_1", "ln_2"):
+            files[layer // 2][f"transformer.h.{layer}.{name}.weight"] = torch.ones(2048, dtype=torch.float16)
+    for name, rows in (("transformer.wte", 32000), ("lm_head", 32000), ("transformer.ln_f", None)):
+        files[0][f"{name}.weight"] = torch.ones(*([rows] if rows else []), 2048, dtype=torch.float16)
+    quantized = {"bits": 4, "group_size": 128, "quant_method": "gptq"}
+    values = {**config.to_dict(), "quantization_config": quantized}
+    values["auto_map"] = json.loads((ROOT / "config.json").read_text())["auto_map"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    places = {name: f"{i}.safetensors" for i, tensors in enumerate(files) for name in tensors}
+    size = sum(tensor.numel() * tensor.element_size() for tensors in files for tensor in tensors.values())
+    for i in range(6):
+        save_file(files[i], tmp_path / f"{i}.safetensors", metadata={"format": "pt"})
+    del files
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for name in CODE:
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "measure.py").write_text(MEASURE)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", tmp_path / "measure.py", tmp_path],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 1.15 * size, f"peak {int(done.stdout) / size:.2f} times the tensors"
+
+
+# --- What is wrong with some --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 3}, r"bits must be 4 or 8, found 3.*gptqmodel"),
+        ({"bits": None}, r"bits must be 4 or 8, found None"),
+        ({"quant_method": "exl2"}, r"of the method 'exl2'.*GPTQ checkpoint"),
+        ({"quant_method": None}, r"of the method None"),
+        ({"group_size": 0}, r"group_size must be -1 or positive, found 0"),
+        ({"group_size": "128"}, r"group_size must be -1 or positive, found '128'"),
+        ({"checkpoint_format": "marlin"}, r"checkpoint_format.*found 'marlin'"),
+        ({"dynamic": {"-:mlp": {}}}, r"dynamic is .*gptqmodel"),
+        ({"pack_dtype": "int16"}, r"pack_dtype is 'int16'"),
+    ],
+    ids=str,
+)
+def test_configurations_that_say_what_nobody_reads(published, changes, message):
+    folder, _ = published
+    edit_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        QWenLMHeadModel.from_pretrained(folder, fp32=True)
+
+
+def test_other_methods_are_transformers_own():
+    for method in quantization.quantization_methods() - {"gptq"}:
+        assert quantization.check_quantization_config({"quant_method": method}) is None
+    assert quantization.check_quantization_config({"load_in_4bit": True}) is None
+
+
+def scales_of_other_groups(tensors):
+    for name in list(tensors):
+        if name.endswith(("scales", "qzeros")):
+            tensors[name] = tensors[name][:1].contiguous()
+
+
+def codes_of_other_inputs(tensors):
+    tensors["transformer.h.1.mlp.w1.qweight"] = tensors["transformer.h.1.mlp.w1.qweight"][:-1].contiguous()
+
+
+def without(ending):
+    def change(tensors):
+        for name in list(tensors):
+            if name.endswith(ending):
+                del tensors[name]
+
+    return change
+
+
+def groups_that_are_not_there(tensors):
+    tensors["transformer.h.2.attn.c_proj.g_idx"][5] = 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ({}, scales_of_other_groups, r"other shapes.*(?:qzeros|scales).*group_size"),
+        ({}, codes_of_other_inputs, r"other shapes.*qweight"),
+        ({"desc_act": True}, without("h.0.mlp.w1.g_idx"), r"desc_act, but lacks .*h\.0\.mlp\.w1\.g_idx"),
+        ({}, without("mlp.w2.scales"), r"3 weights missing.*mlp\.w2\.scales"),
+        ({}, without("attn.c_attn.bias"), r"3 weights missing.*attn\.c_attn\.bias"),
+        ({}, groups_that_are_not_there, r"damaged.*h\.2\.attn\.c_proj.*groups 0 to 7, but there are 2"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value))[:30],
+)
+def test_tensors_that_do_not_fit(tmp_path, kind, change, message):
+    make(tmp_path, **kind)
+    edit_tensors(tmp_path, change)
+    with pytest.raises(RuntimeError, match=message):
+        QWenLMHeadModel.from_pretrained(tmp_path, fp32=True)
+
+
+def test_codes_of_another_number_of_bits(published):
+    folder, _ = published
+    edit_config(folder, bits=8)
+    with pytest.raises(RuntimeError, match=r"other shapes.*qweight.*bits and group_size"):
+        QWenLMHeadModel.from_pretrained(folder, fp32=True)
+
+
+def test_sizes_that_cannot_be_packed():
+    format = quantization.check_quantization_config({"quant_method": "gptq", "bits": 4, "group_size": 4})
+    with pytest.raises(ValueError, match=r"4 bits are packed 8 to an integer.*12 inputs and 16 outputs"):
+        quantization.QuantizedLinear(12, 16, format)
+
+
+def test_tensor_parallelism_is_refused(published):
+    folder, _ = published
+    with pytest.raises(ValueError, match=r"tp_plan.*device_map"):
+        QWenLMHeadModel.from_pretrained(folder, tp_plan="auto")
+
+
+# --- Training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["as published", "desc_act, asymmetric int8"])
+def test_gradients_go_through_the_weight_to_the_inputs(tmp_path, kind):
+    plain = make(tmp_path, **KINDS[kind])
+    model = QWenLMHeadModel.from_pretrained(tmp_path, fp32=True)
+    ids = random_ids(2, 7)
+    for network in (plain, model):
+        network(ids, labels=ids).loss.backward()
+    for name in ("wte.weight", "h.0.ln_1.weight", "h.0.attn.c_attn.bias"):
+        torch.testing.assert_close(
+            model.transformer.get_parameter(name).grad, plain.transformer.get_parameter(name).grad, rtol=1e-4, atol=1e-6
+        )
+    held = [p for name, p in model.named_parameters() if name.endswith(PARTS)]
+    assert held
+    assert all(p.grad is None for p in held)
+
+
+def lora(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj", "w1", "w2"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config)
+
+
+def test_adapters_train_and_merging_says_what_to_do_instead(published):
+    folder, _ = published
+    model = QWenLMHeadModel.from_pretrained(folder, fp32=True)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable()
+    torch.manual_seed(0)
+    adapted = lora(model).train()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    assert len(trained) == 2 * 5 * 3
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    ids, losses = random_ids(4, 16), []
+    for _ in range(12):
+        loss = adapted(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    after = {name.replace("base_layer.", ""): p for name, p in adapted.get_base_model().named_parameters()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    with pytest.raises(AttributeError, match="merge them into the checkpoint in full precision"):
+        adapted.merge_and_unload()
+
+
+# --- The kernels --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["portable", "avx2", "avx512", "avx512_bf16"])
+def instructions(request):
+    if not building.load():
+        pytest.skip(f"no native kernels: {building.kernels_in_use()['reason']}")
+    before = building.kernels_in_use()["instructions"]
+    try:
+        building.set_instructions(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield request.param
+    building.set_instructions(before)
+
+
+SHAPES = {  # inputs, outputs, then how they are quantised
+    "whole tiles": (256, 192, {"bits": 4, "group_size": 128}),
+    "a group of two segments": (512, 64, {"bits": 4, "group_size": 256, "sym": False}),
+    "one group": (320, 72, {"bits": 4, "sym": False, "v2": True}),
+    "short groups": (96, 40, {"bits": 4, "group_size": 32, "sym": False}),
+    "a last group that is short": (200, 104, {"bits": 4, "group_size": 64, "sym": False}),
+    "groups that fill no integer": (48, 16, {"bits": 4, "group_size": 12, "sym": False}),
+    "int8": (256, 100, {"bits": 8, "group_size": 128, "sym": False}),
+    "int8 per channel": (132, 68, {"bits": 8}),
+    "any order": (256, 104, {"bits": 4, "group_size": 64, "desc_act": True, "sym": False}),
+    "any order, int8": (96, 36, {"bits": 8, "group_size": 32, "desc_act": True}),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_rows(instructions, shape, rows, dtype):
+    inputs, outputs, kind = SHAPES[shape]
+    parts, weight = random_matrix(inputs, outputs, **kind)
+    x = torch.randn(2, rows, inputs, generator=torch.Generator().manual_seed(1)).to(dtype)[1:]
+    bias = torch.randn(outputs).to(dtype)
+    group_size = kind.get("group_size", inputs)
+    g_idx = parts["g_idx"] if kind.get("desc_act") else None
+    tensors = (
+        parts["qweight"],
+        parts["qzeros"],
+        parts["scales"],
+        g_idx,
+        kind["bits"],
+        group_size,
+        int(not kind.get("v2")),
+    )
+    y = operations.gptq_linear(x, *tensors, bias)
+    assert y.dtype == dtype
+    assert y.shape == (1, rows, outputs)
+    expected = x.double() @ weight.t() + bias.double()
+    exact = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    torch.testing.assert_close(y.double(), expected, rtol=exact, atol=exact * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_dequantised_matrix(instructions, shape, dtype):
+    inputs, outputs, kind = SHAPES[shape]
+    parts, weight = random_matrix(inputs, outputs, **kind)
+    group_size = kind.get("group_size", inputs)
+    g_idx = parts["g_idx"] if kind.get("desc_act") else None
+    tensors = (
+        parts["qweight"],
+        parts["qzeros"],
+        parts["scales"],
+        g_idx,
+        kind["bits"],
+        group_size,
+        int(not kind.get("v2")),
+    )
+    found = operations.gptq_dequantize(*tensors, dtype=dtype)
+    assert torch.equal(found, weight.t().to(torch.float32).to(dtype))
+    assert torch.equal(operations.gptq_dequantize_reference(*tensors, dtype=dtype), found)
+    n = 32 // kind["bits"]  # a block of outputs is a view into the whole
+    some = (tensors[0][:, n : 3 * n], tensors[1][:, 1:3], tensors[2][:, n : 3 * n], *tensors[3:])
+    assert torch.equal(operations.gptq_dequantize(*some, dtype=dtype), found[:, n : 3 * n])
+
+
+def test_blocks_are_the_whole(monkeypatch):
+    parts, weight = random_matrix(64, 96, 4, 32)
+    monkeypatch.setattr(operations, "BLOCK_WEIGHTS", 64 * 40)
+    tensors = *(parts[name] for name in PARTS[:3]), None, 4, 32, 1
+    found = list(operations.gptq_blocks(*tensors, dtype=torch.float32))
+    assert [where.start for where, _ in found] == [0, 40, 80]
+    x = torch.randn(20, 64)
+    y = operations.gptq_linear(x, *tensors)
+    torch.testing.assert_close(y.double(), x.double() @ weight.t(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,433 @@
+"""
+GPTQ (https://arxiv.org/abs/2210.17323): matrices in 4 or 8 bits, rounded so that the outputs of a calibration text
+change least. `quantize_weights.py --bits` is the command; this is what it does with a checkpoint.
+
+One block at a time is on the device, read from the source's files and written to the target's, so that 72B needs no
+more than a block and the hidden states of the calibration text. These are kept in the unfinished folder between blocks:
+a run that was stopped goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from checkpoint_files import INDEX, Problem, read_json, weight_files, write_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from upgrade_checkpoint import check_weights, planned, try_loading
+
+ROOT = Path(__file__).resolve().parent.parent
+QWenConfig = get_class_from_dynamic_module("configuration_qwen.QWenConfig", str(ROOT))
+QWenLMHeadModel = get_class_from_dynamic_module("modeling_qwen.QWenLMHeadModel", str(ROOT))
+QWenTokenizer = get_class_from_dynamic_module("tokenization_qwen.QWenTokenizer", str(ROOT))
+
+# The matrices of a block in the order of its computation; those of a line have one input.
+STAGES = (("attn.c_attn",), ("attn.c_proj",), ("mlp.w1", "mlp.w2"), ("mlp.c_proj",))
+SYSTEM = "You are a helpful assistant."
+
+
+# --- One matrix --------------------------------------------------------------------------------------------------
+
+
+def grid(weight: torch.Tensor, bits: int, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Scale, as float16 holds it, and zero of each row of a group: float32 (out, 1) each. weight: (out, group size).
+
+    A zero is at least 1: the format stores one less, and readers differ about what is below 0.
+    """
+    top = 2**bits - 1
+    if sym:
+        scale, zero = weight.abs().amax(1, keepdim=True) * 2 / top, None
+    else:
+        low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
+        scale = (high - low) / top
+    scale = scale.clamp(min=2**-14).half().float()
+    if sym:
+        return scale, torch.full_like(scale, 2 ** (bits - 1))
+    zero = (-low / scale).round().clamp(1, top)
+    # with a zero that had to move the step must reach as far as before
+    return torch.maximum(scale, (high / (top - zero).clamp(min=1)).half().float()), zero
+
+
+def encode(weight, scale, zero, bits):
+    """Codes, float32, of weights of any shape that scale and zero fit."""
+    return (weight / scale + zero).round().clamp(0, 2**bits - 1)
+
+
+def quantize(
+    weight: torch.Tensor,
+    bits: int,
+    group_size: int = 128,
+    *,
+    sym: bool = True,
+    hessian: torch.Tensor | None = None,
+    desc_act: bool = False,
+    damp: float = 0.01,
+    block: int = 128,
+) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a GPTQ checkpoint for a matrix (out, in): qweight, qzeros, scales, g_idx.
+
+    hessian: float32 (in, in), the sum of x x^T over inputs x; None rounds each weight to the nearest. desc_act: inputs
+    in the order of their weight in the Hessian. damp: share of its mean diagonal that is added to the diagonal.
+
+    Raises ValueError for a matrix that can't be packed, or a Hessian that is not finite.
+    """
+    out, width = weight.shape
+    n = 32 // bits
+    if out % n or width % n:
+        raise ValueError(f"{bits} bits are packed {n} to an integer; {out} outputs and {width} inputs can't be.")
+    w = weight.detach().to(torch.float32).clone()
+    group_size = width if group_size == -1 else group_size
+    groups = -(-width // group_size)
+    if group_size % block:  # no group begins in one block and ends in the next, which is not up to date then
+        block = max(1, block // group_size) * group_size
+    order = torch.arange(width, device=w.device)
+    if hessian is not None:
+        h = hessian.to(w.device, torch.float32).clone()
+        diagonal = h.diagonal()
+        if not bool(torch.isfinite(h).all()):
+            raise ValueError("the calibration text gives activations that are not finite; load the model and see why.")
+        unused = diagonal == 0
+        diagonal[unused] = 1
+        w[:, unused] = 0
+        if desc_act:
+            order = torch.argsort(diagonal, descending=True)
+            w, h = w[:, order], h[order][:, order]
+        h.diagonal().add_(damp * h.diagonal().mean())
+        inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    scales, zeros = (torch.zeros(out, groups, device=w.device) for _ in range(2))
+    codes = torch.zeros_like(w)
+    if hessian is None:
+        for g in range(groups):
+            where = slice(g * group_size, (g + 1) * group_size)
+            scales[:, g : g + 1], zeros[:, g : g + 1] = scale, zero = grid(w[:, where], bits, sym)
+            codes[:, where] = encode(w[:, where], scale, zero, bits)
+    for first in range(0, width if hessian is not None else 0, block):
+        last = min(first + block, width)
+        errors = torch.zeros(out, last - first, device=w.device)
+        for i in range(first, last):
+            g = i // group_size
+            if i % group_size == 0:
+                scale, zero = grid(w[:, i : i + group_size], bits, sym)
+                scales[:, g : g + 1], zeros[:, g : g + 1] = scale, zero
+            scale, zero = scales[:, g], zeros[:, g]
+            codes[:, i] = encode(w[:, i], scale, zero, bits)
+            errors[:, i - first] = (w[:, i] - scale * (codes[:, i] - zero)) / inverse[i, i]
+            w[:, i:last] -= errors[:, i - first, None] * inverse[i, i:last]
+        w[:, last:] -= errors @ inverse[first:last, last:]
+    place = torch.argsort(order)
+    g_idx = (torch.arange(width, device=w.device) // group_size)[place]
+    return {
+        "qweight": pack(codes[:, place].t(), bits),
+        "qzeros": pack(zeros - 1, bits).t().contiguous(),
+        "scales": scales.half().t().contiguous(),
+        "g_idx": g_idx.to(torch.int32),
+    }
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes (rows, columns) as int32 (rows * bits / 32, columns), the first row in the lowest bits."""
+    n = 32 // bits
+    parts = codes.to(torch.int64).unflatten(0, (-1, n))
+    words = (parts << (torch.arange(n, device=codes.device) * bits)[:, None]).sum(1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+# --- Calibration -------------------------------------------------------------------------------------------------
+
+
+def calibration_samples(tokenizer, path: Path, samples: int, length: int) -> list[list[int]]:
+    """
+    Token ids of at most `samples` samples of at most `length` tokens.
+
+    path: plain text, which is cut into samples; or JSON or JSON lines: a list of texts, {"text": ...} or conversations
+    as for finetuning, {"conversations": [{"from": "user", "value": ...}, {"from": "assistant", "value": ...}]}.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Problem(f"The calibration text can't be read: {error}") from None
+    if path.suffix not in (".json", ".jsonl"):
+        ids = tokenizer(text)["input_ids"]
+        cut = [ids[i : i + length] for i in range(0, len(ids), length)]
+        found = [sample for sample in cut if len(sample) == length] or cut[:1]
+    else:
+        try:
+            entries = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x]
+            found = [sample_of(tokenizer, entry)[:length] for entry in entries[:samples]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise Problem(
+                f"{path} is not a list of texts, {{'text': ...}} or {{'conversations': [{{'from', 'value'}}, ...]}}: "
+                f"{type(error).__name__}: {error}"
+            ) from None
+    found = [sample for sample in found if sample][:samples]
+    if not found:
+        raise Problem(f"{path} has no text.")
+    return found
+
+
+def sample_of(tokenizer, entry) -> list[int]:
+    if isinstance(entry, str):
+        return tokenizer(entry)["input_ids"]
+    if "text" in entry:
+        return tokenizer(entry["text"])["input_ids"]
+    start, end, newline = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer("\n")["input_ids"]
+    turns = [("system", SYSTEM), *((turn["from"], turn["value"]) for turn in entry["conversations"])]
+    ids: list[int] = []
+    for role, content in turns:
+        ids += [start, *tokenizer(role)["input_ids"], *newline]
+        ids += [*tokenizer.encode(content, allowed_special=set()), end, *newline]
+    return ids
+
+
+# --- A checkpoint ------------------------------------------------------------------------------------------------
+
+
+class Weights:
+    """The tensors of a checkpoint, read one at a time."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.places = folder, {}
+        for file, names in weight_files(folder).items():
+            if not file.endswith(".safetensors"):
+                raise Problem(f"{folder} has no .safetensors. Load it and call save_pretrained, which writes them.")
+            if not names:  # no index: all that is in it
+                with safe_open(folder / file, framework="pt") as weights:
+                    names = weights.keys()
+            self.places.update(dict.fromkeys(names, file))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self.folder / self.places[name], framework="pt") as weights:
+            return weights.get_tensor(name)
+
+
+def half(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    result = tensor.to(torch.float16)
+    if not bool(torch.isfinite(result).all()):
+        raise Problem(f"{name} has values that float16 can't hold; the format has no other precision.")
+    return result.contiguous()
+
+
+@contextmanager
+def block_on_device(model, weights: Weights, index: int, device, dtype):
+    """The model with this one block, and nothing behind it, so that hidden states go in and come out."""
+    block = model.transformer.h[index].to_empty(device=device).to(dtype)
+    state = {name: weights[f"transformer.h.{index}.{name}"].to(dtype) for name in block.state_dict()}
+    block.load_state_dict(state)
+    blocks, norm = model.transformer.h, model.transformer.ln_f
+    model.transformer.h, model.transformer.ln_f = nn.ModuleList([block]), nn.Identity()
+    layer_idx, block.attn.layer_idx = block.attn.layer_idx, 0
+    try:
+        yield block
+    finally:
+        model.transformer.h, model.transformer.ln_f = blocks, norm
+        block.attn.layer_idx = layer_idx
+        block.to("meta")
+
+
+def through(model, hidden: list[torch.Tensor], device, dtype) -> list[torch.Tensor]:
+    """Hidden states (T, hidden) behind the block that is on the device."""
+    return [
+        model.transformer(inputs_embeds=x[None].to(device, dtype), use_cache=False)
+        .last_hidden_state[0]
+        .to("cpu", x.dtype)
+        for x in hidden
+    ]
+
+
+def hessians(model, modules: list[nn.Module], hidden, device, dtype) -> torch.Tensor:
+    """The sum of x x^T over the inputs of these modules, which are the same for all of them: float32 (in, in)."""
+    total = torch.zeros(modules[0].in_features, modules[0].in_features, device=device)
+
+    def count(module, inputs):
+        x = inputs[0].flatten(0, -2).float()
+        total.addmm_(x.t(), x)
+
+    handle = modules[0].register_forward_pre_hook(count)
+    try:
+        through(model, hidden, device, dtype)
+    finally:
+        handle.remove()
+    return total
+
+
+def quantize_block(model, block, settings: dict, hidden, device, dtype) -> dict[str, torch.Tensor]:
+    """The block's tensors as they are stored; its weights become what the codes stand for, for what comes next."""
+    tensors = {}
+    options = {key: settings[key] for key in ("bits", "group_size", "sym", "desc_act")}
+    for stage in STAGES:
+        modules = [block.get_submodule(name) for name in stage]
+        hessian = hessians(model, modules, hidden, device, dtype) if settings["method"] == "gptq" else None
+        for name, module in zip(stage, modules):
+            parts = quantize(module.weight, hessian=hessian, **options)
+            with torch.no_grad():
+                module.weight.copy_(dequantized(parts, settings["bits"]))
+            bias = torch.zeros(module.out_features) if module.bias is None else module.bias
+            parts["bias"] = half(f"{name}.bias", bias)
+            tensors.update({f"{name}.{part}": tensor.cpu() for part, tensor in parts.items()})
+    for name in ("ln_1.weight", "ln_2.weight"):
+        tensors[name] = half(name, block.get_parameter(name)).cpu()
+    return tensors
+
+
+def dequantized(parts: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
+    """float32 (out, in)."""
+    shifts = torch.arange(0, 32, bits, device=parts["qweight"].device)
+    codes = (parts["qweight"][:, None] >> shifts[:, None] & 2**bits - 1).flatten(0, 1)
+    zeros = (parts["qzeros"][:, :, None] >> shifts & 2**bits - 1).flatten(1) + 1
+    g_idx = parts["g_idx"].long()
+    return ((codes - zeros[g_idx]) * parts["scales"].float()[g_idx]).t()
+
+
+def save(tensors: dict, path: Path) -> None:
+    """In one step: there is the whole file, or none."""
+    temporary = path.with_name(f".{path.name}.new")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def make(
+    source: Path,
+    target: Path,
+    *,
+    bits: int,
+    method: str = "gptq",
+    group_size: int = 128,
+    calibration: Path | None = None,
+    samples: int = 128,
+    length: int = 2048,
+    sym: bool = True,
+    desc_act: bool = False,
+    device: str | None = None,
+) -> None:
+    """Quantise the checkpoint in `source` into `target`; `Problem` says what does not go, and leaves no `target`."""
+    if not source.is_dir():
+        raise Problem(f"There is no folder {source}.")
+    if target.exists():
+        raise Problem(f"{target} exists. Name a folder that does not exist yet.")
+    config = read_json(source / "config.json")
+    if config.get("int8_weights") or config.get("quantization_config"):
+        raise Problem(f"{source} is quantised already. Take the checkpoint in full precision.")
+    if method == "gptq" and calibration is None:
+        raise Problem(
+            "GPTQ needs a text that is like what the model will be used for: --calibration FILE, a few hundred kB of "
+            "plain text or conversations. Without one, --method rtn rounds to the nearest, which is less exact."
+        )
+    if desc_act and method == "rtn":
+        raise Problem("--desc-act orders inputs by the calibration text, and --method rtn has none. Leave it out.")
+    print(check_weights(source))
+    settings = {"bits": bits, "method": method, "group_size": group_size, "sym": sym, "desc_act": desc_act}
+    weights = Weights(source)
+    stamp = {name: (source / name).stat().st_size for name in sorted(set(weights.places.values()))}
+    if calibration is not None:
+        if not calibration.is_file():
+            raise Problem(f"There is no calibration text {calibration}.")
+        text = hashlib.sha256(calibration.read_bytes()).hexdigest()
+        stamp = {**stamp, "calibration": [text, samples, length]}
+    # Every run with these settings finds the same folder. It is nothing that loads until it is complete.
+    key = json.dumps([str(source.resolve()), target.name, settings, stamp, config], sort_keys=True)
+    partial = target.parent / f"quantizing_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    partial.mkdir(parents=True, exist_ok=True)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    qwen = QWenConfig.from_dict(config)
+    with init_empty_weights():
+        model = QWenLMHeadModel(qwen).eval()
+    dtype = torch.float32
+    if device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    layers = qwen.num_hidden_layers
+    files = [f"model-{i + 1:05}-of-{layers + 1:05}.safetensors" for i in range(layers + 1)]
+
+    with torch.no_grad():
+        done, hidden = resume(partial, files[1:])
+        if hidden is None:
+            hidden = first_hidden(source, weights, calibration, samples, length) if method == "gptq" else []
+        if done:
+            print(f"{done} of {layers} blocks are there from an earlier run, in {partial}")
+        for index in tqdm(range(layers), desc="blocks", unit="block", initial=done, disable=None):
+            if index < done:
+                continue
+            with block_on_device(model, weights, index, device, dtype) as block:
+                try:
+                    tensors = quantize_block(model, block, settings, hidden, device, dtype)
+                except ValueError as error:
+                    raise Problem(f"block {index}: {error}") from None
+                hidden = through(model, hidden, device, dtype)
+            save({f"transformer.h.{index}.{name}": t for name, t in tensors.items()}, partial / files[index + 1])
+            save({str(i): x for i, x in enumerate(hidden)}, partial / f"hidden-{index + 1:05}.safetensors")
+            (partial / f"hidden-{index:05}.safetensors").unlink(missing_ok=True)
+    rest = ("transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight")
+    save({name: half(name, weights[name]) for name in rest}, partial / files[0])
+    finish(source, partial, config, settings, files)
+    partial.rename(target)
+    size = sum((target / name).stat().st_size for name in files)
+    print(f"{target}: {layers * 5} matrices in {bits} bits, {size / 1e9:.2f} GB")
+
+
+def first_hidden(source: Path, weights: Weights, calibration: Path, samples: int, length: int) -> list[torch.Tensor]:
+    """The embeddings of the calibration text, float16 (T, hidden) for each sample."""
+    tokenizer = QWenTokenizer.from_pretrained(source)
+    embedding = weights["transformer.wte.weight"]
+    dtype = torch.float16 if embedding.dtype != torch.bfloat16 else torch.bfloat16
+    dtype = torch.float32 if embedding.dtype == torch.float32 else dtype
+    found = calibration_samples(tokenizer, calibration, samples, length)
+    print(f"calibration: {len(found)} samples, {sum(map(len, found)):,} tokens")
+    return [embedding[torch.tensor(ids)].to(dtype) for ids in found]
+
+
+def resume(partial: Path, files: list[str]) -> tuple[int, list[torch.Tensor] | None]:
+    """Blocks that an earlier run finished, and the hidden states behind them (None at the beginning)."""
+    states = sorted(partial.glob("hidden-*.safetensors"))
+    if not states:
+        return 0, None
+    done = int(states[-1].stem.split("-")[1])
+    lacking = [file for file in files[:done] if not (partial / file).exists()]
+    if lacking:
+        raise Problem(f"{partial} lacks {lacking[0]}, which an earlier run wrote. Delete the folder to begin anew.")
+    stored = load_file(states[-1])
+    return done, [stored[str(i)] for i in range(len(stored))]
+
+
+def finish(source: Path, partial: Path, config: dict, settings: dict, files: list[str]) -> None:
+    """Everything but the weights: index, configuration, tokenizer, generation settings, code."""
+    places, total = {}, 0
+    for file in files:
+        with safe_open(partial / file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                places[name] = file
+        total += (partial / file).stat().st_size
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    write_file(partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in (".safetensors", ".bin") or path.name.endswith((".index.json", ".pt", ".pth", ".gguf"))
+        if path.is_file() and not weights:
+            shutil.copy2(path, partial)  # the files that links point to
+    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    config.update(bf16=False, fp16=False, fp32=False, torch_dtype="float16")
+    config["quantization_config"] = {
+        "bits": settings["bits"],
+        "group_size": settings["group_size"],
+        "damp_percent": 0.01,
+        "desc_act": settings["desc_act"],
+        "static_groups": False,
+        "sym": settings["sym"],
+        "true_sequential": True,
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+    }
+    write_file(partial / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    for name, content in planned(partial).items():
+        write_file(partial / name, content)
+    try_loading(partial)
+    for path in partial.glob("hidden-*.safetensors"):  # last, so that a run that is stopped before goes on from them
+        path.unlink()
