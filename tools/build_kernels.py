@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_module(name: str):
-    """A module of this repository; they import each other relatively, so a package whose path is the root holds them."""
+    """A module of this repository. They import each other relatively: a package whose path is the root holds them."""
     package = types.ModuleType("qwen_code")
     package.__path__ = [str(ROOT)]
     sys.modules.setdefault(package.__name__, package)
