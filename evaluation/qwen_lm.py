@@ -20,7 +20,7 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,9 @@ class QWenLM(HFLM):
                 f"{self.config.model_type!r}. Use --model hf."
             )
         self.tree_tokens = int(tree_tokens)
+        # Greedy, without what the checkpoint says of sampling, repetition and length; a chat ends with its turn.
+        ends = [self.tokenizer.eod_id, self.tokenizer.im_end_id]
+        self.model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=self.tokenizer.eod_id)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         """As in HFLM: (log-likelihood of the continuation, whether greedy decoding gives it), in the requests' order."""
