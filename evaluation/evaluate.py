@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import importlib.util
 import json
 import logging
@@ -24,12 +25,14 @@ from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE / "tasks")]
+# Behind the installed packages, one of which has the name of this file.
+sys.path = [path for path in sys.path if Path(path or ".").resolve() != HERE] + [str(HERE), str(HERE / "tasks")]
+card = importlib.import_module("card")
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """title, shots: the card's. tasks: those of lm-eval that make it up. How scores are averaged: `scoring.estimate`."""
+    """title, shots: the card's. tasks: of lm-eval, that make it up. The rest: how scores are averaged, and made."""
 
     title: str
     shots: int
@@ -51,18 +54,6 @@ BENCHMARKS = {
     "gaokao": Benchmark("GaokaoBench", 0, ("qwen_gaokao_choice", "qwen_gaokao_generate"), papers=True),
     "cmmlu": Benchmark("CMMLU", 5, ("qwen_cmmlu",), by_subject=True),
 }
-# The card's table (https://huggingface.co/Qwen/Qwen-72B), base models, in the order above.
-CARD = {
-    "Qwen-7B": dict(zip(BENCHMARKS, (58.2, 63.5, 51.7, 11.6, 29.9, 31.6, 45.0, 45.3, 62.5, 62.2))),
-    "Qwen-14B": dict(zip(BENCHMARKS, (66.3, 72.1, 61.3, 24.8, 32.3, 40.8, 53.4, 51.9, 52.7, 71.0))),
-    "Qwen-72B": dict(zip(BENCHMARKS, (77.4, 83.3, 78.9, 35.2, 35.4, 52.2, 67.7, 62.5, 87.6, 83.6))),
-}
-SIZES = {(4096, 32): "Qwen-7B", (5120, 40): "Qwen-14B", (8192, 80): "Qwen-72B"}  # hidden_size, layers
-
-
-def of_card(config) -> str | None:
-    """The card's model of this size."""
-    return SIZES.get((config.hidden_size, config.num_hidden_layers))
 
 
 def averaging(name: str) -> dict:
@@ -79,7 +70,9 @@ def load_tasks(names: list[str], data: str | None) -> dict[str, list]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(
-        include_path=HERE / "tasks", include_defaults=False, metadata={"data": str(Path(data).resolve())} if data else {}
+        include_path=HERE / "tasks",
+        include_defaults=False,
+        metadata={"data": str(Path(data).resolve())} if data else {},
     )
     tasks, problems = {}, []
     for name in names:
@@ -150,7 +143,7 @@ def table(results: dict, names: list[str]) -> str:
     models = results["models"]
     paths = list(models)
     cards = list(dict.fromkeys(model["card"] for model in models.values() if model["card"]))
-    head = ["", "shots", "questions", *map(label, paths), *(f"card: {card}" for card in cards)]
+    head = ["", "shots", "questions", *map(label, paths), *(f"card: {of}" for of in cards)]
     head += [f"{label(path)} − {label(paths[0])}" for path in paths[1:]]
     rows = []
     for name in names:
@@ -158,7 +151,7 @@ def table(results: dict, names: list[str]) -> str:
         first = next((result for result in found if result), None)
         row = [BENCHMARKS[name].title, str(BENCHMARKS[name].shots), str(first["questions"]) if first else ""]
         row += [percent(result["score"], result["stderr"]) if result else "" for result in found]
-        row += [f"{CARD[card][name]:.1f}" for card in cards]
+        row += [f"{card.BENCHMARKS[of][name]:.1f}" for of in cards]
         for result in found[1:]:
             if not (result and found[0]):
                 row.append("")
@@ -194,8 +187,8 @@ class Output:
                 )
             self.results = found
 
-    def of(self, path: str, card: str | None) -> dict:
-        return self.results["models"].setdefault(path, {"card": card, "results": {}})["results"]
+    def of(self, path: str, of_card: str | None) -> dict:
+        return self.results["models"].setdefault(path, {"card": of_card, "results": {}})["results"]
 
     def write(self, names: list[str]) -> None:
         beside = self.path.with_name(self.path.name + ".new")
@@ -205,9 +198,11 @@ class Output:
 
 
 def time_left(output: Output, ahead: list[tuple[str, str, int]]) -> float:
-    """Seconds for (checkpoint, benchmark, questions): as another checkpoint took, else as a question took on average."""
+    """Seconds for (checkpoint, benchmark, questions): as another checkpoint took, or a question on average."""
     finished = {
-        name: result["seconds"] for model in output.results["models"].values() for name, result in model["results"].items()
+        name: result["seconds"]
+        for model in output.results["models"].values()
+        for name, result in model["results"].items()
     }
     everything = [result for model in output.results["models"].values() for result in model["results"].values()]
     rate = sum(result["seconds"] for result in everything) / sum(result["questions"] for result in everything)
@@ -227,7 +222,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chat", action="store_true", help="for chat models: the template, examples as turns")
     parser.add_argument("--run-code", action="store_true", help="run the programs that answer HumanEval and MBPP")
     parser.add_argument("--no-sandbox", action="store_true", help="run them with your rights, network and files")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; auto: the checkpoint's")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights"
+    )
     args = parser.parse_args()
     args.names = list(BENCHMARKS) if args.tasks == "all" else args.tasks.split(",")
     unknown = [name for name in args.names if name not in BENCHMARKS]
@@ -304,7 +301,7 @@ def main() -> None:
         if path != loaded:
             del lm  # before the next is there
             lm, loaded = load(path, args), path
-        results = output.of(path, None if args.chat else of_card(lm.model.config))
+        results = output.of(path, None if args.chat else card.of_card(lm.model.config))
         results[name] = run(lm, name, tasks[name], args.limit, args.chat)
         ahead.pop(0)
         output.write(args.names)

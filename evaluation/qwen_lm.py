@@ -14,6 +14,7 @@ is lm-eval's own command with this model class; arguments of HFLM (`peft`, `dtyp
 from __future__ import annotations
 
 import logging
+import sys
 from collections import defaultdict
 
 import torch
@@ -63,11 +64,11 @@ class QWenLM(HFLM):
         self.model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=self.tokenizer.eod_id)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
-        """As in HFLM: (log-likelihood of the continuation, whether greedy decoding gives it), in the requests' order."""
+        """As in HFLM: (log-likelihood of the continuation, whether greedy decoding gives it) for each request."""
         if self.model.config._attn_implementation not in ("sdpa", "eager"):
             logger.warning(
-                f"Attention by {self.model.config._attn_implementation} takes no mask of a tree: the sequences are computed "
-                f"one by one. Load the model with attn_implementation='sdpa'."
+                f"Attention by {self.model.config._attn_implementation} takes no mask of a tree, so the sequences are "
+                f"computed one by one. Load the model with attn_implementation='sdpa'."
             )
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         results: list = [None] * len(requests)
@@ -75,7 +76,7 @@ class QWenLM(HFLM):
         for i, (_, context, continuation) in enumerate(requests):
             if not continuation or len(continuation) > self.max_length:
                 raise ValueError(
-                    f"A continuation has {len(continuation)} tokens; it needs 1 to {self.max_length}, the longest input."
+                    f"A continuation has {len(continuation)} tokens; it needs 1 to {self.max_length}, as an input has."
                 )
             sequence = (tuple(context) + tuple(continuation))[-(self.max_length + 1) : -1]
             wanted[sequence].append((i, continuation))
@@ -131,10 +132,8 @@ class QWenLM(HFLM):
 
     def _forward(self, tokens, cache, **kwargs) -> torch.Tensor:
         """Log-probabilities (positions kept, vocab) behind one row of tokens."""
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None),
-        ):
+        autocast = torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None)
+        with torch.inference_mode(), autocast:
             ids = torch.tensor([tokens], device=self.device)  # (1, T)
             logits = self.model(ids, past_key_values=cache, use_cache=True, **kwargs).logits[0]  # (kept, vocab)
             return logits.log_softmax(-1, dtype=self.softmax_dtype or torch.float32)
@@ -189,6 +188,7 @@ class QWenLM(HFLM):
 
 
 if __name__ == "__main__":
+    sys.path.append(sys.path.pop(0))  # this folder has an evaluate.py, as lm-eval needs a package of that name
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

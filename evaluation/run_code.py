@@ -51,6 +51,9 @@ class Limits:
     files: int = 32
 
 
+DEFAULT = Limits()
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """reason: "passed", or what went wrong."""
@@ -59,7 +62,7 @@ class Outcome:
     reason: str
 
 
-def run_program(program: str, limits: Limits = Limits(), sandbox: bool | None = None) -> Outcome:  # noqa: B008
+def run_program(program: str, limits: Limits = DEFAULT, sandbox: bool | None = None) -> Outcome:
     """
     Whether a Python program runs to its end without an exception.
 
@@ -93,7 +96,7 @@ def sandbox_problem() -> str:
     """Why there is no sandbox; empty if there is one."""
     if sys.platform != "linux":
         return "it is not Linux"
-    outcome = _run("pass", Limits(), sandbox=True)
+    outcome = _run("pass", DEFAULT, sandbox=True)
     return "" if outcome.passed else outcome.reason
 
 

@@ -75,9 +75,8 @@ def make(folder: Path) -> Path:
         for i in range(2):
             path = folder / "math" / "test" / subject / f"{i}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(
-                json.dumps({"problem": f"What is {i} + 2?", "level": "Level 1", "solution": f"It is $\\boxed{{{i + 2}}}$."})
-            )
+            solution = f"It is $\\boxed{{{i + 2}}}$."
+            path.write_text(json.dumps({"problem": f"What is {i} + 2?", "level": "Level 1", "solution": solution}))
     jsonl(
         folder / "humaneval" / "HumanEval.jsonl",
         [

@@ -95,9 +95,9 @@ def _files(name: str, folder: str, pattern: str) -> list[Path]:
 
 
 def _jsonl(path: Path) -> list[dict]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
-        return [json.loads(line) for line in file if line.strip()]
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _csv(path: Path, header: tuple[str, ...] | None = None) -> list[dict]:
@@ -192,7 +192,9 @@ def gsm8k(data: str | None = None, **_) -> dict[str, Dataset]:
 def math(data: str | None = None, **_) -> dict[str, Dataset]:
     """7 subjects, 5,000 problems."""
     if data:
-        rows = [(path.parent.name, json.loads(path.read_text("utf-8"))) for path in _files("math", data, "test/*/*.json")]
+        rows = [
+            (path.parent.name, json.loads(path.read_text("utf-8"))) for path in _files("math", data, "test/*/*.json")
+        ]
     else:
         rows = list(_hub("EleutherAI/hendrycks_math", list(MATH_CONFIGS), "test"))
     docs = [{"subject": subject, "problem": row["problem"], "solution": row["solution"]} for subject, row in rows]
@@ -276,7 +278,11 @@ def agieval_choice(data: str | None = None, **_) -> dict[str, Dataset]:
 def agieval_cloze(data: str | None = None, **_) -> dict[str, Dataset]:
     """The two tasks with answers of their own."""
     docs = [
-        {"subject": name, "query": row["query"] if "query" in row else agieval_query(name, row), "answer": row["answer"]}
+        {
+            "subject": name,
+            "query": row["query"] if "query" in row else agieval_query(name, row),
+            "answer": row["answer"],
+        }
         for name, row in _agieval(AGIEVAL_CLOZE, data)
     ]
     if not docs:

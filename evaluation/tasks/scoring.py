@@ -1,8 +1,8 @@
 """
 How answers become scores: (subject, points, points to be had) for each question, and their mean with its error.
 
-The extraction of answers is that of the published programs (https://github.com/QwenLM/Qwen, eval/); where there is none,
-lm-eval's, and OpenCompass's for GAOKAO-Bench, by which the card's figures were made.
+Answers are read as the published programs do it (https://github.com/QwenLM/Qwen, eval/); where there is none, as
+lm-eval does, and GAOKAO-Bench as OpenCompass does (https://github.com/open-compass/opencompass).
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ def gaokao(doc: dict, results: list[str]) -> dict[str, Score]:
     answer = gaokao_letters(doc["kind"], results[0], len(gold))
     if len(answer) != len(gold):
         return _score(doc, 0, len(gold))
-    points = sum(1 if a == g else 0.5 * (doc["kind"] == "multi_choice" and set(a) <= set(g)) for a, g in zip(answer, gold))
+    points = sum(
+        1 if a == g else 0.5 * (doc["kind"] == "multi_choice" and set(a) <= set(g)) for a, g in zip(answer, gold)
+    )
     return _score(doc, points, len(gold))
 
 
@@ -175,10 +177,7 @@ def run_humaneval(responses: list[list[str]], docs: list[dict]) -> list[str]:
 
 def run_mbpp(responses: list[list[str]], docs: list[dict]) -> list[str]:
     return _run_all(
-        [
-            "\n".join([doc["test_setup_code"], response[0], *doc["test_list"]])
-            for response, doc in zip(responses, docs)
-        ]
+        ["\n".join([doc["test_setup_code"], response[0], *doc["test_list"]]) for response, doc in zip(responses, docs)]
     )
 
 
