@@ -55,7 +55,7 @@ class QWenLM(HFLM):
         super().__init__(pretrained, **kwargs)
         if self.config.model_type != "qwen":
             raise ValueError(
-                f"The model class qwen is for first-generation Qwen, {pretrained!r} has the model_type "
+                f"The model class qwen is for first-generation Qwen, this model has the model_type "
                 f"{self.config.model_type!r}. Use --model hf."
             )
         self.tree_tokens = int(tree_tokens)
