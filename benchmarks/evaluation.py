@@ -20,9 +20,10 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "evaluation"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "evaluation"))
 from qwen_lm import QWenLM
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def multiple_choice(questions: int, subjects: int = 3) -> list[Instance]:
