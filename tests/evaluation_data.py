@@ -1,9 +1,14 @@
-"""Small files of our own making, in the layouts of the data sets that evaluation/evaluate.py reads."""
+"""
+Small files of our own making, in the layouts of the data sets that evaluation/evaluate.py reads.
+
+    python tests/evaluation_data.py FOLDER
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 COUNTRIES = {
@@ -136,3 +141,7 @@ def make(folder: Path) -> Path:
         ]
         path.write_text(json.dumps({"keywords": keyword, "example": rows}, ensure_ascii=False), "utf-8")
     return folder
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))

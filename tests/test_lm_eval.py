@@ -130,6 +130,7 @@ def requests() -> list[Instance]:
     contexts = [request.args[0] for request in asked[::8]]
     pairs = [(context, text) for context in contexts for text in (" Lima is it", " Lima is not", " B", " Lima")]
     pairs += [("", "The capital of Peru is Lima"), ("The capital of Peru is", " Lima"), (contexts[0] * 6, " A")]
+    pairs += [(contexts[1][:-60], contexts[1][-60:] + " A B")]  # to be predicted from where others share
     return asked + [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
 
 
@@ -148,7 +149,7 @@ def test_likelihoods_are_those_of_the_stock_class(options):
 
 def test_longer_than_the_training_length(lm):
     """Sequences beyond it have a rotation of their own; nothing is shared, and each is as it is alone."""
-    long = QWenLM(lm.model, tokenizer=lm.tokenizer, max_length=2000, batch_size=8)
+    long = QWenLM(lm.model, tokenizer=lm.tokenizer, max_length=2000, batch_size=8, tree_tokens=256)
     context = requests()[0].args[0] * 3
     assert len(lm.tokenizer.encode(context)) > lm.model.config.seq_length
     found = long.loglikelihood(
