@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from conftest import ROOT, compat, random_ids, tiny_model
+import transformers
+from conftest import ROOT, random_ids, tiny_model
+from matrix import LACKING
 from torch.utils._python_dispatch import TorchDispatchMode
 
-if not hasattr(compat.DynamicCache(), "crop"):
-    pytest.skip("the evaluation needs caches that can be cropped", allow_module_level=True)
+if not hasattr(getattr(transformers, "DynamicCache", None), "crop"):
+    pytest.skip(LACKING + "has no cache that can be cropped, for the evaluation", allow_module_level=True)
 sys.path.append(str(ROOT / "evaluation"))
 import compare
 import figures

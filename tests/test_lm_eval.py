@@ -199,12 +199,12 @@ def test_it_goes_on_where_it_was(data, tmp_path, monkeypatch):
 
     def once(lm, name, *rest):
         if done:
-            raise KeyboardInterrupt
+            raise RuntimeError("interrupted")
         done.append(name)
         return run(lm, name, *rest)
 
     monkeypatch.setattr(evaluate_py, "run", once)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="interrupted"):
         command(monkeypatch, *arguments)
     before = json.loads(output.read_text("utf-8"))["models"][DEMO]["results"]
     assert list(before) == ["mmlu"]
@@ -280,8 +280,9 @@ def context(task, i: int = 0, **kwargs) -> str:
 
 
 def test_prompts(data):
-    """Those that no direct computation above has written down again."""
     tasks = evaluate_py.load_tasks(list(evaluate_py.BENCHMARKS), str(data))
+    for name in CHOICE:
+        assert [context(tasks[name][0], i) for i in range(6)] == [prompt for prompt, _ in prompts(name, data)]
     prompt = context(tasks["gsm8k"][0])
     shots = prompt.split("\n\n")
     assert len(shots) == 9
