@@ -3,6 +3,7 @@ Log-likelihoods of five-shot multiple choice: evaluation/qwen_lm.py beside the s
 
     pip install -r requirements-evaluation.txt
     python benchmarks/evaluation.py [PATH] [--batch-size 8] [--questions 16] [--rounds 3] [--dtype float32]
+    python benchmarks/evaluation.py --size 7B        # random weights of this size, bfloat16, on a GPU
 
 Both compute the same requests in turn, in one process; printed are seconds (the best of the rounds, on a CPU the
 processor's), the largest difference of a log-likelihood, and on a GPU the memory at its peak. Without PATH: the demo.
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "evaluation"))
 from qwen_lm import QWenLM
@@ -71,10 +73,17 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=16, help="of each of three subjects")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--size", help="random weights instead of a checkpoint: 1.8B, 7B, 14B, 72B or tiny")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = args.path, None
+    if args.size:
+        from gpu import make_models
+
+        model, tokenizer = make_models(args.size)[0], AutoTokenizer.from_pretrained(args.path, trust_remote_code=True)
     stock = HFLM(
-        args.path,
+        model,
+        tokenizer=tokenizer,
         dtype=args.dtype,
         device=device,
         batch_size=args.batch_size,

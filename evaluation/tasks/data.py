@@ -66,11 +66,9 @@ class OfSubject(ContextSampler):
             self.by_subject = defaultdict(list)
             for doc in self.df:
                 self.by_subject[doc["subject"]].append(doc)
-        found = self.by_subject[eval_doc["subject"]] if eval_doc is not None else self.df
+        found = self.by_subject[eval_doc["subject"]]
         if len(found) < n:
-            raise ValueError(
-                f"The subject {eval_doc and eval_doc['subject']!r} has {len(found)} examples, {n} are asked for."
-            )
+            raise ValueError(f"The subject {eval_doc['subject']!r} has {len(found)} examples, {n} are asked for.")
         return found[:n]
 
 
@@ -119,14 +117,32 @@ def _splits(**splits: list[dict]) -> dict[str, Dataset]:
     return {name: Dataset.from_list(docs) for name, docs in splits.items()}
 
 
+def _together(examples: list[dict], questions: list[dict]) -> dict[str, Dataset]:
+    """One split for both: lm-eval tells a sampler which question it is for only if they come from the same."""
+    marked = [{**doc, "is_example": part is examples} for part in (examples, questions) for doc in part]
+    return _splits(all=marked)
+
+
+def _marked(split: Dataset, mark: bool) -> Dataset:
+    return split.select([i for i, is_example in enumerate(split["is_example"]) if is_example == mark])
+
+
+def examples(split: Dataset) -> Dataset:
+    return _marked(split, True)
+
+
+def questions(split: Dataset) -> Dataset:
+    return _marked(split, False)
+
+
 def _tables(name: str, folder: str, splits: tuple[str, str], pattern: str, header=None) -> dict[str, Dataset]:
-    """Two splits of tables, one file a subject."""
-    docs = {}
+    """Tables of examples and of questions, one file a subject."""
+    docs = []
     for split in splits:
         paths = _files(name, folder, f"{split}/{pattern.format(split=split)}")
         ending = pattern.format(split=split)[1:]
-        docs[split] = [_letter_choice(path.name[: -len(ending)], row) for path in paths for row in _csv(path, header)]
-    return _splits(**docs)
+        docs.append([_letter_choice(path.name[: -len(ending)], row) for path in paths for row in _csv(path, header)])
+    return _together(*docs)
 
 
 def _hub(path: str, configs: list[str], split: str):
@@ -140,14 +156,14 @@ def mmlu(data: str | None = None, **_) -> dict[str, Dataset]:
     """57 subjects; dev: 5 examples each."""
     if data:
         return _tables("mmlu", data, ("dev", "test"), "*_{split}.csv", ("question", "A", "B", "C", "D", "answer"))
-    return _splits(
-        **{
-            split: [
+    return _together(
+        *(
+            [
                 _choice(row["subject"], row["question"], row["choices"], row["answer"])
                 for row in load_dataset("cais/mmlu", "all", split=split)
             ]
             for split in ("dev", "test")
-        }
+        )
     )
 
 
@@ -156,11 +172,11 @@ def ceval(data: str | None = None, **_) -> dict[str, Dataset]:
     if data:
         return _tables("ceval", data, ("dev", "val"), "*_{split}.csv")
     configs = get_dataset_config_names("ceval/ceval-exam")
-    return _splits(
-        **{
-            split: [_letter_choice(config, row) for config, row in _hub("ceval/ceval-exam", configs, split)]
+    return _together(
+        *(
+            [_letter_choice(config, row) for config, row in _hub("ceval/ceval-exam", configs, split)]
             for split in ("dev", "val")
-        }
+        )
     )
 
 
@@ -169,11 +185,11 @@ def cmmlu(data: str | None = None, **_) -> dict[str, Dataset]:
     if data:
         return _tables("cmmlu", data, ("dev", "test"), "*.csv")
     configs = get_dataset_config_names("haonan-li/cmmlu")
-    return _splits(
-        **{
-            split: [_letter_choice(config, row) for config, row in _hub("haonan-li/cmmlu", configs, split)]
+    return _together(
+        *(
+            [_letter_choice(config, row) for config, row in _hub("haonan-li/cmmlu", configs, split)]
             for split in ("dev", "test")
-        }
+        )
     )
 
 
@@ -219,10 +235,10 @@ def mbpp(data: str | None = None, **_) -> dict[str, Dataset]:
         rows = [row for split in ("prompt", "test") for row in load_dataset("mbpp", "full", split=split)]
     keys = ("task_id", "text", "code", "test_list", "test_setup_code")
     docs = [{"subject": "mbpp", **{key: row[key] for key in keys}} for row in rows]
-    examples = [doc for doc in docs if doc["task_id"] in (2, 3, 4)]
-    if len(examples) < 3:
+    shots = [doc for doc in docs if doc["task_id"] in (2, 3, 4)]
+    if len(shots) < 3:
         raise missing("mbpp", "Tasks 2, 3 and 4, which are the examples, are not all there")
-    return _splits(examples=examples, test=[doc for doc in docs if 11 <= doc["task_id"] <= 510])
+    return _splits(examples=shots, test=[doc for doc in docs if 11 <= doc["task_id"] <= 510])
 
 
 def bbh(data: str | None = None, **_) -> dict[str, Dataset]:
@@ -248,8 +264,8 @@ def bbh(data: str | None = None, **_) -> dict[str, Dataset]:
             "target": row["target"],
         }
 
-    examples = [doc(name, row) for name, task in tasks.items() for row in task["fewshot_config"]["samples"]]
-    return _splits(examples=examples, test=[doc(subject, row) for subject, row in rows])
+    shots = [doc(name, row) for name, task in tasks.items() for row in task["fewshot_config"]["samples"]]
+    return _together(shots, [doc(subject, row) for subject, row in rows])
 
 
 def _agieval(names: tuple[str, ...], data: str | None):
