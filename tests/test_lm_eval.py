@@ -305,6 +305,9 @@ def test_prompts(data):
     assert len(shots) == 5
     assert shots[4] == "not True is\nA: Let's think step by step.\n"
     assert "So the answer is False." in shots[1]
+    assert [shot.count("return to the starting point") for shot in context(tasks["bbh"][0], 2).split("Q: ")[1:4]] == [
+        1
+    ] * 3
     choices = "(A)Nairobi (B)Lima (C)Paris (D)Reykjavik"
     assert context(tasks["agieval"][0]) == (
         f"Q: What is the capital of Kenya? Answer Choices: {choices}\nA: Among A through D, the answer is"
