@@ -1,0 +1,194 @@
+"""
+Qwen as a model of lm-evaluation-harness, `--model qwen`: HFLM whose log-likelihoods compute every token once.
+
+The questions of a benchmark begin with the same examples, and the choices of a question with the same context. Sorted,
+they are a tree of tokens: what all branches begin with is kept in a cache of keys and values, and the branches behind
+it are computed side by side in one row, each token attending to its ancestors.
+
+    python evaluation/qwen_lm.py run --model qwen --model_args pretrained=demo --include_path evaluation/tasks \
+        --tasks qwen_mmlu --metadata '{"data": "FOLDER"}'
+
+is lm-eval's own command with this model class; arguments of HFLM (`peft`, `dtype`, `parallelize`, ...) work as there.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import defaultdict
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+from transformers import DynamicCache, GenerationConfig
+
+logger = logging.getLogger(__name__)
+
+
+def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """How many tokens two sequences begin with alike."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # comparing slices is faster than a loop over tokens
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+@register_model("qwen")
+class QWenLM(HFLM):
+    """
+    HFLM for first-generation Qwen checkpoints.
+
+    Args:
+        tree_tokens: tokens that one step computes side by side, behind what they share; the memory of a step grows
+            with it. A sequence that is longer is computed in pieces.
+        batch_size: at most so many sequences in a step, "auto" as many as tree_tokens holds; and of generation.
+
+    Raises ValueError for a model of another architecture.
+    """
+
+    def __init__(self, pretrained, *, tree_tokens: int = 1024, **kwargs):
+        kwargs.setdefault("trust_remote_code", True)
+        if isinstance(pretrained, str):
+            kwargs.setdefault("attn_implementation", "sdpa")  # flash attention takes no mask of a tree
+        super().__init__(pretrained, **kwargs)
+        if self.config.model_type != "qwen":
+            raise ValueError(
+                f"The model class qwen is for first-generation Qwen, this model has the model_type "
+                f"{self.config.model_type!r}. Use --model hf."
+            )
+        self.tree_tokens = int(tree_tokens)
+        # Greedy, without what the checkpoint says of sampling, repetition and length; a chat ends with its turn.
+        ends = [self.tokenizer.eod_id, self.tokenizer.im_end_id]
+        self.model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=self.tokenizer.eod_id)
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
+        """As in HFLM: (log-likelihood of the continuation, whether greedy decoding gives it) for each request."""
+        if self.model.config._attn_implementation not in ("sdpa", "eager"):
+            logger.warning(
+                f"Attention by {self.model.config._attn_implementation} takes no mask of a tree, so the sequences are "
+                f"computed one by one. Load the model with attn_implementation='sdpa'."
+            )
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        results: list = [None] * len(requests)
+        wanted = defaultdict(list)  # sequence of inputs: (index of the request, tokens to predict at its end)
+        for i, (_, context, continuation) in enumerate(requests):
+            if not continuation or len(continuation) > self.max_length:
+                raise ValueError(
+                    f"A continuation has {len(continuation)} tokens; it needs 1 to {self.max_length}, as an input has."
+                )
+            sequence = (tuple(context) + tuple(continuation))[-(self.max_length + 1) : -1]
+            wanted[sequence].append((i, continuation))
+
+        limit = override_bs or (self.batch_size if isinstance(self.batch_size, int) else len(requests))
+        cache, cached = DynamicCache(), ()
+        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="log-likelihoods", unit="request")
+        for batch, prefix in self._batches(wanted, limit):
+            if self._is_stretched(len(batch[0])):
+                prefix = 0
+            keep = common_prefix(cached, batch[0][:prefix])
+            if keep == 0:
+                cache = DynamicCache()
+            elif keep < cache.get_seq_length():
+                cache.crop(keep - cache.get_seq_length())
+            self._extend(cache, batch[0], keep, prefix)
+            for sequence, log_probs in zip(batch, self._branches(cache, batch, prefix, wanted)):
+                for i, continuation in wanted[sequence]:
+                    rows = log_probs[-len(continuation) :]  # (tokens, vocab)
+                    targets = torch.tensor(continuation, device=rows.device)
+                    likelihood = rows.gather(1, targets[:, None]).sum()
+                    results[i] = (float(likelihood), bool((rows.argmax(1) == targets).all()))
+                    if requests[i][0] is not None:  # None: part of a rolling log-likelihood
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])
+                    bar.update(1)
+            cached = batch[0][:prefix]
+        bar.close()
+        return results
+
+    def _is_stretched(self, length: int) -> bool:
+        """Whether the rotation of a sequence depends on its length (NTK): its keys are no other sequence's then."""
+        return self.model.config.use_dynamic_ntk and length > self.model.config.seq_length
+
+    def _batches(self, wanted: dict, limit: int):
+        """Neighbours in the tree, and how many tokens they all begin with and don't have to predict."""
+        batch: list = []
+        shared = size = 0  # tokens that all begin with; tokens of the tree
+        for sequence in sorted(wanted):
+            longest = max(len(continuation) for _, continuation in wanted[sequence])
+            free = len(sequence) - longest
+            if batch:
+                common = common_prefix(batch[-1], sequence)
+                together, grown = min(shared, common, free), size + len(sequence) - common
+                alone = self._is_stretched(len(sequence)) or self._is_stretched(len(batch[0]))
+                if len(batch) < limit and grown - together <= self.tree_tokens and not alone:
+                    batch.append(sequence)
+                    shared, size = together, grown
+                    continue
+                yield batch, shared
+            batch, shared, size = [sequence], free, len(sequence)
+        if batch:
+            yield batch, shared
+
+    def _forward(self, tokens, cache, **kwargs) -> torch.Tensor:
+        """Log-probabilities (positions kept, vocab) behind one row of tokens."""
+        autocast = torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None)
+        with torch.inference_mode(), autocast:
+            ids = torch.tensor([tokens], device=self.device)  # (1, T)
+            logits = self.model(ids, past_key_values=cache, use_cache=True, **kwargs).logits[0]  # (kept, vocab)
+            return logits.log_softmax(-1, dtype=self.softmax_dtype or torch.float32)
+
+    def _extend(self, cache, sequence: tuple[int, ...], start: int, end: int) -> None:
+        """Put the tokens from start to end of the sequence into the cache."""
+        for at in range(start, end, self.tree_tokens):
+            self._forward(sequence[at : min(at + self.tree_tokens, end)], cache, logits_to_keep=1)
+
+    def _branches(self, cache, batch: list, prefix: int, wanted: dict):
+        """For each sequence the log-probabilities (tokens, vocab) at its end, for its longest continuation."""
+        longest = [max(len(continuation) for _, continuation in wanted[sequence]) for sequence in batch]
+        if len(batch) == 1:
+            yield self._alone(cache, batch[0], prefix, longest[0])
+            return
+        ids, positions, path, paths = [], [], [], []
+        for i, sequence in enumerate(batch):
+            common = common_prefix(batch[i - 1], sequence) - prefix if i else 0
+            new = range(len(ids), len(ids) + len(sequence) - prefix - common)
+            path = path[:common] + list(new)
+            ids.extend(sequence[prefix + common :])
+            positions.extend(range(prefix + common, len(sequence)))
+            paths.append((path, new))
+        mask = torch.zeros(len(ids), len(ids), dtype=torch.bool)  # True is attended to
+        for path, new in paths:
+            for node in new:
+                mask[node, path[: positions[node] - prefix + 1]] = True
+        mask = torch.cat((torch.ones(len(ids), prefix, dtype=torch.bool), mask), dim=1)  # (T, prefix + T)
+        ends = [path[-n:] for (path, _), n in zip(paths, longest)]
+        kept = sorted({node for end in ends for node in end})
+        log_probs = self._forward(
+            ids,
+            cache,
+            attention_mask=mask[None, None].to(self.device),
+            position_ids=torch.tensor([positions], device=self.device),
+            logits_to_keep=torch.tensor(kept, device=self.device),
+        )
+        row = {node: i for i, node in enumerate(kept)}
+        for end in ends:
+            yield log_probs[[row[node] for node in end]]
+
+    def _alone(self, cache, sequence: tuple[int, ...], prefix: int, longest: int) -> torch.Tensor:
+        """One sequence, in pieces if it is long."""
+        piece = len(sequence) if self._is_stretched(len(sequence)) else self.tree_tokens
+        rows = []
+        for at in range(prefix, len(sequence), piece):
+            end = min(at + piece, len(sequence))
+            first = max(at, len(sequence) - longest)
+            log_probs = self._forward(sequence[at:end], cache, logits_to_keep=max(end - first, 1))
+            rows.append(log_probs[max(end - first, 1) - max(end - first, 0) :])
+        return torch.cat(rows)
+
+
+if __name__ == "__main__":
+    sys.path.append(sys.path.pop(0))  # this folder has an evaluate.py, as lm-eval needs a package of that name
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
