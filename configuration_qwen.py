@@ -16,9 +16,9 @@ AUTO_MAP = {
 CODE_FILES = (
     "cpp_kernels.cpp",
     "cpp_kernels.py",
+    "transformers_compat.py",
     "qwen_ops.py",
     "triton_kernels.py",
-    "transformers_compat.py",
     "qwen_cache.py",
     "qwen_attention.py",
     "qwen_quantization.py",

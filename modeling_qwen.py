@@ -28,10 +28,12 @@ from .transformers_compat import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     GradientCheckpointingLayer,
+    addcmul,
     as_cache,
     cache_kwargs,
     can_return_tuple,
     known_arguments,
+    rms_norm,
     tensor_parallel_plan,
     tied_weights,
     to_device_of,
@@ -70,9 +72,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return x32.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -134,8 +134,8 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     """
     half = cos.shape[-1]
     x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    rotated = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)  # (B, nh, T, d)
-    return torch.cat((rotated.to(x.dtype), rest), dim=-1)
+    y1, y2 = addcmul(x1 * cos, x2, sin, value=-1), addcmul(x2 * cos, x1, sin)  # float32 (B, nh, T, d / 2)
+    return torch.cat((y1.to(x.dtype), y2.to(x.dtype), rest), dim=-1)
 
 
 def eager_attention_forward(

@@ -21,6 +21,8 @@ from transformers.utils import logging
 
 from .cpp_kernels import NAMESPACE, is_loaded, library, load
 from .cpp_kernels import implementation as cpu_implementation
+from .transformers_compat import HAS_SDPA, addcmul
+from .transformers_compat import rms_norm as fused_rms_norm
 
 logger = logging.get_logger(__name__)
 
@@ -28,8 +30,6 @@ MAX_ROWS = 8  # of `linear`; from there on PyTorch's matrix product is faster
 GPU_HEAD_SIZES = (32, 64, 128, 256)  # widths of a head that triton_kernels.py takes; others run the references there
 
 _FLOATS = (torch.float32, torch.bfloat16)
-# torch up to 2.0 has no fused attention with a scale of its own
-_HAS_SDPA = "scale=None" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
 
 
 def _floats(x: torch.Tensor) -> tuple:
@@ -219,7 +219,7 @@ def decode_attention_reference(q, k, v, mask, scaling, causal):
         mask = seen if mask is None else mask & seen
     dtype, out = torch.promote_types(q.dtype, k.dtype), q.dtype
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if _HAS_SDPA:
+    if HAS_SDPA:
         y = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling)  # (B, nh, T, hd)
     else:
         scores = (q @ k.transpose(2, 3)).float() * scaling
@@ -436,16 +436,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         and not _differentiated(x, weight)
     ):
         return _OPERATORS.rms_norm(x, weight, eps)
-    return _fused_rms_norm(x, weight.shape, weight, eps)
+    return fused_rms_norm(x, weight.shape, weight, eps)
 
 
 def rms_norm_reference(x, weight, eps):
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-# torch up to 2.3 has none
-_fused_rms_norm = getattr(F, "rms_norm", lambda x, shape, weight, eps: rms_norm_reference(x, weight, eps))
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -462,18 +458,9 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def rotary_reference(x, cos, sin):
     half = cos.shape[-1]
     x1, x2, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    y1 = _addcmul(x1 * cos, x2, sin, value=-1)
-    y2 = _addcmul(x2 * cos, x1, sin)
+    y1 = addcmul(x1 * cos, x2, sin, value=-1)
+    y2 = addcmul(x2 * cos, x1, sin)
     return torch.cat((y1.to(x.dtype), y2.to(x.dtype), rest), dim=-1)
-
-
-try:
-    torch.addcmul(*(torch.ones(1, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32)))
-    _addcmul = torch.addcmul
-except RuntimeError:  # torch 1.12 wants one data type
-
-    def _addcmul(x, factor1, factor2, value=1):
-        return torch.addcmul(x, factor1.to(x.dtype), factor2, value=value)
 
 
 # --- A block -----------------------------------------------------------------------------------------------------

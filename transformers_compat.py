@@ -58,6 +58,22 @@ def _release() -> str:
 HAS_SDPA = "scale=None" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
 
 
+def _rms_norm(x, normalized_shape, weight, eps):
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+rms_norm = getattr(F, "rms_norm", _rms_norm)  # torch up to 2.3 has none
+
+try:
+    torch.addcmul(*(torch.ones(1, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32)))
+    addcmul = torch.addcmul
+except RuntimeError:  # torch 1.12 wants one data type
+
+    def addcmul(x, factor1, factor2, value=1):
+        return torch.addcmul(x, factor1.to(x.dtype), factor2, value=value)
+
+
 def cpu_supports_bf16() -> bool:
     """Whether this CPU has instructions for bfloat16; torch up to 1.13 can't tell, and has no fast code for it."""
     return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()

@@ -75,7 +75,7 @@ ARROWS = {
     "cpp_kernels": set(),
     "transformers_compat": set(),
     "configuration_qwen": {"transformers_compat"},
-    "qwen_ops": {"cpp_kernels"},
+    "qwen_ops": {"cpp_kernels", "transformers_compat"},
     "triton_kernels": {"qwen_ops"},
     "qwen_cache": {"qwen_ops", "transformers_compat"},
     "qwen_attention": {"qwen_cache", "transformers_compat"},

@@ -551,7 +551,8 @@ def write_version(folder, source):
     pin = hashlib.sha256(source.encode()).hexdigest()
     code = (ROOT / "cpp_kernels.py").read_text(encoding="utf-8").replace(building.SOURCE_SHA256, pin)
     (folder / "cpp_kernels.py").write_text(code, encoding="utf-8")
-    shutil.copy(ROOT / "qwen_ops.py", folder)
+    for name in ("qwen_ops.py", "transformers_compat.py"):
+        shutil.copy(ROOT / name, folder)
     (folder / "cpp_kernels.cpp").write_text(source)
     return folder
 
