@@ -114,6 +114,7 @@ CODE = (
     "tokenization_qwen.py",
     "qwen_generation_utils.py",
     "qwen_cache.py",
+    "qwen_loss.py",
     "cpp_kernels.py",
     "cpp_kernels.cpp",
     "triton_kernels.py",

@@ -38,6 +38,7 @@ MODULES = (
     "triton_kernels.py",
     "transformers_compat.py",
     "qwen_cache.py",
+    "qwen_loss.py",
     "configuration_qwen.py",
     "qwen_generation_utils.py",
     "tokenization_qwen.py",
