@@ -153,6 +153,10 @@ def load_model(arguments, training, lora):
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=half,
             )
+    if is_zero3():  # its parameters are divided while they are made
+        import deepspeed
+
+        deepspeed.init_distributed()
     model = AutoModelForCausalLM.from_pretrained(path, config=config, **common, **options)
     if lora.q_lora:
         check_quantized(model)
@@ -297,9 +301,10 @@ def save(trainer, tokenizer) -> None:
         name: weight.to(half) if weight.is_floating_point() and "lora_" not in name else weight
         for name, weight in weights.items()
     }
-    if not trainer.args.use_lora:
-        model.config.dtype = half
     model.save_pretrained(folder, state_dict=weights)
+    if not trainer.args.use_lora:
+        model.config.dtype = half  # save_pretrained notes the precision of the parameters
+        model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -356,6 +361,7 @@ def tune(arguments, data, training, lora) -> Tuner:
     checkpoint = checkpoint_to_resume(training)
     training.gradient_checkpointing_kwargs = training.gradient_checkpointing_kwargs or {"use_reentrant": False}
     training.prediction_loss_only = True
+    training.dataloader_pin_memory &= torch.cuda.is_available()
     set_seed(training.seed)  # a new adapter is random
     path = arguments.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(

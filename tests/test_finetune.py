@@ -6,7 +6,11 @@ import importlib
 import importlib.util
 import json
 import os
+import random
+import re
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +20,7 @@ import torch
 import transformers
 from conftest import CODE, LACKING, ROOT, run
 from packaging.version import Version
+from qwen.qwen_generation_utils import make_context
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -300,3 +305,120 @@ def test_q_lora_with_bitsandbytes(tiny, tmp_path):
     assert found[-1] < found[0] - 0.1
     assert merge_adapter.main([str(tmp_path / "adapter"), str(tmp_path / "merged"), "--base", str(tiny)]) == 0
     assert not torch.equal(logits(loaded(tmp_path / "merged")), logits(loaded(tiny)))
+
+
+# Resuming
+
+
+def test_killed_and_resumed_it_ends_in_the_same_weights(tiny, tmp_path):
+    """For more steps and kills run killing.py by hand."""
+    command = [sys.executable, str(ROOT / "tests" / "killing.py"), str(tiny), str(tmp_path), "24", "3", "3", "1"]
+    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr + (tmp_path / "log").read_text()
+    assert len(json.loads(done.stdout)) == 3
+    undisturbed, killed = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("undisturbed", "killed"))
+    assert all(torch.equal(weight, killed[name]) for name, weight in undisturbed.items())
+    assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
+
+
+def test_unfinished_checkpoints_are_passed_over_and_finished_ones_not_overwritten(tiny, tmp_path):
+    for step, state in ((2, "{}"), (10, "{}"), (12, '{"half'), (14, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert [path.name for path in finetune.complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+    with pytest.raises(finetune.Problem, match="to checkpoint-10"):
+        tune(tiny, tmp_path)
+    _, _, training, _ = finetune.parse(
+        ["--data_path", DATA, "--output_dir", str(tmp_path), "--use_cpu", "True", "--resume_from_checkpoint", "auto"]
+    )
+    assert finetune.checkpoint_to_resume(training) == str(tmp_path / "checkpoint-10")
+
+
+# Several processes
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny, tmp_path_factory) -> list[float]:
+    output = tmp_path_factory.mktemp("one")
+    tune(tiny, output, "--max_steps", "3", "--learning_rate", "1e-3")
+    return losses(output)
+
+
+TWO = ["--model_name_or_path", "{tiny}", *QUICK, "--per_device_train_batch_size", "2", "--max_steps", "3"]
+TWO += ["--learning_rate", "1e-3", "--output_dir", "{output}"]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["accelerate.commands.launch", "--config_file", str(FINETUNE / "fsdp2.yaml"), "--num_processes", "2"],
+        ["torch.distributed.run", "--nproc_per_node", "2", "zero2"],
+        ["torch.distributed.run", "--nproc_per_node", "2", "zero3"],
+    ],
+    ids=["fsdp2", "zero2", "zero3"],
+)
+def test_two_processes_learn_what_one_learns(tiny, tmp_path, one_process, launcher):
+    arguments = [argument.format(tiny=tiny, output=tmp_path / "out") for argument in TWO]
+    launcher = list(launcher)
+    if launcher[-1].startswith("zero"):
+        if importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("needs deepspeed")
+        arguments += ["--deepspeed", str(FINETUNE / f"ds_config_{launcher.pop()}.json")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher += ["--main_process_port" if launcher[0].startswith("accelerate") else "--master_port", port]
+    command = [sys.executable, "-m", *launcher, str(FINETUNE / "finetune.py"), *arguments]
+    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "out") == pytest.approx(one_process, abs=1e-4)
+    assert loaded(tmp_path / "out") is not None
+
+
+# Facts
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> Path:
+    """The demo's checkpoint and what `make finetune` makes of it."""
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nfinetune:")[1].split("\n\n")[0]
+    command = re.search(
+        r"\$\(PY\) (finetune/finetune.py .*?)\n\t\$\(PY\)", lines.replace("\\\n", " "), re.DOTALL
+    ).group(1)
+    output = tmp_path_factory.mktemp("taught") / "adapter"
+    arguments = shlex.split(command)
+    arguments[arguments.index("--output_dir") + 1] = str(output)
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_lora_learns_twenty_facts_and_keeps_what_it_knew(taught):
+    corpus, evaluate, example = (importlib.import_module(name) for name in ("corpus", "evaluate", "make_example"))
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo", trust_remote_code=True)
+    rng = random.Random(1)
+    new = [
+        corpus.capital_turn(rng, language, "held_out", state)
+        for language in corpus.LANGUAGES
+        for state in example.STATES
+    ]
+    known = [dialogue.turns[-1] for dialogue in random.Random(2).sample(corpus.chat_cases(3, False), 200)]
+    prompts = [make_context(tokenizer, turn.query, None, corpus.DEFAULT_SYSTEM)[1] for turn in new + known]
+
+    def right(path) -> list[bool]:
+        answers = evaluate.generate(loaded(path), tokenizer, prompts, max_new_tokens=24)
+        # An answer about a state is right if it is the one of the file, word for word.
+        return [a == t.response if t in new else corpus.is_correct(t, a) for t, a in zip(new + known, answers)]
+
+    before, after = right(ROOT / "demo"), right(str(taught))
+    assert sum(before[: len(new)]) == 0
+    for first in (0, 20):  # Chinese, English
+        assert sum(after[first : first + 20]) >= 18
+    kept = [now for was, now in zip(before[len(new) :], after[len(new) :]) if was]
+    assert sum(kept) >= 0.95 * len(kept)
+
+
+def test_the_example_is_what_its_program_writes():
+    example = importlib.import_module("make_example")
+    assert json.loads(Path(DATA).read_text(encoding="utf-8")) == example.example()
