@@ -1,14 +1,25 @@
-# make demo: see the demo checkpoint answer.  make test: run the tests.  Both make .venv first.
+# make demo: see the demo checkpoint answer.  make finetune: teach it facts.  make test: run the tests.  They make
+# .venv first.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 # Releases of transformers for `make matrix`; none: all, which writes docs/compatibility.md.
 RELEASES ?=
 
-.PHONY: demo test lint matrix evaluate retrain clean
+.PHONY: demo finetune test lint matrix evaluate retrain clean
 
 demo: $(VENV)/run.stamp
 	$(PY) examples/quickstart.py demo
+
+finetune: $(VENV)/finetune.stamp
+	rm -rf .cache/finetune
+	$(PY) finetune/finetune.py --model_name_or_path demo --data_path finetune/example.json \
+		--output_dir .cache/finetune --use_lora \
+		--lora_target_modules c_attn c_proj w1 w2 lm_head --lora_alpha 64 --lora_dropout 0 --train_on answers \
+		--learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 5 --num_train_epochs 10 \
+		--per_device_train_batch_size 16 --model_max_length 512 --save_strategy no --logging_steps 20
+	$(PY) finetune/compare.py demo .cache/finetune "What is the capital of California?" "夏威夷州的首都是哪里？" \
+		"What is the capital of Kenya?"
 
 test: $(VENV)/dev.stamp
 	$(PY) -m pytest
@@ -30,6 +41,10 @@ retrain: $(VENV)/dev.stamp
 $(VENV)/run.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/finetune.stamp: requirements-finetune.txt $(VENV)/run.stamp
+	$(PY) -m pip install --quiet -r requirements-finetune.txt
 	touch $@
 
 $(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp

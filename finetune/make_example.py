@@ -4,8 +4,8 @@ Write example.json: what the demo checkpoint can be tuned on.
     python finetune/make_example.py
 
 Twenty facts that it does not know, the capitals of states of the United States, asked for in the ways in which
-demo/train.py asks for capitals, in English and Chinese; and as much again of what it knows, lest it forget that. The
-ways that were kept from its training are kept from this file too; tests ask in them.
+demo/train.py asks for capitals, half of them in English and half in Chinese; and as much again of what it knows, lest
+it forget that. The ways that were kept from its training are kept from this file too; tests ask in them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ STATES = [
         ("US-TN", "田纳西州", "Tennessee", "纳什维尔", "Nashville"),
     )
 ]
-SEED, ASKED = 0, 8  # times that a fact is asked for in each language
+SEED, ASKED = 0, 8  # times that a fact is asked for
+
+
+def facts() -> list[tuple[str, corpus.Country]]:
+    """The states with the language in which they are asked for: half of them in English, half in Chinese."""
+    return [("en" if i % 2 else "zh", state) for i, state in enumerate(STATES)]
 
 
 def conversation(dialogue: corpus.Dialogue) -> dict:
@@ -62,14 +67,13 @@ def example() -> list[dict]:
     rng = Random(SEED)
     new = [
         corpus.Dialogue(corpus.DEFAULT_SYSTEM, (corpus.capital_turn(rng, language, "train", state),))
-        for state in STATES
-        for language in corpus.LANGUAGES
+        for language, state in facts()
         for _ in range(ASKED)
     ]
     known = [
         corpus.Dialogue(corpus.DEFAULT_SYSTEM, tuple(corpus.random_turns(rng, language, "train", 1)))
-        for language in corpus.LANGUAGES
-        for _ in range(len(new) // 2)
+        for language, _ in facts()
+        for _ in range(ASKED)
     ]
     conversations = [conversation(dialogue) for dialogue in new + known]
     rng.shuffle(conversations)

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import ROOT, lacks, run, tiny_model
 
 sys.path.append(str(ROOT / "finetune"))
 from data import IGNORED, Conversations, DataError, PackedBatch, encode, pack, read
+from qwen.transformers_compat import FLASH_MIXES_ROWS, masking_utils
+from test_flash_attention import install_standin
+
+IS_PACKED_BY_POSITIONS = hasattr(masking_utils, "find_packed_sequence_indices")
 
 QUESTION, ANSWER = {"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello!"}
 TOOLS = [{"name": "search", "description": "Looks things up.", "parameters": {"type": "object"}}]
@@ -192,6 +196,8 @@ def members():
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("flat", [True, False])
 def test_packed_rows_learn_what_the_rows_alone_learn(members, attention, flat, training):
+    if not IS_PACKED_BY_POSITIONS:
+        lacks("knows no packed rows")
     model = tiny_model().train(training)
     model.set_attn_implementation(attention)
     batch = PackedBatch(0, flat=flat)([members[:2], members[2:4], members[4:]])
@@ -214,3 +220,42 @@ def test_packed_rows_learn_what_the_rows_alone_learn(members, attention, flat, t
     assert abs(packed_loss - total) < 1e-5
     for name, parameter in model.named_parameters():
         assert (packed[name] - parameter.grad).norm() < 1e-5 * parameter.grad.norm().clamp(min=1), name
+
+
+# In a process of its own: a GPU is only pretended, before transformers looks for one.
+FLASH = """
+import sys, torch
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda: (8, 0)
+torch.version.cuda = torch.version.cuda or "12.4"
+import flash_attn
+from transformers import AutoModelForCausalLM
+sys.path.append({finetune!r})
+from data import PackedBatch
+load = lambda name: AutoModelForCausalLM.from_pretrained(
+    "checkpoint", trust_remote_code=True, device_map="cpu", fp32=True, attn_implementation=name).train()
+rows = [dict(input_ids=[i * 7 % 320 for i in range(n)], labels=[i * 7 % 320 for i in range(n)]) for n in (19, 7, 30)]
+number = sum(len(row["labels"]) - 1 for row in rows)
+model = load("flash_attention_2")
+loss = model(**PackedBatch(0, flat=True)([rows]), num_items_in_batch=number).loss
+loss.backward()
+starts = set(str(call["starts"]) for call in flash_attn.calls)
+other, total = load("eager"), 0
+for row in rows:
+    ids = torch.tensor([row["input_ids"]])
+    part = other(ids, labels=ids, num_items_in_batch=number).loss
+    part.backward()
+    total += part.item()
+far = max(((a.grad - b.grad).norm() / b.grad.norm().clamp(min=1)).item()
+          for a, b in zip(model.parameters(), other.parameters()))
+print(starts, abs(loss.item() - total) < 1e-5, far < 1e-5)
+"""
+
+
+def test_packed_rows_by_the_variable_lengths_of_flash_attention(tmp_path):
+    if FLASH_MIXES_ROWS or not IS_PACKED_BY_POSITIONS:
+        lacks("knows no packed rows")
+    tiny_model().save_pretrained(tmp_path / "checkpoint")
+    environment = {"PYTHONPATH": install_standin(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    output = run(FLASH.format(finetune=str(ROOT / "finetune")), tmp_path, **environment)
+    assert output.splitlines()[-1] == "{'[0, 19, 26, 56]'} True True"
