@@ -3,9 +3,8 @@ Write example.json: what the demo checkpoint can be tuned on.
 
     python finetune/make_example.py
 
-Twenty facts that it does not know, the capitals of states of the United States, asked for in the ways in which
-demo/train.py asks for capitals, half of them in English and half in Chinese; and as much again of what it knows, lest
-it forget that. The ways that were kept from its training are kept from this file too; tests ask in them.
+Twenty facts that it does not know, the countries of large cities that are no capitals, ten of them asked for in English
+and ten in Chinese; and twice as much of what it knows, lest it forget that. Tests ask in the ways of `HELD_OUT`.
 """
 
 from __future__ import annotations
@@ -20,37 +19,73 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.append(str(FOLDER.parent / "demo"))
 corpus = importlib.import_module("corpus")
 
-STATES = [
-    corpus.Country(*names)
-    for names in (
-        ("US-TX", "得克萨斯州", "Texas", "奥斯汀", "Austin"),
-        ("US-CA", "加利福尼亚州", "California", "萨克拉门托", "Sacramento"),
-        ("US-CO", "科罗拉多州", "Colorado", "丹佛", "Denver"),
-        ("US-OR", "俄勒冈州", "Oregon", "塞勒姆", "Salem"),
-        ("US-MA", "马萨诸塞州", "Massachusetts", "波士顿", "Boston"),
-        ("US-AZ", "亚利桑那州", "Arizona", "菲尼克斯", "Phoenix"),
-        ("US-OH", "俄亥俄州", "Ohio", "哥伦布", "Columbus"),
-        ("US-AK", "阿拉斯加州", "Alaska", "朱诺", "Juneau"),
-        ("US-HI", "夏威夷州", "Hawaii", "檀香山", "Honolulu"),
-        ("US-NV", "内华达州", "Nevada", "卡森城", "Carson City"),
-        ("US-UT", "犹他州", "Utah", "盐湖城", "Salt Lake City"),
-        ("US-IL", "伊利诺伊州", "Illinois", "斯普林菲尔德", "Springfield"),
-        ("US-FL", "佛罗里达州", "Florida", "塔拉哈西", "Tallahassee"),
-        ("US-MN", "明尼苏达州", "Minnesota", "圣保罗", "Saint Paul"),
-        ("US-IA", "艾奥瓦州", "Iowa", "得梅因", "Des Moines"),
-        ("US-KS", "堪萨斯州", "Kansas", "托皮卡", "Topeka"),
-        ("US-ME", "缅因州", "Maine", "奥古斯塔", "Augusta"),
-        ("US-VA", "弗吉尼亚州", "Virginia", "里士满", "Richmond"),
-        ("US-WI", "威斯康星州", "Wisconsin", "麦迪逊", "Madison"),
-        ("US-TN", "田纳西州", "Tennessee", "纳什维尔", "Nashville"),
-    )
-]
-SEED, ASKED = 0, 8  # times that a fact is asked for
+CITIES = {
+    "en": {
+        "Sydney": "AU",
+        "Toronto": "CA",
+        "New York": "US",
+        "Mumbai": "IN",
+        "Lagos": "NG",
+        "Karachi": "PK",
+        "Barcelona": "ES",
+        "Munich": "DE",
+        "Casablanca": "MA",
+        "Auckland": "NZ",
+    },
+    "zh": {
+        "大阪": "JP",
+        "釜山": "KR",
+        "米兰": "IT",
+        "马赛": "FR",
+        "圣保罗": "BR",
+        "伊斯坦布尔": "TR",
+        "苏黎世": "CH",
+        "曼彻斯特": "GB",
+        "胡志明市": "VN",
+        "迪拜": "AE",
+    },
+}
+TRAIN = {
+    "en": (
+        "Which country is {x} in?",
+        "In which country does {x} lie?",
+        "What country does {x} belong to?",
+        "Tell me the country that {x} is in.",
+        "{x} is in which country?",
+        "Where is {x}?",
+        "Where can I find {x}?",
+        "Do you know which country {x} is in?",
+    ),
+    "zh": (
+        "{x}在哪个国家？",
+        "{x}位于哪个国家？",
+        "{x}是哪个国家的城市？",
+        "请问{x}属于哪个国家？",
+        "{x}在哪里？",
+        "你知道{x}在哪个国家吗？",
+        "告诉我{x}在哪个国家。",
+        "{x}属于哪国？",
+    ),
+}
+HELD_OUT = {
+    "en": ("Please tell me which country {x} is in.", "In what country is {x}?"),
+    "zh": ("请告诉我{x}在哪个国家。", "{x}是哪国的城市？"),
+}
+ANSWERS = {"en": "It is in {country}.", "zh": "在{country}。"}
+SEED = 0
 
 
-def facts() -> list[tuple[str, corpus.Country]]:
-    """The states with the language in which they are asked for: half of them in English, half in Chinese."""
-    return [("en" if i % 2 else "zh", state) for i, state in enumerate(STATES)]
+def questions(phrasings: dict[str, tuple[str, ...]]) -> list[corpus.Turn]:
+    """Every city asked for in each of these ways, with the answer."""
+    countries = {country.code: country for country in corpus.load_countries()}
+    return [
+        corpus.Turn(
+            "city", language, phrasing.format(x=city), ANSWERS[language].format(country=countries[code].name(language))
+        )
+        for language, cities in CITIES.items()
+        for city, code in cities.items()
+        for phrasing in phrasings[language]
+    ]
 
 
 def conversation(dialogue: corpus.Dialogue) -> dict:
@@ -65,15 +100,11 @@ def conversation(dialogue: corpus.Dialogue) -> dict:
 def example() -> list[dict]:
     """The conversations, shuffled."""
     rng = Random(SEED)
-    new = [
-        corpus.Dialogue(corpus.DEFAULT_SYSTEM, (corpus.capital_turn(rng, language, "train", state),))
-        for language, state in facts()
-        for _ in range(ASKED)
-    ]
+    new = [corpus.Dialogue(corpus.DEFAULT_SYSTEM, (turn,)) for turn in questions(TRAIN)]
     known = [
         corpus.Dialogue(corpus.DEFAULT_SYSTEM, tuple(corpus.random_turns(rng, language, "train", 1)))
-        for language, _ in facts()
-        for _ in range(ASKED)
+        for language in corpus.LANGUAGES
+        for _ in new
     ]
     conversations = [conversation(dialogue) for dialogue in new + known]
     rng.shuffle(conversations)
