@@ -165,12 +165,11 @@ def load_model(arguments, training, lora):
 
 def check_quantized(model) -> None:
     """Problem unless every matrix of the blocks is stored in fewer bits than a floating-point number has."""
-    blocks = model.transformer.h
-    full = [
-        name for name, parameter in blocks.named_parameters() if parameter.dim() > 1 and parameter.is_floating_point()
+    found = [
+        name.rpartition(".weight")[0]
+        for name, parameter in model.transformer.h.named_parameters()
+        if name.endswith(".weight") and parameter.dim() > 1 and parameter.is_floating_point()
     ]
-    plain = [name for name, module in blocks.named_modules() if type(module) is torch.nn.Linear]
-    found = sorted({name.rpartition(".weight")[0] or name for name in full} | set(plain))
     if found:
         raise Problem(
             f"--q_lora: {len(found)} matrices of the blocks are in full precision (h.{found[0]}, ...), so this would "

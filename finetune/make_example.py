@@ -4,7 +4,7 @@ Write example.json: what the demo checkpoint can be tuned on.
     python finetune/make_example.py
 
 Twenty facts that it does not know, the countries of large cities that are no capitals, ten of them asked for in English
-and ten in Chinese; and twice as much of what it knows, lest it forget that. Tests ask in the ways of `HELD_OUT`.
+and ten in Chinese; and three times as much of what it knows, lest it forget that. Tests ask in the ways of `HELD_OUT`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ TRAIN = {
         "Where is {x}?",
         "Where can I find {x}?",
         "Do you know which country {x} is in?",
+        "I want to know which country {x} is in.",
+        "{x} belongs to what country?",
     ),
     "zh": (
         "{x}在哪个国家？",
@@ -65,6 +67,8 @@ TRAIN = {
         "你知道{x}在哪个国家吗？",
         "告诉我{x}在哪个国家。",
         "{x}属于哪国？",
+        "我想知道{x}在哪个国家。",
+        "{x}是哪国城市？",
     ),
 }
 HELD_OUT = {
@@ -102,10 +106,13 @@ def example() -> list[dict]:
     rng = Random(SEED)
     new = [corpus.Dialogue(corpus.DEFAULT_SYSTEM, (turn,)) for turn in questions(TRAIN)]
     known = [
-        corpus.Dialogue(corpus.DEFAULT_SYSTEM, tuple(corpus.random_turns(rng, language, "train", 1)))
-        for language in corpus.LANGUAGES
-        for _ in new
+        turn for language in corpus.LANGUAGES for _ in new for turn in corpus.random_turns(rng, language, "train", 1)
     ]
+    # What it refuses is forgotten first: the new questions are like those.
+    known += [
+        corpus.unknown_turn(rng, language, "train") for language in corpus.LANGUAGES for _ in range(len(new) // 2)
+    ]
+    known = [corpus.Dialogue(corpus.DEFAULT_SYSTEM, (turn,)) for turn in known]
     conversations = [conversation(dialogue) for dialogue in new + known]
     rng.shuffle(conversations)
     return conversations

@@ -218,7 +218,7 @@ def test_arguments_of_the_published_scripts():
     [
         (["--q_lora"], "pass --use_lora"),
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor"),
-        (["--q_lora", "--use_lora", "--fsdp", "True"], "ZeRO-2"),
+        (["--q_lora", "--use_lora", "--fsdp", "full_shard"], "ZeRO-2"),
     ],
 )
 def test_contradictions_are_said(tiny, tmp_path, arguments, message):
