@@ -3,7 +3,8 @@ Tune a checkpoint twice, once undisturbed and once killed by SIGKILL at random m
 
     python killing.py CHECKPOINT OUTPUT STEPS SAVE_STEPS KILLS SEED
 
-Prints as JSON after which step each kill came. What is needed is imported once; every run is a fork.
+A kill comes within three steps' time after a step that is drawn at random, so in a checkpoint too. Prints as JSON in
+which step each came. What is needed is imported once; every run is a fork.
 """
 
 from __future__ import annotations
@@ -67,6 +68,10 @@ def is_over(child: int) -> bool:
     return bool(done)
 
 
+def step_of(progress: Path) -> int:
+    return int(progress.read_text() or -1) if progress.exists() else -1
+
+
 def main(checkpoint: str, folder: str, steps: str, save_steps: str, kills: str, seed: str) -> None:
     folder, kills, rng = Path(folder), int(kills), random.Random(int(seed))
     common = ["--model_name_or_path", checkpoint, "--data_path", str(ROOT / "finetune" / "example.json")]
@@ -83,18 +88,20 @@ def main(checkpoint: str, folder: str, steps: str, save_steps: str, kills: str, 
         began = began or (time.monotonic() if progress.exists() else None)
     duration = time.monotonic() - began
 
+    step = duration / int(steps)
+    targets = sorted(rng.randrange(int(steps) - 4) for _ in range(kills))
     while True:
         child = fork([*common, "--output_dir", str(folder / "killed")], progress, log)
-        while not progress.exists() and not is_over(child):
-            time.sleep(0.02)
-        end = time.monotonic() + rng.uniform(0, 1.5 * duration / kills)
-        while not (over := is_over(child)) and (len(reached) == kills or time.monotonic() < end):
-            time.sleep(0.005)
+        target = targets[len(reached)] if len(reached) < kills else int(steps) + 1
+        while not (over := is_over(child)) and step_of(progress) < target:
+            time.sleep(step / 10)
         if over:
             break
+        time.sleep(rng.uniform(0, 3 * step))
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        reached.append(int(progress.read_text() or 0))
+        if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+            break
+        reached.append(step_of(progress))
     print(json.dumps(reached))
 
 
