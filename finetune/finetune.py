@@ -157,7 +157,7 @@ def load_model(arguments, training, lora):
         import deepspeed
 
         deepspeed.init_distributed()
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, **common, **options)
+    model = AutoModelForCausalLM.from_pretrained(path, **common, **options)
     if lora.q_lora:
         check_quantized(model)
     return model

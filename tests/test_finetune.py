@@ -121,7 +121,12 @@ print(model(torch.arange(50)[None]).logits.argmax(-1)[0].tolist(), model.generat
 
 
 def test_half_precision_learns_in_float32_and_is_saved_in_half(tiny, tmp_path):
-    trainer = tune(tiny, tmp_path, "--max_steps", "2", "--bf16", "True")
+    config = json.loads((tiny / "config.json").read_text())
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny, checkpoint)
+    (checkpoint / "config.json").write_text(json.dumps({**config, "fp16": True}))  # as published Int4 checkpoints say
+    tmp_path = tmp_path / "out"
+    trainer = tune(checkpoint, tmp_path, "--max_steps", "2", "--bf16", "True")
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
