@@ -300,7 +300,9 @@ def save(trainer, tokenizer) -> None:
         name: weight.to(half) if weight.is_floating_point() and "lora_" not in name else weight
         for name, weight in weights.items()
     }
-    model.save_pretrained(folder, state_dict=weights)
+    # peft would save the base's embedding and head too if one of them has an adapter.
+    options = {"save_embedding_layers": False} if trainer.args.use_lora else {}
+    model.save_pretrained(folder, state_dict=weights, **options)
     if not trainer.args.use_lora:
         model.config.dtype = half  # save_pretrained notes the precision of the parameters
         model.config.save_pretrained(folder)

@@ -36,6 +36,7 @@ merge_adapter = importlib.import_module("merge_adapter")
 DATA = str(FINETUNE / "example.json")
 QUICK = ["--data_path", DATA, "--model_max_length", "128", "--save_strategy", "no", "--disable_tqdm", "True"]
 QUICK += ["--report_to", "none", "--use_cpu", "True", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
+ADAPTER = "adapter_model.safetensors"
 LORA = ["--use_lora", "--lora_r", "4", "--learning_rate", "1e-2"]
 
 
@@ -159,6 +160,20 @@ def test_a_base_model_learns_chat_tokens_and_becomes_a_chat_model(tiny_base, tmp
     merged = loaded(tmp_path / "merged")
     assert (logits(merged) - logits(trainer.model.eval())).abs().max() < 1e-4
     assert not torch.equal(merged.lm_head.weight, loaded(tiny_base).lm_head.weight)
+
+
+@pytest.mark.parametrize("saved_by_peft", [False, True])
+def test_an_adapted_head_merges(tiny, tmp_path, saved_by_peft):
+    """peft saves the base's own weight beside the adapter of a head; finetune.py does not."""
+    trainer = tune(tiny, tmp_path / "adapter", "--max_steps", "4", *LORA, "--lora_target_modules", "c_attn", "lm_head")
+    assert not any("wte" in name or "base_layer" in name for name in load_file(tmp_path / "adapter" / ADAPTER))
+    if saved_by_peft:
+        trainer.model.save_pretrained(tmp_path / "adapter")
+        assert any("base_layer" in name for name in load_file(tmp_path / "adapter" / ADAPTER))
+    assert merge_adapter.main([str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    merged = loaded(tmp_path / "merged")
+    assert (logits(merged) - logits(trainer.model.eval())).abs().max() < 1e-4
+    assert not torch.equal(merged.lm_head.weight, loaded(tiny).lm_head.weight)
 
 
 def test_merging_in_shards_into_another_precision(tiny, tmp_path):

@@ -58,28 +58,30 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def changes(config: dict, tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
-    """For each weight of the base that changes: (B, A, scale), or (new value,)."""
-    changed = {}
+    """For each weight of the base that changes: its new value or None, and (B, A, scale) of what is added or None."""
+    changed = {name: (tensor, None) for name, tensor in tensors.items() if ".lora_" not in name}
     for name, tensor in tensors.items():
         if name.endswith(".lora_A.weight"):
             module = name[: -len(".lora_A.weight")]
             rank = tensor.shape[0]
             scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-            changed[f"{module}.weight"] = (tensors[f"{module}.lora_B.weight"], tensor, scale)
-        elif ".lora_" not in name:
-            changed[name] = (tensor,)
+            # peft saves the weight of an adapted embedding or head too.
+            new, _ = changed.get(f"{module}.weight", (None, None))
+            changed[f"{module}.weight"] = (new, (tensors[f"{module}.lora_B.weight"], tensor, scale))
     return changed
 
 
-def merged(name: str, weight: torch.Tensor, change: tuple) -> torch.Tensor:
+def merged(name: str, weight: torch.Tensor, new: torch.Tensor | None, added: tuple | None) -> torch.Tensor:
     """weight: (out, in). Returns it changed, in float32; Problem if the change has another shape."""
-    shape = change[0].shape if len(change) == 1 else (change[0].shape[0], change[1].shape[1])
-    if tuple(shape) != tuple(weight.shape):
-        raise Problem(f"{name} is {tuple(shape)} in the adapter and {tuple(weight.shape)} in the base.")
-    if len(change) == 1:
-        return change[0].float()
-    b, a, scale = change
-    return weight.float() + scale * (b.float() @ a.float())
+    shapes = [] if new is None else [tuple(new.shape)]
+    if added is not None:
+        b, a, scale = added
+        shapes.append((b.shape[0], a.shape[1]))
+    wrong = [shape for shape in shapes if shape != tuple(weight.shape)]
+    if wrong:
+        raise Problem(f"{name} is {wrong[0]} in the adapter and {tuple(weight.shape)} in the base.")
+    weight = (weight if new is None else new).float()
+    return weight if added is None else weight + scale * (b.float() @ a.float())
 
 
 def weight_files(base: Path) -> dict[str, list[str]]:
@@ -133,7 +135,7 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
                     weight = weights.get_tensor(name)
                     kind = weight.dtype if dtype is None or not weight.is_floating_point() else DTYPES[dtype]
                     if name in changed:
-                        weight = merged(name, weight, changed[name])
+                        weight = merged(name, weight, *changed[name])
                     written[name] = weight.to(kind).contiguous()
             save_file(written, partial / file, metadata={"format": "pt"})
             size += sum(tensor.numel() * tensor.element_size() for tensor in written.values())
