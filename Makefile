@@ -1,4 +1,5 @@
-# make demo: see the demo checkpoint answer.  make test: run the tests.  Both make .venv first.
+# make demo: see the demo checkpoint answer.  make finetune: teach it facts.  make test: run the tests.  They make
+# .venv first.
 PYTHON ?= python3
 VENV := .venv
 EVALUATION := .cache/evaluation
@@ -6,10 +7,20 @@ PY := $(VENV)/bin/python
 # Releases of transformers for `make matrix`, or newest, or newest-torch; none: all, which writes docs/compatibility.md.
 RELEASES ?=
 
-.PHONY: demo test lint matrix evaluation-test evaluate retrain clean
+.PHONY: demo finetune test lint matrix evaluation-test evaluate retrain clean
 
 demo: $(VENV)/run.stamp
 	$(PY) examples/quickstart.py demo
+
+finetune: $(VENV)/finetune.stamp
+	rm -rf .cache/finetune
+	$(PY) finetune/finetune.py --model_name_or_path demo --data_path finetune/example.json \
+		--output_dir .cache/finetune --use_lora \
+		--lora_target_modules c_attn c_proj w1 w2 lm_head --lora_alpha 64 --lora_dropout 0 --train_on answers \
+		--learning_rate 6e-4 --lr_scheduler_type cosine --warmup_steps 10 --num_train_epochs 5 \
+		--per_device_train_batch_size 8 --model_max_length 512 --save_strategy no --logging_steps 20
+	$(PY) finetune/compare.py demo .cache/finetune "In what country is Sydney?" "请告诉我大阪在哪个国家。" \
+		"What is the capital of Kenya?"
 
 test: $(VENV)/dev.stamp
 	$(PY) -m pytest
@@ -35,6 +46,10 @@ retrain: $(VENV)/dev.stamp
 $(VENV)/run.stamp: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/finetune.stamp: requirements-finetune.txt $(VENV)/run.stamp
+	$(PY) -m pip install --quiet -r requirements-finetune.txt
 	touch $@
 
 $(VENV)/dev.stamp: requirements-dev.txt $(VENV)/run.stamp

@@ -28,6 +28,7 @@ CODE_FILES = (
     "qwen_cuda_graph.py",
     "qwen_decode.py",
     "qwen_loading.py",
+    "qwen_loss.py",
     "tokenization_qwen.py",
     "modeling_qwen.py",
 )

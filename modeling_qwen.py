@@ -24,6 +24,7 @@ from .qwen_chat import QWenChatMixin
 from .qwen_decode import QWenGenerationMixin, decoding_step
 from .qwen_generation_utils import StopWordsLogitsProcessor, decode_tokens, get_stop_words_ids, make_context
 from .qwen_loading import QWenPreTrainedModel
+from .qwen_loss import causal_lm_loss
 from .transformers_compat import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -511,6 +512,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         ntk_alpha: torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
@@ -520,11 +522,13 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin):
         Args:
             labels: int64 (B, T), the ids themselves (they are shifted here), -100 where there is no loss.
             logits_to_keep: compute logits for the last n positions only, or for those a 1-D tensor indexes; 0: all.
+            skip_logits: with labels, return no logits: the loss is computed without holding those of all positions.
             kwargs: `num_items_in_batch` divides the summed loss instead of the number of labels; the rest goes to
                 `QWenModel.forward`.
 
         Returns:
-            `loss` (if labels are given), `logits` (B, positions kept, vocab), and what `QWenModel.forward` returns.
+            `loss` (if labels are given), `logits` (B, positions kept, vocab) or None, and what `QWenModel.forward`
+            returns.
         """
         output = self.transformer(
             input_ids=input_ids,
@@ -539,10 +543,13 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, kept])  # (B, positions kept, vocab)
-        loss = None
-        if labels is not None:
+        loss, logits = None, None
+        if skip_logits and labels is not None:
+            loss = causal_lm_loss(self.lm_head, output.last_hidden_state, labels, self.config.vocab_size, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(output.last_hidden_state[:, kept])  # (B, positions kept, vocab)
+        if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

@@ -89,9 +89,10 @@ ARROWS = {
         *("qwen_quantization", "transformers_compat"),
     },
     "qwen_chat": {"qwen_generation_utils", "transformers_compat"},
+    "qwen_loss": set(),
     "modeling_qwen": {
         *("configuration_qwen", "qwen_attention", "qwen_cache", "qwen_chat", "qwen_decode", "qwen_generation_utils"),
-        *("qwen_loading", "transformers_compat"),
+        *("qwen_loading", "qwen_loss", "transformers_compat"),
     },
 }
 

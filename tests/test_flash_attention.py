@@ -76,19 +76,24 @@ print(json.dumps(report))
 """
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    if FLASH_MIXES_ROWS:
-        lacks("mixes up the rows of a batch with flash attention")
-    folder = tmp_path_factory.mktemp("flash")
-    tiny_model(use_dynamic_ntk=True, use_logn_attn=True).save_pretrained(folder / "checkpoint")
+def install_standin(folder) -> str:
+    """Makes a package flash-attn in this folder; returns the PYTHONPATH with it."""
     metadata = folder / "flash_attn-2.8.3.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
     (metadata / "RECORD").write_text("flash_attn/__init__.py,,\n")
     (metadata / "top_level.txt").write_text("flash_attn\n")
     (folder / "flash_attn").symlink_to(ROOT / "tests" / "standins" / "flash_attn")
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    if FLASH_MIXES_ROWS:
+        lacks("mixes up the rows of a batch with flash attention")
+    folder = tmp_path_factory.mktemp("flash")
+    tiny_model(use_dynamic_ntk=True, use_logn_attn=True).save_pretrained(folder / "checkpoint")
+    path = install_standin(folder)
     code = SCRIPT.replace("sys.argv[1]", repr(str(folder / "checkpoint")))
     output = run(code, folder, PYTHONPATH=path, HF_MODULES_CACHE=str(folder / "modules"))
     return json.loads(output.splitlines()[-1])

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Callable, Iterator
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 INDEX = "model.safetensors.index.json"
 
@@ -82,6 +82,20 @@ def weight_files(folder: Path) -> dict[str, set[str]]:
             raise Problem(f"{len(lacking)} weight files are missing: {', '.join(lacking[:4])}. Copy them again.")
         return files
     raise Problem("There are no weights: neither model.safetensors nor pytorch_model.bin nor an index of files.")
+
+
+def weight_names(folder: Path) -> dict[str, list[str]]:
+    """The safetensors files of a checkpoint, each with the names of its weights; Problem for other files."""
+    names = {}
+    for file, named in weight_files(folder).items():
+        if not file.endswith(".safetensors"):
+            raise Problem(f"{folder} has no .safetensors. Load it and call save_pretrained, which writes them.")
+        if named:
+            names[file] = sorted(named)
+        else:  # without an index, all that is in it
+            with safe_open(folder / file, framework="pt") as weights:
+                names[file] = list(weights.keys())
+    return names
 
 
 def advice_about_name(folder: Path) -> str | None:

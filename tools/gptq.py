@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from checkpoint_files import INDEX, Problem, read_json, weight_files, write_file
+from checkpoint_files import INDEX, Problem, read_json, weight_names, write_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -197,14 +197,8 @@ class Weights:
     """The tensors of a checkpoint, read one at a time."""
 
     def __init__(self, folder: Path):
-        self.folder, self.places = folder, {}
-        for file, names in weight_files(folder).items():
-            if not file.endswith(".safetensors"):
-                raise Problem(f"{folder} has no .safetensors. Load it and call save_pretrained, which writes them.")
-            if not names:  # no index: all that is in it
-                with safe_open(folder / file, framework="pt") as weights:
-                    names = weights.keys()
-            self.places.update(dict.fromkeys(names, file))
+        self.folder = folder
+        self.places = {name: file for file, names in weight_names(folder).items() for name in names}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self.folder / self.places[name], framework="pt") as weights:

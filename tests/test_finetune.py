@@ -1,0 +1,451 @@
+"""finetune/finetune.py: full tuning, LoRA and Q-LoRA, what is saved, merging, resuming after a kill, two processes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import CODE, LACKING, ROOT, run
+from packaging.version import Version
+from qwen.qwen_generation_utils import make_context
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+if Version(transformers.__version__) < Version("4.57"):
+    pytest.skip(LACKING + "is older than 4.57, which finetune/ needs", allow_module_level=True)
+pytest.importorskip("peft")
+
+FINETUNE = ROOT / "finetune"
+sys.path[:0] = [str(FINETUNE), str(ROOT / "tools"), str(ROOT / "demo")]
+finetune = importlib.import_module("finetune")
+merge_adapter = importlib.import_module("merge_adapter")
+
+DATA = str(FINETUNE / "example.json")
+QUICK = ["--data_path", DATA, "--model_max_length", "128", "--save_strategy", "no", "--disable_tqdm", "True"]
+QUICK += ["--report_to", "none", "--use_cpu", "True", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
+ADAPTER = "adapter_model.safetensors"
+LORA = ["--use_lora", "--lora_r", "4", "--learning_rate", "1e-2"]
+
+
+def copy_demo(target: Path) -> Path:
+    """The demo's folder, without its weights and programs, with real files."""
+    target.mkdir()
+    for name in (*CODE, "config.json", "generation_config.json", "tokenizer_config.json", "qwen.tiktoken"):
+        shutil.copyfile(ROOT / "demo" / name, target / name)
+    return target
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A chat checkpoint of two small layers with random weights."""
+    folder = copy_demo(tmp_path_factory.mktemp("checkpoints") / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    config.update(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, kv_channels=32, intermediate_size=192)
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
+    save_file({name: weight.contiguous() for name, weight in model.state_dict().items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tiny) -> Path:
+    """The same as a base model."""
+    folder = tiny.parent / "tiny_base"
+    shutil.copytree(tiny, folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings.update(chat_format="raw", eos_token_id=settings["pad_token_id"])
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def tune(checkpoint, output, *arguments: str):
+    common = ["--model_name_or_path", str(checkpoint), "--output_dir", str(output), *QUICK]
+    return finetune.tune(*finetune.parse([*common, *arguments]))
+
+
+def losses(output) -> list[float]:
+    history = json.loads((Path(output) / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def loaded(path, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, fp32=True, **kwargs).eval()
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(200)[None]).logits
+
+
+# What is saved
+
+
+def test_full_tuning_saves_all_that_a_fresh_process_elsewhere_needs(tiny, tmp_path):
+    trainer = tune(
+        tiny, tmp_path / "out", "--max_steps", "8", "--learning_rate", "5e-3", "--eval_data_path", DATA[:-5] + ".json"
+    )
+    found = losses(tmp_path / "out")
+    assert len(found) == 8
+    assert found[-1] < found[0] - 0.5
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert {"tokens_per_second", "minutes_left", "memory_gb"} <= set(entry)
+    ids = trainer.model(torch.arange(50)[None]).logits.argmax(-1)[0].tolist()
+    code = f"""
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+path = {str(tmp_path / "moved")!r}
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, fp32=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+model.chat(tokenizer, "Hi", None, max_new_tokens=2)
+print(model(torch.arange(50)[None]).logits.argmax(-1)[0].tolist(), model.generation_config.eos_token_id)
+"""
+    (tmp_path / "out").rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    eos = [trainer.processing_class.eod_id, trainer.processing_class.im_end_id]
+    assert run(code, tmp_path / "elsewhere") == f"{ids} {eos}"
+    assert (tmp_path / "moved" / "cpp_kernels.cpp").exists()
+
+
+def test_half_precision_learns_in_float32_and_is_saved_in_half(tiny, tmp_path):
+    config = json.loads((tiny / "config.json").read_text())
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny, checkpoint)
+    (checkpoint / "config.json").write_text(json.dumps({**config, "fp16": True}))  # as published Int4 checkpoints say
+    tmp_path = tmp_path / "out"
+    trainer = tune(checkpoint, tmp_path, "--max_steps", "2", "--bf16", "True")
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_an_adapter_finds_its_base_and_merges_into_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    tune("tiny", tmp_path / "adapter", "--max_steps", "4", *LORA)  # a relative path
+    adapted = loaded(str(tmp_path / "adapter"))
+    assert (logits(adapted) - logits(loaded(tiny))).abs().max() > 0.1
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "adapter", trust_remote_code=True)
+    assert adapted.chat(tokenizer, "Hi", None, max_new_tokens=2)
+    monkeypatch.chdir(tmp_path)
+    assert merge_adapter.main(["adapter", "merged"]) == 0
+    assert (logits(loaded(tmp_path / "merged")) - logits(adapted)).abs().max() < 1e-4
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"qwen.tiktoken", "generation_config.json", *CODE} <= names
+    assert not [name for name in names if "adapter" in name]
+
+
+def test_a_base_model_learns_chat_tokens_and_becomes_a_chat_model(tiny_base, tmp_path, capsys):
+    trainer = tune(tiny_base, tmp_path / "adapter", "--max_steps", "4", *LORA)
+    assert "wte and lm_head learn ChatML's tokens" in capsys.readouterr().out
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {"base_model.model.lm_head.weight", "base_model.model.transformer.wte.weight"} <= set(weights)
+    tokenizer = trainer.processing_class
+    assert merge_adapter.main([str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    settings = GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert (settings.chat_format, settings.eos_token_id) == ("chatml", [tokenizer.eod_id, tokenizer.im_end_id])
+    merged = loaded(tmp_path / "merged")
+    assert (logits(merged) - logits(trainer.model.eval())).abs().max() < 1e-4
+    assert not torch.equal(merged.lm_head.weight, loaded(tiny_base).lm_head.weight)
+
+
+@pytest.mark.parametrize("saved_by_peft", [False, True])
+def test_an_adapted_head_merges(tiny, tmp_path, saved_by_peft):
+    """peft saves the base's own weight beside the adapter of a head; finetune.py does not."""
+    trainer = tune(tiny, tmp_path / "adapter", "--max_steps", "4", *LORA, "--lora_target_modules", "c_attn", "lm_head")
+    assert not any("wte" in name or "base_layer" in name for name in load_file(tmp_path / "adapter" / ADAPTER))
+    if saved_by_peft:
+        trainer.model.save_pretrained(tmp_path / "adapter")
+        assert any("base_layer" in name for name in load_file(tmp_path / "adapter" / ADAPTER))
+    assert merge_adapter.main([str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    merged = loaded(tmp_path / "merged")
+    assert (logits(merged) - logits(trainer.model.eval())).abs().max() < 1e-4
+    assert not torch.equal(merged.lm_head.weight, loaded(tiny).lm_head.weight)
+
+
+def test_merging_in_shards_into_another_precision(tiny, tmp_path):
+    tune(tiny, tmp_path / "adapter", "--max_steps", "2", *LORA)
+    loaded(tiny).save_pretrained(tmp_path / "base", max_shard_size="200KB")
+    AutoTokenizer.from_pretrained(tiny, trust_remote_code=True).save_pretrained(tmp_path / "base")
+    save_file({"lm_head.weight": torch.zeros(1)}, tmp_path / "base" / "stray.safetensors")
+    arguments = [str(tmp_path / "adapter"), str(tmp_path / "merged"), "--base", str(tmp_path / "base")]
+    assert merge_adapter.main([*arguments, "--dtype", "bfloat16"]) == 0
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 2
+    assert not (tmp_path / "merged" / "stray.safetensors").exists()
+    merged, adapted = loaded(tmp_path / "merged"), loaded(str(tmp_path / "adapter"))
+    assert 0 < (logits(merged) - logits(adapted)).abs().max() < 0.1
+    assert AutoConfig.from_pretrained(tmp_path / "merged", trust_remote_code=True).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"base_model_name_or_path": "nowhere"}, "no folder nowhere"),
+        ({"quantized": True}, "full precision"),
+        ({"module": "h.7"}, "have no place"),
+        ({"rows": 3}, "in the adapter"),
+    ],
+)
+def test_merging_refuses_what_it_would_do_wrongly(tiny, tmp_path, capsys, change, message):
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    shutil.copytree(tiny, base)
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "lora_alpha": 8, "r": 2, "base_model_name_or_path": str(base)}
+    module = f"base_model.model.transformer.{change.pop('module', 'h.0')}.mlp.w1"
+    weights = {f"{module}.lora_A.weight": torch.ones(2, 64)}
+    weights[f"{module}.lora_B.weight"] = torch.ones(change.pop("rows", 96), 2)
+    save_file(weights, adapter / "adapter_model.safetensors")
+    if change.pop("quantized", False):
+        settings = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**settings, "quantization_config": {"bits": 4}}))
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    assert merge_adapter.main([str(adapter), str(tmp_path / "merged")]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+# Arguments and data
+
+
+def test_arguments_of_the_published_scripts():
+    arguments = ["--evaluation_strategy", "steps", "--eval_steps", "5", "--warmup_ratio=0.1", "--fp16", "False"]
+    common = ["--data_path", DATA, "--output_dir", "out", "--use_cpu", "True"]
+    _, data, training, lora = finetune.parse([*common, *arguments, "--lazy_preprocess", "True", "--q_lora"])
+    assert training.eval_strategy == "steps"
+    assert training.get_warmup_steps(100) == 10
+    assert data.lazy_preprocess
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout) == (64, 16, 0.05)
+    assert lora.lora_target_modules == ["c_attn", "c_proj", "w1", "w2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--q_lora"], "pass --use_lora"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor"),
+        (["--q_lora", "--use_lora", "--fsdp", "full_shard"], "ZeRO-2"),
+    ],
+)
+def test_contradictions_are_said(tiny, tmp_path, arguments, message):
+    with pytest.raises(finetune.Problem, match=message):
+        tune(tiny, tmp_path, *arguments)
+
+
+def test_a_problem_is_a_line_and_not_a_traceback(tiny, tmp_path, capsys, monkeypatch):
+    (tmp_path / "data.json").write_text("[]")
+    arguments = ["--model_name_or_path", str(tiny), "--output_dir", str(tmp_path / "out"), "--use_cpu", "True"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments, "--data_path", str(tmp_path / "data.json")])
+    assert finetune.main() == 2
+    assert capsys.readouterr().err.startswith("problem: ")
+
+
+def test_what_is_cut_and_left_out_is_said(tiny, tmp_path, capsys):
+    short, long = ("word " * n for n in (1, 400))
+    records = [
+        {"conversations": [{"from": "user", "value": text}, {"from": "assistant", "value": "a"}]}
+        for text in (short, long)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    tune(
+        tiny, tmp_path / "out", "--data_path", str(tmp_path / "data.json"), "--train_on", "answers", "--max_steps", "1"
+    )
+    output = capsys.readouterr().out
+    assert "1 of 2 conversations are longer than 128 tokens and were cut off: no. 2" in output
+    assert "1 of 2 conversations had nothing left to learn then and were left out: no. 2" in output
+
+
+def test_packed_examples_take_fewer_steps(tiny, tmp_path):
+    alone = tune(tiny, tmp_path / "a", "--num_train_epochs", "1", "--max_steps", "1")
+    packed = tune(tiny, tmp_path / "b", "--num_train_epochs", "1", "--max_steps", "1", "--packing", "True")
+    assert len(packed.train_dataset) < 0.6 * len(alone.train_dataset)
+    assert losses(tmp_path / "b")[0] == pytest.approx(losses(tmp_path / "a")[0], abs=0.1)
+
+
+def test_adapter_over_a_frozen_base_with_checkpointing_is_the_same(tiny, tmp_path):
+    steps = ["--max_steps", "3", "--lora_dropout", "0", *LORA]
+    tune(tiny, tmp_path / "a", *steps)
+    tune(tiny, tmp_path / "b", *steps, "--gradient_checkpointing", "True")
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-5)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in FINETUNE.glob("finetune_*.sh")))
+def test_scripts_start_the_program_with_arguments_that_it_knows(tiny, script, tmp_path):
+    command = ["bash", str(FINETUNE / script), "-m", str(tiny), "-d", DATA, "--num_train_epochs", "1"]
+    recorder = tmp_path / "python"
+    recorder.write_text('#!/bin/sh\ncase "$1" in -c) echo 2;; *) for a in "$@"; do echo "$a"; done;; esac\n')
+    recorder.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(recorder)}
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True)
+    words = done.stdout.splitlines()
+    arguments = words[words.index(str(FINETUNE / "finetune.py")) + 1 :]
+    for name in ("--bf16", "--fp16"):  # not on this machine
+        if name in arguments:
+            arguments[arguments.index(name) + 1] = "False"
+    if "--deepspeed" in arguments:
+        at = arguments.index("--deepspeed")
+        assert json.loads(Path(arguments[at + 1]).read_text())["zero_optimization"]["stage"] in (2, 3)
+        del arguments[at : at + 2]
+    _, _, training, lora = finetune.parse([*arguments, "--use_cpu", "True", "--report_to", "none"])
+    assert training.num_train_epochs == 1
+    assert training.use_lora == ("lora" in script)
+    assert lora.q_lora == ("qlora" in script)
+    assert ("--nproc_per_node" in words or "--num_processes" in words) == ("single" not in script)
+
+
+# Q-LoRA
+
+
+def test_a_matrix_in_full_precision_is_refused(tiny):
+    with pytest.raises(finetune.Problem, match="10 matrices of the blocks are in full precision"):
+        finetune.check_quantized(loaded(tiny))
+
+
+def test_q_lora_with_bitsandbytes(tiny, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes")
+    trainer = tune(tiny, tmp_path / "adapter", "--max_steps", "8", *LORA, "--q_lora", "--bf16", "True")
+    base = trainer.model.get_base_model()
+    matrices = [m for m in base.transformer.h.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(matrices) == 10
+    found = losses(tmp_path / "adapter")
+    assert found[-1] < found[0] - 0.1
+    assert merge_adapter.main([str(tmp_path / "adapter"), str(tmp_path / "merged"), "--base", str(tiny)]) == 0
+    assert not torch.equal(logits(loaded(tmp_path / "merged")), logits(loaded(tiny)))
+
+
+# Resuming
+
+
+def test_killed_and_resumed_it_ends_in_the_same_weights(tiny, tmp_path):
+    """For more steps and kills run killing.py by hand."""
+    command = [sys.executable, str(ROOT / "tests" / "killing.py"), str(tiny), str(tmp_path), "24", "3", "3", "1"]
+    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr + (tmp_path / "log").read_text()
+    assert len(json.loads(done.stdout)) == 3
+    undisturbed, killed = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("undisturbed", "killed"))
+    assert all(torch.equal(weight, killed[name]) for name, weight in undisturbed.items())
+    assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
+
+
+def test_unfinished_checkpoints_are_passed_over_and_finished_ones_not_overwritten(tiny, tmp_path):
+    for step, state in ((2, "{}"), (10, "{}"), (12, '{"half'), (14, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert [path.name for path in finetune.complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+    with pytest.raises(finetune.Problem, match="to checkpoint-10"):
+        tune(tiny, tmp_path)
+    _, _, training, _ = finetune.parse(
+        ["--data_path", DATA, "--output_dir", str(tmp_path), "--use_cpu", "True", "--resume_from_checkpoint", "auto"]
+    )
+    assert finetune.checkpoint_to_resume(training) == str(tmp_path / "checkpoint-10")
+
+
+# Several processes
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny, tmp_path_factory) -> list[float]:
+    output = tmp_path_factory.mktemp("one")
+    tune(tiny, output, "--max_steps", "3", "--learning_rate", "1e-3")
+    return losses(output)
+
+
+TWO = ["--model_name_or_path", "{tiny}", *QUICK, "--per_device_train_batch_size", "2", "--max_steps", "3"]
+TWO += ["--learning_rate", "1e-3", "--output_dir", "{output}"]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["accelerate.commands.launch", "--config_file", str(FINETUNE / "fsdp2.yaml"), "--num_processes", "2"],
+        ["torch.distributed.run", "--nproc_per_node", "2", "zero2"],
+        ["torch.distributed.run", "--nproc_per_node", "2", "zero3"],
+    ],
+    ids=["fsdp2", "zero2", "zero3"],
+)
+def test_two_processes_learn_what_one_learns(tiny, tmp_path, one_process, launcher):
+    arguments = [argument.format(tiny=tiny, output=tmp_path / "out") for argument in TWO]
+    launcher = list(launcher)
+    if launcher[-1].startswith("zero"):
+        if importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("needs deepspeed")
+        arguments += ["--deepspeed", str(FINETUNE / f"ds_config_{launcher.pop()}.json")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher += ["--main_process_port" if launcher[0].startswith("accelerate") else "--master_port", port]
+    command = [sys.executable, "-m", *launcher, str(FINETUNE / "finetune.py"), *arguments]
+    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "out") == pytest.approx(one_process, abs=1e-4)
+    assert loaded(tmp_path / "out") is not None
+
+
+# Facts
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> Path:
+    """The demo's checkpoint and what `make finetune` makes of it."""
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nfinetune:")[1].split("\n\n")[0]
+    command = re.search(
+        r"\$\(PY\) (finetune/finetune.py .*?)\n\t\$\(PY\)", lines.replace("\\\n", " "), re.DOTALL
+    ).group(1)
+    output = tmp_path_factory.mktemp("taught") / "adapter"
+    arguments = shlex.split(command)
+    arguments[arguments.index("--output_dir") + 1] = str(output)
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_lora_learns_twenty_facts_and_keeps_what_it_knew(taught):
+    corpus, evaluate, example = (importlib.import_module(name) for name in ("corpus", "evaluate", "make_example"))
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo", trust_remote_code=True)
+    new = example.questions(example.HELD_OUT)
+    known = [dialogue.turns[-1] for dialogue in random.Random(2).sample(corpus.chat_cases(3, False), 200)]
+    prompts = [make_context(tokenizer, turn.query, None, corpus.DEFAULT_SYSTEM)[1] for turn in new + known]
+
+    def right(path) -> list[bool]:
+        answers = evaluate.generate(loaded(path), tokenizer, prompts, max_new_tokens=24)
+        return [corpus.is_correct(turn, answer) for turn, answer in zip(new + known, answers)]
+
+    before, after = right(ROOT / "demo"), right(str(taught))
+    assert sum(before[: len(new)]) == 0
+    facts = [all(after[i : i + 2]) for i in range(0, len(new), 2)]  # each is asked for in two ways
+    assert len(facts) == 20
+    assert sum(facts) >= 18
+    kept = [now for was, now in zip(before[len(new) :], after[len(new) :]) if was]
+    assert sum(kept) >= 0.88 * len(kept)  # 91% was measured
+
+
+def test_the_example_is_what_its_program_writes():
+    example = importlib.import_module("make_example")
+    assert json.loads(Path(DATA).read_text(encoding="utf-8")) == example.example()
+
+
+@pytest.mark.parametrize("name", ["finetuning", "finetuning_zh"])
+def test_snippets_of_the_pages(name, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if '"demo"' in block]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, f"{name}.md", "exec"), {})
+        promised = [line[2:] for line in block.splitlines() if line.startswith("# ")]
+        assert capsys.readouterr().out.splitlines() == promised

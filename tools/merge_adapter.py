@@ -1,0 +1,141 @@
+"""
+Merge a LoRA adapter into its base: a checkpoint of its own, which needs no peft.
+
+    python tools/merge_adapter.py ADAPTER TARGET [--base BASE] [--dtype float32]
+
+ADAPTER is a folder that finetune/finetune.py, the published script or peft has written, TARGET a folder that does not
+exist yet. BASE is the folder of a checkpoint in safetensors; by default the one that the adapter names. After Q-LoRA
+name the checkpoint in full precision: a merged matrix does not fit into 4 bits again. One weight file is read at a
+time; sums are computed in float32 and stored in the base's precision, or in that of --dtype.
+
+Exit status: 0 done; 2 adapter or base have a problem, or TARGET can't be written, and there is no TARGET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from checkpoint_files import INDEX, Problem, exit_status, new_folder, read_json, weight_names, write_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from upgrade_checkpoint import planned, try_loading
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What peft may have done besides `weight + scale * B @ A`.
+NOT_PLAIN = (
+    *("use_dora", "use_bdlora", "use_qalora", "lora_bias", "fan_in_fan_out", "alpha_pattern", "layer_replication"),
+    *("target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "velora_config"),
+)
+
+
+def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The adapter's configuration and its tensors, under the names that they have in the base."""
+    config = read_json(folder / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        raise Problem(f"{folder} is an adapter of the type {config.get('peft_type')!r}; only LoRA can be merged here.")
+    special = [name for name in NOT_PLAIN if config.get(name)]
+    if special:
+        raise Problem(
+            f"{folder} has {special[0]}={config[special[0]]!r}, which is not plain LoRA. Merge it with peft: "
+            f"PeftModel.from_pretrained(...).merge_and_unload()."
+        )
+    if (folder / "adapter_model.safetensors").exists():
+        tensors = load_file(folder / "adapter_model.safetensors")
+    elif (folder / "adapter_model.bin").exists():
+        tensors = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
+    else:
+        raise Problem(f"{folder} has no adapter_model.safetensors. Is the training that wrote it over?")
+    return config, {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): t for name, t in tensors.items()
+    }
+
+
+def changes(config: dict, tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    """For each weight of the base that changes: its new value or None, and (B, A, scale) of what is added or None."""
+    changed = {name: (tensor, None) for name, tensor in tensors.items() if ".lora_" not in name}
+    for name, tensor in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            module = name[: -len(".lora_A.weight")]
+            rank = tensor.shape[0]
+            scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+            # peft saves the weight of an adapted embedding or head too.
+            new, _ = changed.get(f"{module}.weight", (None, None))
+            changed[f"{module}.weight"] = (new, (tensors[f"{module}.lora_B.weight"], tensor, scale))
+    return changed
+
+
+def merged(name: str, weight: torch.Tensor, new: torch.Tensor | None, added: tuple | None) -> torch.Tensor:
+    """weight: (out, in). Returns it changed, in float32; Problem if the change has another shape."""
+    shapes = [] if new is None else [tuple(new.shape)]
+    if added is not None:
+        b, a, scale = added
+        shapes.append((b.shape[0], a.shape[1]))
+    wrong = [shape for shape in shapes if shape != tuple(weight.shape)]
+    if wrong:
+        raise Problem(f"{name} is {wrong[0]} in the adapter and {tuple(weight.shape)} in the base.")
+    weight = (weight if new is None else new).float()
+    return weight if added is None else weight + scale * (b.float() @ a.float())
+
+
+def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | None = None) -> None:
+    config, tensors = read_adapter(adapter)
+    base = Path(config["base_model_name_or_path"] or "") if base is None else base
+    if not base.is_dir() or base == Path():
+        raise Problem(f"There is no folder {base}, the adapter's base. Name it with --base.")
+    base_config = read_json(base / "config.json")
+    if base_config.get("quantization_config") or base_config.get("int8_weights"):
+        raise Problem(f"{base} is quantised. Name the same checkpoint in full precision with --base.")
+    changed, files = changes(config, tensors), weight_names(base)
+    lost = sorted(set(changed) - {name for names in files.values() for name in names})
+    if lost or not changed:
+        what = f"{len(lost)} weights of the adapter ({lost[0]}, ...)" if lost else "The adapter's weights"
+        raise Problem(f"{what} have no place in {base}. Is it the adapter's base?")
+
+    with new_folder(target) as partial:
+        for path in sorted(base.iterdir()):
+            if path.is_file() and path.suffix not in (".safetensors", ".bin") and path.name != INDEX:
+                shutil.copy2(path, partial)  # the files that links point to
+        if (adapter / "generation_config.json").exists():  # a base model tuned to chat has become one
+            shutil.copy2(adapter / "generation_config.json", partial)
+        if dtype is not None:
+            base_config = {**base_config, "torch_dtype": dtype, **({"dtype": dtype} if "dtype" in base_config else {})}
+            write_file(partial / "config.json", (json.dumps(base_config, indent=2) + "\n").encode())
+        for name, content in planned(partial).items():
+            write_file(partial / name, content)
+        size = 0
+        for file, names in tqdm(files.items(), desc="weight files", unit="file", disable=None):
+            written = {}
+            with safe_open(base / file, framework="pt") as weights:
+                for name in names:
+                    weight = weights.get_tensor(name)
+                    kind = weight.dtype if dtype is None or not weight.is_floating_point() else DTYPES[dtype]
+                    if name in changed:
+                        weight = merged(name, weight, *changed[name])
+                    written[name] = weight.to(kind).contiguous()
+            save_file(written, partial / file, metadata={"format": "pt"})
+            size += sum(tensor.numel() * tensor.element_size() for tensor in written.values())
+        if (base / INDEX).exists():
+            index = {**read_json(base / INDEX), "metadata": {"total_size": size}}
+            write_file(partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        try_loading(partial)
+    print(f"{target}: {len(changed)} weights of {base} changed, {size / 1e9:.2f} GB")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Merge a LoRA adapter into its base.")
+    parser.add_argument("adapter", type=Path, help="folder of the adapter")
+    parser.add_argument("target", type=Path, help="the folder to make")
+    parser.add_argument("--base", type=Path, help="folder of the base; by default the one that the adapter names")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision to store; by default the base's")
+    args = parser.parse_args(arguments)
+    return exit_status(make, args.adapter, args.target, args.base, args.dtype)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
