@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 # Releases of transformers for `make matrix`, or newest, or newest-torch; none: all, which writes docs/compatibility.md.
 RELEASES ?=
 
-.PHONY: demo finetune test lint matrix evaluation-test evaluate retrain clean
+.PHONY: demo finetune test lint matrix conformance evaluation-test evaluate retrain clean
 
 demo: $(VENV)/run.stamp
 	$(PY) examples/quickstart.py demo
@@ -32,6 +32,10 @@ lint: $(VENV)/dev.stamp
 # The whole test suite with other releases of transformers, which share the torch of .venv.
 matrix: $(VENV)/dev.stamp
 	$(PY) tests/matrix.py $(RELEASES)
+
+# Quantisers, exporters and transformers' own tests, each release in an environment of its own.
+conformance: $(VENV)/dev.stamp
+	$(PY) tests/conformance.py $(RELEASES)
 
 # The evaluation with lm-eval, which has an environment of its own that shares the rest with .venv.
 evaluation-test: $(EVALUATION)/stamp

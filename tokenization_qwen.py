@@ -197,6 +197,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         self._encoding = tiktoken.Encoding(
             "Qwen", pat_str=PAT_STR, mergeable_ranks=self.mergeable_ranks, special_tokens=self.special_tokens
         )
+        self.tokenizer = self._encoding  # its published name, where gptqmodel's subclass puts the tokenizer it wraps
 
     def _check_special(self, token) -> None:
         """Raise ValueError unless it is None, a special token of this vocabulary, or several of them."""
@@ -242,8 +243,8 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     def __getstate__(self):
         state = self.__dict__.copy()
-        for name in ("mergeable_ranks", "decoder", "_encoding"):
-            del state[name]
+        for name in ("mergeable_ranks", "decoder", "tokenizer", "_encoding"):
+            state.pop(name, None)
         for name in ("base_ranks", "extra_ranks"):
             state[name] = format_tiktoken_bpe(state[name])
         return state
@@ -254,13 +255,8 @@ class QWenTokenizer(PreTrainedTokenizer):
             self.__dict__[name] = {token: rank for _, token, rank in _parse(state[name], name)}
         self._index_vocabulary()
 
-    @property
-    def tokenizer(self) -> tiktoken.Encoding:
-        """tiktoken's Encoding of this vocabulary, under its published name."""
-        return self._encoding
-
     def __len__(self) -> int:
-        return self._encoding.n_vocab
+        return self.vocab_size
 
     @property
     def vocab_size(self) -> int:

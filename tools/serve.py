@@ -269,7 +269,8 @@ def prepare(path: str, names: list[str]) -> None:
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
 
     tokenizer_class._index_vocabulary = with_rust_form
-    tokenizer_class.tokenizer = property(lambda tokenizer: tokenizer)
+    # The vocabulary still puts its Encoding there, under the published name.
+    tokenizer_class.tokenizer = property(lambda tokenizer: tokenizer, lambda *encoding: None)
 
     server = importlib.import_module("transformers.cli.serving.server")
     manager = importlib.import_module("transformers.cli.serving.model_manager").ModelManager
