@@ -71,17 +71,8 @@ def main() -> None:
             files.append("tests/conformance_transformers.py")
         for file in files:
             print(f"transformers {release}: {file}", flush=True)
-            command = [
-                python,
-                "-m",
-                "pytest",
-                "-c",
-                ROOT / "pyproject.toml",
-                "-p",
-                "no:cacheprovider",
-                "-rs",
-                ROOT / file,
-            ]
+            settings = ["-c", ROOT / "pyproject.toml", "-p", "no:cacheprovider", "-rs"]
+            command = [python, "-m", "pytest", *settings, ROOT / file]
             with tempfile.TemporaryDirectory() as folder:  # gptqmodel writes where it is called
                 done = subprocess.run(command, cwd=folder, env=environment)
             if done.returncode:
