@@ -21,7 +21,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, modeling_qwen, random_ids, tiny_model
+from conftest import ROOT
 
 kernels = importlib.import_module("qwen.qwen_ops")
 building = importlib.import_module("qwen.cpp_kernels")
@@ -117,38 +117,58 @@ def test_linear_int8(level, groups):
             torch.testing.assert_close(reference.double(), expected, rtol=unit, atol=unit * expected.abs().max())
 
 
-def test_layers_of_a_model_take_it_where_it_decodes_on_a_cpu(native, monkeypatch):
-    """One call a layer in a step in bfloat16; none in a prompt, in float32 or in training. They are linear layers."""
-    calls = []
-    original = kernels._OPERATORS.linear
-    monkeypatch.setattr(kernels._OPERATORS, "linear", lambda *args: calls.append(1) or original(*args), raising=False)
-    model = tiny_model(vocab_size=320)
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    assert len(layers) == 5 * model.config.num_hidden_layers + 1
+def block_inputs(dtype=torch.float32, int8=False, bits=16, T=2):
+    """Arguments of `decode_block` for 2 rows, 3 heads of 32 channels, 40 tokens in the cache and T new ones."""
+    torch.manual_seed(0)
+    B, nh, hd, hidden, width, S = 2, 3, 32, 80, 72, 40
+    matrices = []
+    for out, inputs in ((3 * nh * hd, hidden), (hidden, nh * hd), (width, hidden), (width, hidden), (hidden, width)):
+        weight, bias = torch.randn(out, inputs) * inputs**-0.5, torch.randn(out).to(dtype)
+        if int8:
+            matrices += [(weight * 40).round().clamp(-128, 127).to(torch.int8), bias, torch.rand(out) / 40]
+        else:
+            matrices += [weight.to(dtype), bias if out == hidden else None, None]
+    angles = torch.rand(1, 1, T, hd // 2)
+    k, v = (torch.randn(B, nh, S, hd).to(dtype) for _ in range(2))
+    if bits == 16:
+        tensors = [F.pad(x, (0, 0, 0, 9)) for x in (k, v)]
+    else:
+        tensors = []
+        for x in (k, v):
+            stored = empty_store(B, nh, S + 9, hd, bits)
+            kernels.quantize_append(*stored, x, 0)
+            tensors += stored
+    mask = torch.rand(B, 1, 1, S + T) < 0.8
+    norms = [torch.rand(hidden).to(dtype) + 0.5 for _ in range(2)]
+    scale = torch.rand(B, 1, T, 1) + 1
+    x = torch.randn(B, T, hidden).to(dtype)
+    return x, norms, matrices, angles.cos(), angles.sin(), scale, tensors, S, mask, 1e-6, hd**-0.5, True
 
-    def count(tokens, **kwargs):
-        calls.clear()
-        output = model(random_ids(1, tokens), **kwargs)
-        return len(calls), output
 
-    assert count(1)[0] == 0
-    model.bfloat16()
-    with torch.no_grad():
-        assert count(1)[0] == len(layers)
-        assert count(9)[0] == 0
-        found, output = count(8)
-        assert found == len(layers)
-        monkeypatch.setattr(modeling_qwen, "linear", F.linear)
-        plain = model(random_ids(1, 8)).logits
-    assert (output.logits - plain).float().norm() < 0.02 * plain.float().norm()
-    monkeypatch.undo()
-    monkeypatch.setattr(kernels._OPERATORS, "linear", lambda *args: calls.append(1) or original(*args), raising=False)
-    found, output = count(8, labels=random_ids(1, 8))
-    assert found == 0
-    output.loss.backward()
-    assert layers[0].weight.grad is not None
-    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):  # as nn.Linear
-        layers[0](torch.randn(1, layers[0].in_features))
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_block_equals_its_operations(level, dtype, int8, bits, monkeypatch):
+    """In PyTorch and float32, from the same stores; rows for the kernel and rows for the library of products."""
+    for T in (1, 4, 6):
+        ours, theirs = block_inputs(dtype, int8, bits, T), block_inputs(dtype, int8, bits, T)
+        y = operators.decode_block(*ours)
+        with monkeypatch.context() as patch:  # the references of the operations inside, too
+            patch.setattr(
+                kernels,
+                "_OPERATORS",
+                types.SimpleNamespace(**{name: parts[1] for name, parts in kernels.OPERATIONS.items()}),
+            )
+            expected = kernels.decode_block_reference(*theirs)
+        assert y.dtype == dtype
+        bound = 1e-5 if dtype == torch.float32 else 1.5e-2
+        bound = max(bound, 2e-3) if bits < 16 else bound  # a code may fall to the other side
+        assert (y.float() - expected.float()).norm() < bound * expected.float().norm()
+        for a, b in zip(ours[6], theirs[6]):
+            if bits == 16:
+                torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=2e-2)
+            else:
+                assert (a == b).float().mean() > (0.99 if dtype == torch.float32 else 0.9)
 
 
 def test_linear_keeps_leading_dimensions_and_empty_batches(native):
@@ -466,6 +486,7 @@ def operator_inputs():
     stored = store(k, 8) + store(v, 8)
     x = torch.randn(2, 1, 20).bfloat16()
     angles = torch.rand(1, 1, 40, 16)
+    packed = [torch.randint(-9, 9, size, dtype=torch.int32) for size in ((4, 8), (2, 1))] + [torch.rand(2, 8).half()]
     return {
         "linear": (x, torch.randn(5, 20).bfloat16(), torch.randn(5), None),
         "decode_attention": (q, k, v, torch.rand(2, 1, 2, 40) < 0.5, 0.2, False),
@@ -473,6 +494,9 @@ def operator_inputs():
         "quantized_decode_attention": (q, *stored, None, 0.2, True),
         "rms_norm": (x, torch.randn(20).bfloat16(), 1e-6),
         "rotary": (k, angles.cos(), angles.sin()),
+        "decode_block": block_inputs(torch.bfloat16, bits=8),
+        "gptq_linear": (x.repeat(1, 1, 2)[..., :32], *packed, None, 4, 16, 1, None),
+        "gptq_dequantize": (*packed, None, 4, 16, 1, torch.float32),
     }
 
 
@@ -523,7 +547,7 @@ def test_exports(native, monkeypatch):
     with torch.no_grad():
         program = torch.export.export(Step(), decode_inputs())
         called = {str(node.target).split(".")[1] for node in program.graph.nodes if "qwen_" in str(node.target)}
-        expected = set(operator_inputs())
+        expected = set(operator_inputs()) - {"decode_block", "gptq_linear", "gptq_dequantize"}
         if not inspect.signature(torch.export.export).parameters["strict"].default:
             # From torch 2.7 on layers are exported as PyTorch has them. One rounding less, and int4 takes another code.
             expected -= {"linear", "rms_norm", "rotary"}
