@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import compat, lacks, modeling_qwen, needs_sdpa, random_ids, tiny_config, tiny_model, transformers
+from qwen import qwen_attention
 from qwen import qwen_generation_utils as utils
 from qwen.qwen_cache import QWenCache, QWenQuantizedCache
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,7 +44,7 @@ def test_eager_attention_takes_the_softmax_in_float32(dtype):
 @pytest.mark.parametrize("threshold", [8, 10**6], ids=["long", "short"])
 def test_dropout_in_padded_prompts(monkeypatch, threshold):
     """From so many tokens on, padded rows are attended to one by one; each of them has dropout too."""
-    monkeypatch.setattr(compat, "LONG_PROMPT", threshold)
+    monkeypatch.setattr(qwen_attention, "LONG_PROMPT", threshold)
     model = tiny_model(attn_dropout_prob=0.5).train()
     ids, mask = random_ids(3, 16), torch.ones(3, 16, dtype=torch.long)
     mask[0, :5] = mask[1, 12:] = 0

@@ -69,12 +69,12 @@ def memory(config, dtype: str = "bf16", context: int = 8192, batch: int = 1, cac
     capacity = -(-context // qwen_cache.BLOCK) * qwen_cache.BLOCK  # as QWenCache grows
     head = size * hd if CACHES[cache] is None else sum(qwen_cache.quantized_sizes(hd, CACHES[cache]))
     layer = 2 * batch * capacity * nh * head
-    # What a block holds of a token, at the three times when that is most: while queries and keys are rotated in
-    # float32, the keys and values of the last layer not being in the cache yet; in attention (queries, keys and
-    # values, rotated, scaled by LogN, the output in two orders); in the MLP (the block's input, the
+    # What a block holds of a token, at the three times when that is most: while keys are rotated in float32 behind the
+    # queries, the keys and values of the last layer not being in the cache yet; in attention (queries, keys and
+    # values, the first two rotated and scaled by LogN, the output in two orders); in the MLP (the block's input, the
     # residual and its norm; both halves and their product).
-    rotating = (2 * h + 5 * p) * size + 2 * p * 4 + (2 * p * size if size < 4 else 0)
-    attending = (2 * h + 8 * p) * size
+    rotating = (2 * h + 5 * p) * size + p * 4 + (p * size if size < 4 else 0)
+    attending = (2 * h + 7 * p) * size
     multiplying = (3 * h + 3 * w) * size
     tokens = batch * context
     activations = max(tokens * rotating - layer, tokens * max(attending, multiplying), batch * V * (size + 4))
