@@ -58,27 +58,19 @@ def log_probs(model, ids: list[int], piece: int) -> Iterator[torch.Tensor]:
     of a prompt (NTK) is that of the whole sequence from the first piece on.
     """
     config, device, length = model.config, model.get_input_embeddings().weight.device, len(ids)
-    cache = DynamicCache()
+    cache, whole = DynamicCache(), {}
+    if config.use_dynamic_ntk:
+        whole["ntk_alpha"] = model.transformer.prompt_alpha(torch.tensor([length], device=device))
     for start in range(0, length, piece):
         tokens = ids[start : start + piece]
-        kept = len(tokens)
-        positions = list(range(start, start + kept))
-        # The NTK scale of a cache comes from the last position of the first tokens that it sees. One more token with
-        # the sequence's last position tells it; no other attends to it, and it leaves the cache again.
-        tells_length = start == 0 and config.use_dynamic_ntk and length > max(piece, config.seq_length)
-        if tells_length:
-            tokens, positions = [*tokens, tokens[0]], [*positions, length - 1]
         with torch.inference_mode():
             logits = model(
                 torch.tensor([tokens], device=device),
                 attention_mask=torch.ones(1, start + len(tokens), dtype=torch.long, device=device),
-                position_ids=torch.tensor([positions], device=device),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=torch.arange(kept, device=device),
-            ).logits[0]  # (kept, vocab)
-        if tells_length:
-            cache.crop(-1)
+                **whole,
+            ).logits[0]  # (tokens of the piece, vocab)
         yield logits.log_softmax(-1, dtype=torch.float32)
 
 
