@@ -472,6 +472,16 @@ def attention_function(name: str | None, default):
     return functools.partial(_attend, function) if _MODEL_WRITES_PAGES else function
 
 
+def computes_attention(name: str | None) -> bool:
+    """Whether the function of this name is transformers' own, which all give the same, or one that a user wrote."""
+    function = attention_function(name, None) if name in (None, "eager", *ALL_ATTENTION_FUNCTIONS.keys()) else None
+    if function is None:
+        return name in (None, "eager")
+    while isinstance(function, functools.partial):
+        function = function.args[0] if function.func is _attend else function.func
+    return function.__module__.partition(".")[0] == "transformers" or function.__module__ == __name__
+
+
 def _attend(function, module, query, key, value, attention_mask, **kwargs):
     if kwargs.get("cache") is not None:
         key, value = kwargs.pop("cache").update(key, value, module.layer_idx, kwargs=kwargs)  # which it changes
