@@ -405,3 +405,13 @@ def test_the_same_through_generate_with_and_without_the_step(monkeypatch):
     monkeypatch.setattr(qwen_decode, "_compute", lambda *args: None)
     assert model.generate(prompt, past_key_values=QWenCache(), **settings).tolist() == fast.tolist()
     assert copy.deepcopy(model).generate(prompt, past_key_values=DynamicCache(), **settings).tolist() == fast.tolist()
+
+
+def test_adapters_of_embeddings_generate():
+    peft = pytest.importorskip("peft")
+    model, ids = tiny_model(**PLAIN), random_ids(1, 6)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    adapters = peft.LoraConfig(target_modules=["wte", "w1"], r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, adapters).eval()
+    found = adapted.generate(input_ids=ids, past_key_values=QWenCache(), **settings)
+    assert found.tolist() == adapted.merge_and_unload().generate(ids, use_cache=False, **settings).tolist()
