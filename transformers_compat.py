@@ -318,8 +318,14 @@ def crop_cache(cache, length: int) -> None:
             if name in vars(cache):
                 setattr(cache, name, length)
         return
+    # Each layer by what it has too many: after a step that broke off some have more, and newer releases remove as many
+    # from all. A number of tokens to remove, since newer releases refuse the length; older ones take both.
+    parts = [cache] if isinstance(cache, LayeredCache) or not hasattr(cache, "layers") else cache.layers
     try:
-        cache.crop(-surplus)  # newer releases refuse the length, older ones take both
+        for part in parts:
+            surplus = int(part.get_seq_length()) - length
+            if surplus > 0:
+                part.crop(-surplus)
     except AttributeError:
         name = type(cache).__name__
         raise ValueError(f"A {name} can't be shortened to a common beginning; pass a DynamicCache.") from None
