@@ -386,7 +386,7 @@ class QWenModel(QWenPreTrainedModel):
 
     def check_ids(self, input_ids: torch.LongTensor) -> None:
         """Raise IndexError if one of the ids is outside the vocabulary."""
-        vocab_size = self.wte.num_embeddings
+        vocab_size = self.config.vocab_size  # adapters of embeddings don't say it
         bad = input_ids[(input_ids < 0) | (input_ids >= vocab_size)]
         if bad.numel():
             raise IndexError(

@@ -61,9 +61,42 @@ def _norms(model) -> list[nn.Module]:
     return [norm for block in model.transformer.h for norm in (block.ln_1, block.ln_2)] + [model.transformer.ln_f]
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    return any(hooks) or "forward" in vars(module) or hasattr(module, "_hf_hook")
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module is calling the forward that its class was written with, and that alone."""
+    kind = type(module)
+    is_hooked = module._forward_hooks or module._forward_pre_hooks or _hooks_of_all[0] or _hooks_of_all[1]
+    return not (is_hooked or "forward" in vars(module)) and kind.forward.__module__ == kind.__module__
+
+
+_hooks_of_all = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
+
+
+def is_as_made(network) -> bool:
+    """
+    Whether a `QWenModel` computes what its matrices and norms say: the layers it was made of, in their order, nothing
+    exchanged, wrapped, hooked, patched or in training. What its matrices and embeddings are is not looked at.
+    """
+    home = type(network).__module__
+
+    def ours(module: nn.Module, name: str) -> bool:
+        return type(module).__name__ == name and type(module).__module__ == home and is_untouched(module)
+
+    drop, blocks = network.drop, network.h
+    if type(network).__name__ != "QWenModel" or type(blocks) is not nn.ModuleList or not ours(network.ln_f, "RMSNorm"):
+        return False
+    if type(drop) is not nn.Dropout or drop.training or not is_untouched(drop):
+        return False
+    for layer_idx, block in enumerate(blocks):
+        if not (ours(block, "QWenBlock") and ours(block.attn, "QWenAttention") and ours(block.mlp, "QWenMLP")):
+            return False
+        act = block.mlp.act
+        if not (ours(block.ln_1, "RMSNorm") and ours(block.ln_2, "RMSNorm")):
+            return False
+        if type(act) is not nn.SiLU or not is_untouched(act):
+            return False
+        if block.attn.layer_idx != layer_idx or block.attn.training:
+            return False
+    return True
 
 
 def is_plain(model) -> bool:
@@ -74,22 +107,18 @@ def is_plain(model) -> bool:
     differentiated = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     if model.training or is_compiling() or differentiated:
         return False
-    try:
-        linears, norms = _linears(model), _norms(model)
-        weights = [module.weight for module in (*linears, *norms, model.transformer.wte)]
-        biases = [module.bias for module in linears if module.bias is not None]
-    except AttributeError:
+    network = model.transformer
+    if type(model).__module__ != type(network).__module__ or not is_as_made(network):
         return False
-    ours = type(model).__module__
-    blocks = [m for b in model.transformer.h for m in (b, b.attn, b.mlp)]
+    linears, others = _linears(model), (model, network, network.wte, network.rotary_emb)
     if not (
         all(type(module) is nn.Linear for module in linears)
-        and all(type(module).__module__ == ours for module in (*norms, *blocks, model.transformer))
-        and type(model.transformer.wte) is nn.Embedding
-        and all(type(block.mlp.act) is nn.SiLU for block in model.transformer.h)
-        and not any(_is_hooked(module) for module in model.modules())
+        and type(network.wte) is nn.Embedding
+        and all(map(is_untouched, (*linears, *others)))
     ):
         return False
+    weights = [module.weight for module in (*linears, *_norms(model), network.wte)]
+    biases = [module.bias for module in linears if module.bias is not None]
     first = weights[0]
     return (
         first.device.type in DEVICES

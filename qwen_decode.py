@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .qwen_attention import AttendingCache
 from .qwen_cache import QWenCache, quantized_cache
 from .qwen_cuda_graph import DEVICES as GRAPH_DEVICES
-from .qwen_cuda_graph import GraphedGeneration, graphed_step, is_plain
+from .qwen_cuda_graph import GraphedGeneration, graphed_step, is_as_made, is_plain, is_untouched
 from .qwen_generation_utils import StopWordsLogitsProcessor
 from .qwen_ops import decode_block, has_decode_kernel, linear, rms_norm
 from .qwen_quantization import Int8Linear
@@ -31,6 +31,7 @@ from .transformers_compat import (
     CausalLMOutputWithPast,
     GenerationMixin,
     accepts_cache,
+    computes_attention,
     is_compiling,
     parameter_names,
 )
@@ -59,7 +60,7 @@ def decoding_step(forward):
             return forward(self, *args, **kwargs)
         output = None
         if _is_plain_call(self, call):
-            output = _compute(self, forward.__module__, call)
+            output = _compute(self, call)
         if output is None:
             output = forward(self, **{**call, "past_key_values": AttendingCache(cache)})
             if output.past_key_values is not None:
@@ -74,6 +75,11 @@ def _attends(model, cache, call: dict) -> bool:
     ids, embeds, mask = (call.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     wants_attentions = call.get("output_attentions")
     if wants_attentions or (wants_attentions is None and model.config.output_attentions):
+        return False
+    network = getattr(model, "transformer", model)
+    if not computes_attention(model.config._attn_implementation):
+        return False
+    if model.config.attn_dropout_prob and any(m.training for m in network.h.modules()):  # who attends drops nothing
         return False
     if (ids is None) == (embeds is None) or not (mask is None or mask.dim() == 2 or mask.dtype == torch.bool):
         return False
@@ -92,21 +98,17 @@ def _is_plain_call(model, call: dict) -> bool:
     return not (call.get("output_hidden_states") is None and model.config.output_hidden_states)
 
 
-def _compute(model, module: str, call: dict):
-    """
-    The output of the model for a plain call, from the weights; None if they are not plain, before anything is changed.
-
-    module: the name of the module that the network is from.
-    """
+def _compute(model, call: dict):
+    """The output of the model for a plain call, from the weights; None if they are not plain, before a change."""
     network = getattr(model, "transformer", model)
-    if network is not model and not _is_untouched(network):
+    if not is_as_made(network) or (network is not model and not is_untouched(network)):
         return None
     cache = call["past_key_values"]
     like = network.ln_f.weight  # in device and precision
     head = None if network is model else _matrix(model.lm_head, like)
     if head is None and network is not model:
         return None
-    blocks = _weights(network, module, cache, like)
+    blocks = _weights(network, cache, like)
     if blocks is None:
         return None
     ids, x = call.get("input_ids"), call.get("inputs_embeds")
@@ -133,14 +135,11 @@ def _compute(model, module: str, call: dict):
             return CausalLMOutputWithPast(logits=logits[:, kept], past_key_values=cache)
     cos, sin, query_scale = network.rotation(position_ids, cache, length, call.get("ntk_alpha"))
     mask = None if mask is None else mask[..., : length + T].bool()
-    config = network.config
-    scaling = network.h[0].attn.scaling
-    for (norms, matrices), layer in zip(blocks, cache.layers):
-        store = layer.room_for(T)
-        x = decode_block(
-            x, norms, matrices, cos, sin, query_scale, store, length, mask, config.layer_norm_epsilon, scaling
-        )
-    x = rms_norm(x, like, config.layer_norm_epsilon)
+    eps = network.ln_f.eps
+    for block, (norms, matrices), layer in zip(network.h, blocks, cache.layers):
+        store, scaling = layer.room_for(T), block.attn.scaling
+        x = decode_block(x, norms, matrices, cos, sin, query_scale, store, length, mask, eps, scaling)
+    x = rms_norm(x, like, eps)
     if head is None:
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
     kept = call.get("logits_to_keep", 0)
@@ -148,26 +147,21 @@ def _compute(model, module: str, call: dict):
     return CausalLMOutputWithPast(logits=linear(x[:, kept], *head), past_key_values=cache)
 
 
-def _weights(network, module: str, cache, like: torch.Tensor):
+def _weights(network, cache, like: torch.Tensor):
     """
-    For every block (norms, matrices) as `decode_block` takes them; None if a layer or a weight is not as the network
-    was made, or the cache is elsewhere.
+    For every block (norms, matrices) as `decode_block` takes them; None if a weight is not as the network was made, or
+    the cache is elsewhere.
     """
-    if type(network).__module__ != module or len(cache.layers) != len(network.h):
-        return None
-    if not (_is_untouched(network.h) and _is_untouched(network.ln_f) and _is_weight(like, like)):
+    if len(cache.layers) != len(network.h) or not _is_weight(like, like):
         return None
     blocks = []
     for block, layer in zip(network.h, cache.layers):
         attn, mlp = block.attn, block.mlp
-        parts = (block, attn, mlp, block.ln_1, block.ln_2)
-        if tuple(type(part).__name__ for part in parts) != _NAMES or any(type(p).__module__ != module for p in parts):
-            return None
-        if type(mlp.act) is not nn.SiLU or not all(map(_is_untouched, (*parts, mlp.act))):
-            return None
         norms = [block.ln_1.weight, block.ln_2.weight]
         matrices = [_matrix(m, like) for m in (attn.c_attn, attn.c_proj, mlp.w1, mlp.w2, mlp.c_proj)]
         if None in matrices or not all(_is_weight(norm, like) for norm in norms):
+            return None
+        if not block.ln_1.eps == block.ln_2.eps == network.ln_f.eps:
             return None
         stored = layer.keys.tensors[0]
         if stored.device != like.device or (cache.bits is None and stored.dtype != like.dtype):
@@ -176,21 +170,13 @@ def _weights(network, module: str, cache, like: torch.Tensor):
     return blocks
 
 
-_NAMES = ("QWenBlock", "QWenAttention", "QWenMLP", "RMSNorm", "RMSNorm")
-
-
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether calling the module is calling the forward of its class, and that alone."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
 def _is_weight(tensor, like: torch.Tensor) -> bool:
     return type(tensor) is nn.Parameter and tensor.dtype == like.dtype and tensor.device == like.device
 
 
 def _matrix(module: nn.Module, like: torch.Tensor):
     """Weight, bias and scale, as `linear` takes them; None for a module that is more than that."""
-    if not _is_untouched(module):
+    if not is_untouched(module):
         return None
     if type(module) is nn.Linear and _is_weight(module.weight, like):
         return module.weight, module.bias, None

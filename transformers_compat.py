@@ -318,8 +318,14 @@ def crop_cache(cache, length: int) -> None:
             if name in vars(cache):
                 setattr(cache, name, length)
         return
+    # Each layer by what it has too many: after a step that broke off some have more, and newer releases remove as many
+    # from all. A number of tokens to remove, since newer releases refuse the length; older ones take both.
+    parts = [cache] if isinstance(cache, LayeredCache) or not hasattr(cache, "layers") else cache.layers
     try:
-        cache.crop(-surplus)  # newer releases refuse the length, older ones take both
+        for part in parts:
+            surplus = int(part.get_seq_length()) - length
+            if surplus > 0:
+                part.crop(-surplus)
     except AttributeError:
         name = type(cache).__name__
         raise ValueError(f"A {name} can't be shortened to a common beginning; pass a DynamicCache.") from None
@@ -470,6 +476,16 @@ def attention_function(name: str | None, default):
     else:
         function = ALL_ATTENTION_FUNCTIONS[name]
     return functools.partial(_attend, function) if _MODEL_WRITES_PAGES else function
+
+
+def computes_attention(name: str | None) -> bool:
+    """Whether the function of this name is transformers' own, which all give the same, or one that a user wrote."""
+    function = attention_function(name, None) if name in (None, "eager", *ALL_ATTENTION_FUNCTIONS.keys()) else None
+    if function is None:
+        return name in (None, "eager")
+    while isinstance(function, functools.partial):
+        function = function.args[0] if function.func is _attend else function.func
+    return function.__module__.partition(".")[0] == "transformers" or function.__module__ == __name__
 
 
 def _attend(function, module, query, key, value, attention_mask, **kwargs):

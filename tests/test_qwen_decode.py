@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 
 import pytest
@@ -26,6 +27,7 @@ def without_layers(allowed: bool = False):
     calls = []
     forward = modeling_qwen.QWenBlock.forward
 
+    @functools.wraps(forward)  # a patched one would not be left out
     def watched(self, *args, **kwargs):
         assert allowed, "the step went through the layers"
         calls.append(self)
@@ -139,7 +141,50 @@ def patch(model):
     norm.forward = lambda x: forward(x) * 2
 
 
+class Wrapped(nn.Module):
+    """Around a module, whose attributes it gives for its own."""
+
+    def __init__(self, module, factor=2):
+        super().__init__()
+        self.module, self.factor = module, factor
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs) * self.factor
+
+
+class Opaque(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def wrap_block(model):
+    model.transformer.h[1] = Opaque(model.transformer.h[1])
+
+
+def reorder(model):
+    one, other, last = model.transformer.h
+    model.transformer.h = nn.ModuleList([other, one, last])
+
+
 NOT_PLAIN = {
+    "another norm": lambda m: setattr(m.transformer, "ln_f", nn.LayerNorm(m.config.hidden_size)),
+    "a wrapped norm": lambda m: setattr(m.transformer, "ln_f", Wrapped(m.transformer.ln_f)),
+    "no norm": lambda m: setattr(m.transformer, "ln_f", nn.Identity()),
+    "a wrapped block": wrap_block,
+    "blocks in another order": reorder,
+    "a norm of another epsilon": lambda m: setattr(m.transformer.h[1].ln_2, "eps", 1.0),
+    "hook of the dropout": lambda m: m.transformer.drop.register_forward_hook(lambda m, x, y: y * 2),
+    "another dropout": lambda m: setattr(m.transformer, "drop", nn.Hardtanh(-0.01, 0.01)),
     "hook of a matrix": lambda m: m.transformer.h[2].attn.c_attn.register_forward_hook(lambda m, x, y: y * 2),
     "hook before a matrix": lambda m: m.transformer.h[0].mlp.w2.register_forward_pre_hook(lambda m, x: (x[0] * 2,)),
     "hook of a block": lambda m: m.transformer.h[0].register_forward_hook(lambda m, x, y: y * 2),
@@ -179,6 +224,77 @@ def test_what_is_not_plain_goes_through_the_layers(change):
         expected = model(ids).logits[:, 9:]
     assert len(calls) == 3
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def doubled(forward):
+    return lambda self, *args, **kwargs: forward(self, *args, **kwargs) * 2
+
+
+@pytest.mark.parametrize("owner", ["RMSNorm", "QWenAttention", "QWenMLP", "Linear", "hook", "hook before"])
+def test_classes_that_are_patched_and_hooks_of_all_modules_are_not_left_out(owner, monkeypatch):
+    model, ids = tiny_model(**PLAIN), random_ids(2, 12)
+    handle = None
+    if owner == "hook":
+        register = nn.modules.module.register_module_forward_hook
+        handle = register(lambda m, x, y: y * 2 if isinstance(m, modeling_qwen.QWenMLP) else None)
+    elif owner == "hook before":
+        register = nn.modules.module.register_module_forward_pre_hook
+        handle = register(lambda m, x: (x[0] * 2,) if isinstance(m, modeling_qwen.QWenMLP) else None)
+    else:
+        kind = nn.Linear if owner == "Linear" else getattr(modeling_qwen, owner)
+        monkeypatch.setattr(kind, "forward", doubled(kind.forward))
+    try:
+        cache = filled(model, QWenCache, ids[:, :9])
+        with torch.no_grad():
+            logits = model(ids[:, 9:], past_key_values=cache).logits
+            expected = model(ids).logits[:, 9:]
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert (logits - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_every_block_has_its_own_scale_of_the_scores():
+    model, ids = tiny_model(**PLAIN), random_ids(2, 12)
+    model.transformer.h[1].attn.scaling = 1.0
+    cache = filled(model, QWenCache, ids[:, :9])
+    with torch.no_grad():
+        with without_layers():
+            logits = model(ids[:, 9:], past_key_values=cache).logits
+        torch.testing.assert_close(logits, model(ids).logits[:, 9:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["own", "sdpa"])
+def test_an_attention_function_of_the_user_is_asked(name, monkeypatch):
+    table = importlib.import_module("qwen.transformers_compat").ALL_ATTENTION_FUNCTIONS
+    model, ids = tiny_model(**PLAIN), random_ids(2, 12)
+
+    def mean(module, query, key, value, attention_mask, **kwargs):
+        return value.mean(2, keepdim=True).expand_as(query).transpose(1, 2), None
+
+    monkeypatch.setitem(getattr(table, "_global_mapping", table), name, mean)
+    model.config._attn_implementation = name
+    mask = torch.ones(2, 1, 3, 12, dtype=torch.bool)
+    logits = []
+    for make in (QWenCache, DynamicCache):
+        cache = make()
+        with torch.no_grad():
+            model(ids[:, :9], past_key_values=cache, attention_mask=mask[:, :, :1, :9].expand(2, 1, 9, 9))
+            logits.append(model(ids[:, 9:], past_key_values=cache, attention_mask=mask).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["embedding", "attention"])
+def test_dropout_that_is_left_on_drops(where):
+    model, ids = tiny_model(emb_dropout_prob=0.5, attn_dropout_prob=0.5, **PLAIN), random_ids(2, 12)
+    (model.transformer.drop if where == "embedding" else model.transformer.h[2].attn).train()
+    begun = filled(model, QWenCache, ids[:, :9])
+    logits = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            logits.append(model(ids[:, 9:], past_key_values=copy.deepcopy(begun)).logits)
+    assert (logits[0] - logits[1]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -289,3 +405,13 @@ def test_the_same_through_generate_with_and_without_the_step(monkeypatch):
     monkeypatch.setattr(qwen_decode, "_compute", lambda *args: None)
     assert model.generate(prompt, past_key_values=QWenCache(), **settings).tolist() == fast.tolist()
     assert copy.deepcopy(model).generate(prompt, past_key_values=DynamicCache(), **settings).tolist() == fast.tolist()
+
+
+def test_adapters_of_embeddings_generate():
+    peft = pytest.importorskip("peft")
+    model, ids = tiny_model(**PLAIN), random_ids(1, 6)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    adapters = peft.LoraConfig(target_modules=["wte", "w1"], r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, adapters).eval()
+    found = adapted.generate(input_ids=ids, past_key_values=QWenCache(), **settings)
+    assert found.tolist() == adapted.merge_and_unload().generate(ids, use_cache=False, **settings).tolist()

@@ -242,3 +242,23 @@ def test_accumulated_gradients_equal_those_of_one_batch(tmp_path):
     if not counts_all:
         lacks("averages accumulated batches, whatever their lengths")
     assert norms[4] == pytest.approx(norms[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, QWenCache])
+def test_a_cache_whose_layers_broke_off_apart_is_shortened_to_one_length(make):
+    model, ids = tiny_model(), random_ids(1, 9)
+    cache = make()
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        model(ids[:, :6], past_key_values=cache)
+        handle = model.transformer.h[1].register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 6:], past_key_values=cache)
+        handle.remove()
+        compat.crop_cache(cache, 6)
+        found = model(ids[:, 6:], past_key_values=cache).logits
+        expected = model(ids).logits[:, 6:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
