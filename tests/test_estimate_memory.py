@@ -167,7 +167,7 @@ def test_peak_of_a_prefill(shape, dtype, cache):
     assert floor < live.peak / (need["cache"] + need["activations"]) < limit
 
 
-@pytest.mark.parametrize(("context", "peak"), [(2048, 16.80), (8192, 20.58), (32000, 35.23)])
+@pytest.mark.parametrize(("context", "peak"), [(2048, 16.74), (8192, 20.52), (32000, 35.17)])
 def test_peaks_recorded_on_a_gpu(context, peak):
     """Of Qwen-7B in bfloat16 on an H100, benchmarks/RESULTS.md."""
     assert sum(tool.memory(published("7B"), "bf16", context).values()) == pytest.approx(peak * GB, rel=0.005)

@@ -10,8 +10,8 @@ import importlib
 import pytest
 import torch
 from conftest import modeling_qwen, needs_sdpa, random_ids, tiny_model
+from qwen.transformers_compat import DynamicCache
 from torch import nn
-from transformers import DynamicCache
 
 qwen_cache = importlib.import_module("qwen.qwen_cache")
 qwen_decode = importlib.import_module("qwen.qwen_decode")
