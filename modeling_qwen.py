@@ -469,7 +469,7 @@ def packed_lengths(position_ids: torch.Tensor, sequence_starts: torch.Tensor) ->
     return position_ids[:, last.long().clamp(min=0)] + 1
 
 
-class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, QWenGenerationMixin):
+class QWenLMHeadModel(QWenChatMixin, QWenGenerationMixin, QWenPreTrainedModel):
     """The language model: the network and its output layer, with generation and chat."""
 
     _auto_class = "AutoModelForCausalLM"

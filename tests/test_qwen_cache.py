@@ -438,7 +438,7 @@ def test_contradictions_are_refused(model, calling):
 def test_bits_that_there_are_not(model, checkpoint):
     with pytest.raises(ValueError, match="8 or 4 bits, found bits=2"):
         generate(model, random_ids(1, 4), max_new_tokens=1, cache_bits=2)
-    with pytest.raises(ValueError, match=r"config\.cache_bits must be 8, or 4 .* found 3"):
+    with pytest.raises(ValueError, match=r"config\.cache_bits must be 8 or 4, found 3"):
         AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, cache_bits=3)
     with pytest.raises(ValueError, match=r"config\.cache_bits must be 8, or 4 with kv_channels that 16 divides"):
         tiny_config(kv_channels=24, use_cache_quantization=True, cache_bits=4)

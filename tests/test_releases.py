@@ -403,6 +403,6 @@ def test_all_private_names_are_listed():
                 bases = [vars(base) for base in thing.__mro__ if base.__module__.startswith("transformers.")]
                 overridden |= {n for n in vars(thing) if private.match(n) and any(n in base for base in bases)}
     overridden.discard("_abc_impl")
-    assert "_prepare_cache_for_generation" in overridden
+    assert "_from_config" in overridden
     assert overridden <= set(compat.PRIVATE_NAMES)
     assert {name for name in read - own if private.match(name)} <= set(compat.PRIVATE_NAMES)
