@@ -679,6 +679,7 @@ _PASSED_ON = (
     *("logits_indices", "logits_processor_args"),  # continuous batching, for itself
     *("num_items_in_batch", "shift_labels"),  # the loss
     "cache_position",  # up to 4.57
+    *("tokenizer", "processor"),  # of who wants text, such as transformers serve
     "token_type_ids",  # tokenizers of other models make them, without a meaning here
 )
 
@@ -1292,6 +1293,7 @@ PRIVATE_NAMES = {
     "_prepare_cache_for_generation": lambda: _takes(
         transformers.GenerationMixin, "_prepare_cache_for_generation", "generation_config", "model_kwargs"
     ),
+    "_pad_token_tensor": lambda: _has(transformers.GenerationMixin, "_prepare_special_tokens"),  # which makes it
     "_sample": lambda: _takes(transformers.GenerationMixin, "_sample", "input_ids", "logits_processor"),
     "_init_weights": lambda: _takes(transformers.PreTrainedModel, "_init_weights", "module"),
     "_from_config": lambda: _takes(transformers.PreTrainedModel, "_from_config", "config"),
@@ -1302,7 +1304,14 @@ PRIVATE_NAMES = {
     **{
         name: functools.partial(_has, transformers.PreTrainedModel, name)
         for name in (
-            *("_auto_class", "_no_split_modules", "_skip_keys_device_placement", "_tp_plan", "_can_compile_fullgraph"),
+            *(
+                "_auto_class",
+                "_no_split_modules",
+                "_tied_weights_keys",
+                "_skip_keys_device_placement",
+                "_tp_plan",
+                "_can_compile_fullgraph",
+            ),
             *("_keys_to_ignore_on_load_unexpected", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"),
             *("_supports_attention_backend", "_can_set_attn_implementation"),
         )
