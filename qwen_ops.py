@@ -9,6 +9,7 @@ In the shapes below B is the batch, T the new tokens, S the tokens attended to, 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import sys
@@ -619,9 +620,8 @@ def _load_for(device: str) -> bool:
         try:
             if importlib.util.find_spec("triton") is None:
                 raise RuntimeError("They need the package triton: pip install triton.")
-            from .triton_kernels import register
-
-            _state.cuda = register(library())
+            # Not an import statement: that module imports this one, and older releases follow such circles forever.
+            _state.cuda = importlib.import_module(f"{__package__}.triton_kernels").register(library())
         except RuntimeError as error:
             _state.cuda = f"PyTorch ({error})"
             logger.warning(f"Kernels for GPUs are not in use; PyTorch computes the same, more slowly. {error}")

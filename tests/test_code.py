@@ -102,8 +102,10 @@ def test_rooms_are_entered_in_one_direction(name):
     """Imports of a module's own statements; those within functions and for readers of the file don't run with it."""
     entered = {node.module for node in TREES[name].body if isinstance(node, ast.ImportFrom) and node.level == 1}
     assert entered <= ARROWS[name[:-3]], "a new arrow"
+    # Releases up to 4.37 or so, which look for import statements anywhere in a file, follow circles of them forever.
+    named = set(re.findall(r"^ *from \.(\w+) import", SOURCES[name], re.MULTILINE))
     order = [name[:-3] for name in MODULES]
-    assert all(order.index(module) < order.index(name[:-3]) for module in entered), "CODE_FILES has it too early"
+    assert all(order.index(module) < order.index(name[:-3]) for module in named), "CODE_FILES has it too early"
 
 
 def test_the_network_is_plain():
