@@ -121,6 +121,7 @@ class _Quantized(nn.Linear):
     """An `nn.Linear`, which adapters look for, with codes for a weight. Its scales keep their precision in a cast."""
 
     SCALES = ""  # their name
+    HOLDS_CODES = True  # for other modules: transformers may have loaded this one twice, and the class with it
 
     def __init__(self, in_features: int, out_features: int):
         nn.Module.__init__(self)
