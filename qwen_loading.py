@@ -176,7 +176,7 @@ class QWenPreTrainedModel(PreTrainedModel):
     def _settle(config: QWenConfig, kwargs: dict) -> QWenConfig:
         """A configuration that the caller brings, without its precision flag if a precision is passed beside it."""
         wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        if wanted is None or any(kwargs.get(flag) for flag in PRECISION_FLAGS):
+        if wanted in (None, "auto") or any(kwargs.get(flag) for flag in PRECISION_FLAGS):
             return config
         config = copy.deepcopy(config)
         for flag in PRECISION_FLAGS:
