@@ -208,6 +208,7 @@ except ImportError:  # up to 4.35
 
         def crop(self, length):
             """Keep `length` tokens, or drop `-length`."""
+            length = length if length >= 0 else max(self.get_seq_length() + length, 0)
             self.layers = [tuple(tensor[..., :length, :] for tensor in layer) for layer in self.layers]
 
         def reorder_cache(self, beam_idx):
@@ -320,7 +321,8 @@ def crop_cache(cache, length: int) -> None:
         return
     # Each layer by what it has too many: after a step that broke off some have more, and newer releases remove as many
     # from all. A number of tokens to remove, since newer releases refuse the length; older ones take both.
-    parts = [cache] if isinstance(cache, LayeredCache) or not hasattr(cache, "layers") else cache.layers
+    layers = [] if isinstance(cache, LayeredCache) else getattr(cache, "layers", [])
+    parts = layers if layers and all(hasattr(layer, "crop") for layer in layers) else [cache]
     try:
         for part in parts:
             surplus = int(part.get_seq_length()) - length

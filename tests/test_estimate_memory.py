@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from accelerate import init_empty_weights
-from conftest import ROOT, modeling_qwen, needs_sdpa, random_ids, tiny_config, tiny_model
+from conftest import ROOT, compat, modeling_qwen, needs_sdpa, random_ids, tiny_config, tiny_model
 from qwen.transformers_compat import ALL_ATTENTION_FUNCTIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -97,7 +97,7 @@ def test_cache_is_what_caches_hold(dtype, context, kv_channels):
 def test_a_dynamic_cache_has_no_blocks():
     model = tiny_model()
     with torch.no_grad():
-        cache = model(random_ids(2, 256), past_key_values=transformers.DynamicCache()).past_key_values
+        cache = model(random_ids(2, 256), past_key_values=compat.DynamicCache()).past_key_values
     tensors = [t for i in range(3) for t in (layer_of(cache, i))]
     held = sum(t.numel() * t.element_size() for t in tensors)
     assert tool.memory(model.config, "fp32", 256, 2)["cache"] == held
@@ -161,7 +161,7 @@ def test_peak_of_a_prefill(shape, dtype, cache):
     floor, limit = 0.97, 1.03
     if not hasattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS"):
         # Up to 4.47 the projection of attention's output has one more copy of it beside it; not with torch 2.4.
-        floor, limit = 0.96, 1.1
+        floor, limit = 0.96, 1.12
     elif "key.contiguous()" in inspect.getsource(ALL_ATTENTION_FUNCTIONS["sdpa"]):
         limit = 1.2  # up to 4.55 keys and values are copied
     assert floor < live.peak / (need["cache"] + need["activations"]) < limit

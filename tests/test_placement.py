@@ -13,10 +13,9 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-import transformers
 from accelerate import init_empty_weights
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
-from conftest import CODE, ROOT, modeling_qwen, random_ids, static_cache, tiny_config, tiny_model
+from conftest import CODE, ROOT, compat, modeling_qwen, random_ids, static_cache, tiny_config, tiny_model
 from test_loading import MEASURE, sparse_safetensors
 from torch.utils._pytree import tree_flatten
 from transformers import GenerationConfig
@@ -134,7 +133,7 @@ def test_generation_over_devices(pretended, kind):
     ids = random_ids(1, 40)
     mask = torch.ones_like(ids)
     expected = model.generate(ids, attention_mask=mask, **GREEDY)
-    cache = transformers.DynamicCache() if kind == "dynamic" else static_cache(model.config, 60)
+    cache = compat.DynamicCache() if kind == "dynamic" else static_cache(model.config, 60)
     if kind == "static" and not hasattr(getattr(cache, "layers", [None])[0], "lazy_initialization"):
         pytest.skip("the static cache of this release is told its device when it is made")
     of_block = spread(model, pretended, 2)
