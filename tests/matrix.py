@@ -123,8 +123,8 @@ def install_other(python: str, torch: str, release: str) -> Path:
     if not (folder / "installed").exists():
         subprocess.run([interpreter(python), "-m", "venv", "--clear", folder], check=True)
         text = "".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-dev.txt"))
-        # transformers brings the tokenizers that it wants; trl wants another transformers
-        names = {*re.findall(r"^\w[\w-]*", text, re.MULTILINE), *packages(release)} - {"ruff", "tokenizers", "trl"}
+        # transformers brings the tokenizers that it wants
+        names = {*re.findall(r"^\w[\w-]*", text, re.MULTILINE), *packages(release)} - {"ruff", "tokenizers"}
         if numbers(torch) < (2, 3):  # built for NumPy 1; torch 1 brings no jinja2
             names |= {"numpy<2", "jinja2"}
         elif numbers(torch) < (2, 7):  # the interpreter of its Triton fails with NumPy 2.4
