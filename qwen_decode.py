@@ -11,6 +11,7 @@ In the shapes below B is the batch, T the new tokens, S the tokens attended to, 
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
@@ -25,6 +26,7 @@ from .qwen_generation_utils import StopWordsLogitsProcessor
 from .qwen_ops import decode_block, has_decode_kernel, linear, rms_norm
 from .qwen_quantization import Int8Linear
 from .transformers_compat import (
+    ASSISTANTS_GENERATE,
     CACHE,
     DRAFTS_CROP_CACHES,
     BaseModelOutputWithPast,
@@ -209,6 +211,8 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
         Default: `stop_words_ids` of the generation configuration.
         cache_implementation: "quantized" takes `QWenQuantizedCache`; with a `cache_config`, transformers' own.
         cache_bits: 8 or 4, of the quantised cache, which it asks for. Default: `config.cache_bits`.
+        assistant_model: also a Qwen whose embedding has fewer rows, as Qwen-1.8B's has beside Qwen-72B's, without
+        tokenizers.
 
         Raises IndexError for ids outside the vocabulary, ValueError for stop words that are not lists of ids and for
         contradictions about the cache.
@@ -236,6 +240,10 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
         alpha = self._prompt_alpha(settings, ids, kwargs)
         if alpha is not None:
             kwargs["ntk_alpha"] = alpha
+        assistant = kwargs.get("assistant_model")
+        if ASSISTANTS_GENERATE and isinstance(assistant, QWenGenerationMixin):
+            if assistant.config.vocab_size < self.config.vocab_size:
+                kwargs["assistant_model"] = _PaddedAssistant(assistant, self.config.vocab_size)
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def _prompt_alpha(self, settings, ids, kwargs: dict) -> torch.Tensor | None:
@@ -303,6 +311,30 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
             return kwargs
         _announce(f"generate keeps keys and values in {cache}")
         return {**kwargs, "past_key_values": cache, **({} if named is None else {"cache_implementation": None})}
+
+
+class _PaddedAssistant:
+    """
+    An assistant that seems to have the rows of the model it drafts for. The four sizes share one vocabulary and pad
+    their embeddings to 151,936 or 152,064 rows, but transformers takes unequal numbers for unequal tokenizers. The rows
+    that the assistant lacks have probability 0, as speculative sampling (https://arxiv.org/abs/2211.17192) needs it.
+    """
+
+    def __init__(self, assistant, vocab_size: int):
+        self.assistant, self.rows = assistant, assistant.config.vocab_size
+        self.config = copy.copy(assistant.config)
+        self.config.vocab_size = vocab_size
+
+    def __getattr__(self, name):
+        return getattr(self.assistant, name)
+
+    def generate(self, *args, input_ids: torch.Tensor, **kwargs):
+        # A row of padding that was generated all the same would be outside of the assistant's embedding.
+        output = self.assistant.generate(*args, input_ids=input_ids.clamp(max=self.rows - 1), **kwargs)
+        output.sequences[:, : input_ids.shape[1]] = input_ids
+        missing = self.config.vocab_size - self.rows
+        output.scores = tuple(nn.functional.pad(scores, (0, missing), value=-torch.inf) for scores in output.scores)
+        return output
 
 
 @functools.lru_cache(maxsize=None)

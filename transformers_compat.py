@@ -173,6 +173,9 @@ _CACHE_WANTS_POSITIONS = (
 # that any cache has the prompt.
 DRAFTS_CROP_CACHES = hasattr(getattr(transformers, "DynamicCache", None), "crop")
 
+# Up to 4.36 the forward of an assistant was called, later its `generate` is; then its rows are compared, too.
+ASSISTANTS_GENERATE = importlib.util.find_spec("transformers.generation.candidate_generator") is not None
+
 try:
     from transformers import DynamicCache
 except ImportError:  # up to 4.35

@@ -9,7 +9,7 @@ import torch
 import transformers
 from conftest import HAS_STATIC, lacks, needs_prefill_in_chunks, random_ids, static_cache, tiny_model
 from qwen.qwen_generation_utils import StopWordsLogitsProcessor
-from qwen.transformers_compat import DynamicCache
+from qwen.transformers_compat import ASSISTANTS_GENERATE, DynamicCache
 from reference import greedy as reference_greedy
 from reference import qwen2_of
 from transformers import GenerationConfig, GenerationMixin, TextStreamer
@@ -193,6 +193,29 @@ def test_assisted_decoding_gives_the_greedy_ids(model, length):
     ids = random_ids(1, length)
     expected = generate(model, ids, max_new_tokens=16, eos_token_id=319)
     assert torch.equal(generate(model, ids, max_new_tokens=16, eos_token_id=319, assistant_model=assistant), expected)
+
+
+@pytest.mark.parametrize("choice", [{"do_sample": False}, {"do_sample": True, "top_k": 5}])
+def test_an_assistant_with_fewer_rows_needs_no_tokenizers(choice):
+    """Qwen-1.8B has 151,936 rows, Qwen-72B 152,064: the same vocabulary, padded to another multiple."""
+    model = tiny_model(**NTK_LOGN)
+    config = model.config.to_dict()
+    assistant = tiny_model(seed=0, **{**NTK_LOGN, "vocab_size": config["vocab_size"] - 16})
+    weights = {name: weight[: config["vocab_size"] - 16] for name, weight in model.state_dict().items()}
+    assistant.load_state_dict({name: weights[name].view(old.shape) for name, old in assistant.state_dict().items()})
+    asked = []
+    assistant.register_forward_hook(lambda *_: asked.append(1))
+    ids = random_ids(1, 10) % (config["vocab_size"] - 16)
+    with torch.no_grad():  # rows of padding are not generated, or the assistant of a release up to 4.36 would fail
+        model.lm_head.weight[-16:] = 0
+    if ASSISTANTS_GENERATE:
+        ids[0, 3] = config["vocab_size"] - 1
+    torch.manual_seed(0)
+    new = generate(model, ids, max_new_tokens=16, eos_token_id=319, assistant_model=assistant, **choice)
+    assert asked
+    assert new.shape[1] > ids.shape[1]
+    if not choice["do_sample"]:
+        assert torch.equal(new, generate(model, ids, max_new_tokens=16, eos_token_id=319))
 
 
 @lengths_with_drafts
