@@ -241,9 +241,9 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
         if alpha is not None:
             kwargs["ntk_alpha"] = alpha
         assistant = kwargs.get("assistant_model")
-        if ASSISTANTS_GENERATE and isinstance(assistant, QWenGenerationMixin):
-            if assistant.config.vocab_size < self.config.vocab_size:
-                kwargs["assistant_model"] = _PaddedAssistant(assistant, self.config.vocab_size)
+        is_qwen = isinstance(assistant, QWenGenerationMixin)
+        if ASSISTANTS_GENERATE and is_qwen and assistant.config.vocab_size < self.config.vocab_size:
+            kwargs["assistant_model"] = _PaddedAssistant(assistant, self.config.vocab_size)
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def _prompt_alpha(self, settings, ids, kwargs: dict) -> torch.Tensor | None:
