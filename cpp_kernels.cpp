@@ -70,7 +70,8 @@ struct Gptq {  // a product with a quantised matrix, or the matrix itself
   void* weight;  // (in, out), float or BFloat16
 };
 
-constexpr int64_t SEGMENT = 128;  // inputs of one group that are summed up before the scale: 4 kB of codes at a time
+constexpr int64_t SEGMENT = 128;  // inputs of one group that are summed up before the scale
+constexpr int64_t TILE = 512;     // outputs whose sums are kept meanwhile
 
 struct Store {  // keys or values, (B, nh, S, ...)
   const char *rows, *params;
@@ -336,9 +337,9 @@ Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales
     a.sums = sums.data_ptr<float>();
   }
   const auto run = bf16 ? bf16 : kernels().gptq;
-  constexpr int64_t TILE = 64;  // a thread has whole tiles
-  at::parallel_for(0, (a.out + TILE - 1) / TILE, grain(a.in * bits / 8 * TILE), [&](int64_t begin, int64_t end) {
-    run(a, begin * TILE, std::min(a.out, end * TILE));
+  constexpr int64_t PART = 64;  // a thread has whole parts, which fill vectors
+  at::parallel_for(0, (a.out + PART - 1) / PART, grain(a.in * bits / 8 * PART), [&](int64_t begin, int64_t end) {
+    run(a, begin * PART, std::min(a.out, end * PART));
   });
   Tensor result = y.narrow(0, 0, a.rows);
   if (bias) result = result.add(*bias);
@@ -807,13 +808,15 @@ INLINE float one_zero(const Gptq& a, int64_t group, int64_t channel) {
   return ((word >> (channel % n * a.bits) & mask) + a.zero_offset) & mask;
 }
 
-// Zeros of W outputs.
+// Zeros of W outputs from a multiple of W on.
 template <int BITS>
 INLINE vf zeros_at(const Gptq& a, int64_t group, int64_t channel) {
   constexpr int N = 32 / BITS;
-  const int32_t* p = a.qzeros + group * a.qzeros_stride;
-  vi words, shifts;
-  for (int i = 0; i < W; ++i) words[i] = p[(channel + i) / N], shifts[i] = (channel + i) % N * BITS;
+  static const int32_t LANES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const vi lane = read<vi>(LANES), shifts = (lane + static_cast<int>(channel % N)) % N * BITS;
+  const int32_t* p = a.qzeros + group * a.qzeros_stride + channel / N;
+  vi words = vi{} + p[0];
+  for (int i = N; i < W; i += N) words = (vi)select(lane < i, (vf)words, (vf)(vi{} + p[i / N]));
   return __builtin_convertvector(((words >> shifts) + a.zero_offset) & ((1 << BITS) - 1), vf);
 }
 
@@ -823,13 +826,11 @@ INLINE float one_code(const Gptq& a, int64_t i, int64_t channel) {
   return word >> (i % n * a.bits) & ((1 << a.bits) - 1);
 }
 
-// Adds inputs [i, end), a segment of `group`, for C vectors of outputs from `channel` on.
-template <int R, int C, int BITS>
-INLINE void gptq_block(const Gptq& a, int64_t segment, int64_t segments, int64_t group, int64_t i, int64_t end,
-                       int64_t channel) {
+// Adds the products of U integers of codes, inputs from i on, to the sums (R, TILE) of `width` outputs from `channel` on.
+template <int R, int C, int BITS, int U>
+INLINE int64_t gptq_block(const Gptq& a, int64_t i, int64_t channel, int64_t first, int64_t width, float* sums) {
   constexpr int N = 32 / BITS;
   const int32_t* q = a.qweight + i / N * a.qweight_stride + channel;
-  vf acc[C][R] = {};
 #ifdef QWEN_BF16
   static const uint16_t VALUES[32] = {
       0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160,
@@ -837,39 +838,42 @@ INLINE void gptq_block(const Gptq& a, int64_t segment, int64_t segments, int64_t
       0x4160, 0x4170};  // the fifth bit of an index is the next code's
   const __m512i values = _mm512_loadu_si512(VALUES);
 #endif
-  for (; i < end; i += N, q += a.qweight_stride) {
-    vi words[C];
-    for (int c = 0; c < C; ++c) words[c] = read<vi>(q + c * W);
-    __builtin_prefetch(q + 2 * C * W);
+  int64_t o = first;
+  for (; o + C * W <= width; o += C * W) {
+    vf acc[C][R];
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) acc[c][r] = load(sums + r * TILE + o + c * W);
+    for (int u = 0; u < U; ++u) {
+      vi words[C];
+      for (int c = 0; c < C; ++c) {
+        words[c] = read<vi>(q + u * a.qweight_stride + o + c * W);
+        __builtin_prefetch(q + (U + u) * a.qweight_stride + o + c * W);
+      }
 #ifdef QWEN_BF16
-    for (int j = 0; j < 4; ++j) {
-      __m512bh x[R];
-      for (int r = 0; r < R; ++r) {
-        int32_t pair;
-        std::memcpy(&pair, a.pairs + r * a.in + i + 2 * j, 4);
-        x[r] = (__m512bh)_mm512_set1_epi32(pair);
+      for (int j = 0; j < 4; ++j) {
+        __m512bh x[R];
+        for (int r = 0; r < R; ++r) {
+          int32_t pair;
+          std::memcpy(&pair, a.pairs + r * a.in + i + u * N + 2 * j, 4);
+          x[r] = (__m512bh)_mm512_set1_epi32(pair);
+        }
+        for (int c = 0; c < C; ++c) {
+          const __m512i codes = _mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)words[c], 4 * j), values);
+          for (int r = 0; r < R; ++r) acc[c][r] = (vf)_mm512_dpbf16_ps((__m512)acc[c][r], x[r], (__m512bh)codes);
+        }
       }
-      for (int c = 0; c < C; ++c) {
-        const __m512i codes = _mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)words[c], 4 * j), values);
-        for (int r = 0; r < R; ++r) acc[c][r] = (vf)_mm512_dpbf16_ps((__m512)acc[c][r], x[r], (__m512bh)codes);
-      }
-    }
 #else
-    for (int j = 0; j < N; ++j)
-      for (int c = 0; c < C; ++c) {
-        const vf codes = codes_at<BITS>(words[c], BITS * j);
-        for (int r = 0; r < R; ++r) acc[c][r] = fma(codes, all(a.x[r * a.in + i + j]), acc[c][r]);
-      }
+      for (int j = 0; j < N; ++j)
+        for (int c = 0; c < C; ++c) {
+          const vf codes = codes_at<BITS>(words[c], BITS * j);
+          for (int r = 0; r < R; ++r) acc[c][r] = fma(codes, all(a.x[r * a.in + i + u * N + j]), acc[c][r]);
+        }
 #endif
-  }
-  for (int c = 0; c < C; ++c) {
-    const int64_t o = channel + c * W;
-    const vf scale = load_half(a.scales + group * a.scales_stride + o), zero = zeros_at<BITS>(a, group, o);
-    for (int r = 0; r < R; ++r) {
-      float* y = a.y + r * a.out + o;
-      save(y, load(y) + scale * (acc[c][r] - zero * a.sums[r * segments + segment]));
     }
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) save(sums + r * TILE + o + c * W, acc[c][r]);
   }
+  return o;
 }
 
 // The outputs from `channel` on that fill no vector.
@@ -883,21 +887,34 @@ void gptq_rest(const Gptq& a, int64_t channel, int64_t end) {
     }
 }
 
+// The integers of a row lie side by side in memory, so a tile of outputs goes through a few rows at once.
 template <int R, int BITS>
 void gptq_channels(const Gptq& a, int64_t begin, int64_t end) {
-  constexpr int C = R <= 2 ? 4 : R == 4 ? 2 : 1;
+  constexpr int C = R <= 2 ? 4 : R == 4 ? 2 : 1, N = 32 / BITS, U = 4;
   const int64_t whole = begin + (end - begin) / W * W;
-  int64_t segments = 0, segment = 0;
+  int64_t segments = 0;
   for (int64_t g = 0; g < a.in; g += a.group_size)
     segments += (std::min(a.in, g + a.group_size) - g + SEGMENT - 1) / SEGMENT;
-  for (int64_t group = 0; group < a.groups; ++group) {
-    const int64_t last = std::min(a.in, (group + 1) * a.group_size);
-    for (int64_t i = group * a.group_size; i < last; i += SEGMENT, ++segment) {
-      const int64_t stop = std::min(last, i + SEGMENT);
-      int64_t channel = begin;
-      for (; channel + C * W <= whole; channel += C * W)
-        gptq_block<R, C, BITS>(a, segment, segments, group, i, stop, channel);
-      for (; channel < whole; channel += W) gptq_block<R, 1, BITS>(a, segment, segments, group, i, stop, channel);
+  for (int64_t channel = begin; channel < whole; channel += TILE) {
+    const int64_t width = std::min(TILE, whole - channel);
+    for (int64_t group = 0, segment = 0; group < a.groups; ++group) {
+      const int64_t last = std::min(a.in, (group + 1) * a.group_size);
+      for (int64_t i = group * a.group_size; i < last; ++segment) {
+        const int64_t stop = std::min(last, i + SEGMENT);
+        float sums[R * TILE] = {};
+        for (; i + U * N <= stop; i += U * N)
+          gptq_block<R, 1, BITS, U>(a, i, channel, gptq_block<R, C, BITS, U>(a, i, channel, 0, width, sums), width, sums);
+        for (; i < stop; i += N)
+          gptq_block<R, 1, BITS, 1>(a, i, channel, gptq_block<R, C, BITS, 1>(a, i, channel, 0, width, sums), width, sums);
+        for (int64_t o = 0; o < width; o += W) {
+          const vf scale = load_half(a.scales + group * a.scales_stride + channel + o);
+          const vf zero = zeros_at<BITS>(a, group, channel + o);
+          for (int r = 0; r < R; ++r) {
+            float* y = a.y + r * a.out + channel + o;
+            save(y, load(y) + scale * (load(sums + r * TILE + o) - zero * a.sums[r * segments + segment]));
+          }
+        }
+      }
     }
   }
   gptq_rest<R>(a, whole, end);

@@ -568,6 +568,7 @@ SHAPES = {  # inputs, outputs, then how they are quantised
     "groups that fill no integer": (48, 16, {"bits": 4, "group_size": 12, "sym": False}),
     "int8": (256, 100, {"bits": 8, "group_size": 128, "sym": False}),
     "int8 per channel": (132, 68, {"bits": 8}),
+    "more than a tile": (160, 1112, {"bits": 4, "group_size": 80, "sym": False}),
     "any order": (256, 104, {"bits": 4, "group_size": 64, "desc_act": True, "sym": False}),
     "any order, int8": (96, 36, {"bits": 8, "group_size": 32, "desc_act": True}),
 }
