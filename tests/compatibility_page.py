@@ -116,7 +116,7 @@ CHINESE = {
     "shows as added tokens only those beyond the vocabulary": "只把词表之外的 token 显示为新增 token",
     "takes no padding_side as an argument": "调用时不接受参数 padding_side",
     "does not compile generation on a CPU": "在 CPU 上不编译生成",
-    "gives no gradients, or files, of fused projections under tensor parallelism": "张量并行没有合并投影的梯度，不能保存",
+    "gives no gradients, or files, of fused projections under tensor parallelism": "张量并行得不到合并投影的梯度和文件",
 }
 
 

@@ -10,8 +10,8 @@ Run the test suite with other releases of transformers, and with other versions 
 
 Every run has an environment of its own in `.cache/`, made once. Those of releases see the packages of the current
 environment, torch among them, behind their own. The full runs, and those with what is newest, go into the record,
-docs/compatibility_record.tsv, of which compatibility_page.py makes the tables of docs/compatibility.md. The exit status is
-1 if the suite fails with anything but a newest one that is not listed here.
+docs/compatibility_record.tsv, of which compatibility_page.py makes the tables of docs/compatibility.md. The exit
+status is 1 if the suite fails with anything but a newest one that is not listed here.
 """
 
 from __future__ import annotations
