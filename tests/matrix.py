@@ -9,8 +9,9 @@ Run the test suite with other releases of transformers, and with other versions 
     python tests/matrix.py --others          OTHERS, the whole suite: other Pythons and PyTorches; downloads several GB
 
 Every run has an environment of its own in `.cache/`, made once. Those of releases see the packages of the current
-environment, torch among them, behind their own. The full runs, and those with what is newest, write their table into
-docs/compatibility.md. The exit status is 1 if the suite fails with anything but a newest one that is not listed here.
+environment, torch among them, behind their own. The full runs, and those with what is newest, go into the record,
+docs/compatibility_record.tsv, of which compatibility_page.py makes the tables of docs/compatibility.md. The exit
+status is 1 if the suite fails with anything but a newest one that is not listed here.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import compatibility_page
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
-DOCUMENT = ROOT / "docs" / "compatibility.md"
 
 # How a test begins the reason for a skip that is due to the release; the rest goes into the table.
 LACKING = "this release of transformers "
@@ -161,6 +162,12 @@ class Result:
     lacking: list[str]
     output: str
 
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        """Passed, failed and lacking, as text."""
+        failed = f"{len(self.failed)}: {', '.join(self.failed)}" if self.failed else "0"
+        return str(self.passed), failed, "; ".join(self.lacking)
+
 
 def test(name: tuple[str, ...], files: tuple[str, ...], jobs: int) -> Result:
     """Run tests, as `files` tells pytest, with a release (its name alone), or with (Python, torch, transformers)."""
@@ -194,17 +201,15 @@ def table(results: list[Result]) -> str:
     columns = ["transformers"] if len(results[0].name) == 1 else ["Python", "torch", "transformers"]
     columns += ["passed", "failed", "what this release can't do"]
     rows = [columns, ["---"] * len(columns)]
-    for result in results:
-        failed = f"{len(result.failed)}: {', '.join(result.failed)}" if result.failed else "0"
-        rows.append([*result.name, str(result.passed), failed, "; ".join(result.lacking)])
+    rows += [[*result.name, *result.cells] for result in results]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def write(section: str, text: str) -> None:
-    """Replace what stands between the document's marks of a section."""
-    begin, end = f"<!-- {section} begins -->\n", f"<!-- {section} ends -->"
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(begin)
-    DOCUMENT.write_text(before + begin + text + end + rest.split(end)[1], encoding="utf-8")
+def rows(run: str, results: list[Result]) -> list[compatibility_page.Row]:
+    """The results of a run as lines of the record."""
+    here = (platform.python_version(), version("torch").split("+")[0])
+    names = [(*here, *result.name)[-3:] for result in results]
+    return [compatibility_page.Row(run, str(date.today()), *n, *r.cells) for n, r in zip(names, results)]
 
 
 def main() -> None:
@@ -225,11 +230,8 @@ def main() -> None:
             if result.failed:
                 print(f"\n{' '.join(result.name)}\n{result.output}", flush=True)
     print(table(results))
-    if arguments.others:
-        write("others", table(results))
-    elif not arguments.releases:
-        shared = f"Python {platform.python_version()} and torch {version('torch').split('+')[0]}"
-        write("releases", f"All with {shared}:\n\n{table(results)}")
+    if arguments.others or not arguments.releases:
+        compatibility_page.record(rows("others" if arguments.others else "releases", results))
     failed = [" ".join(result.name) for result in results if result.failed]
     sys.exit(f"failed with {', '.join(failed)}" if failed else 0)
 
@@ -250,7 +252,7 @@ def run_newest(what: str, only_unlisted: bool) -> int:
         return 0
     result = test(name, INDEPENDENT if what == "newest" else (), 1)
     print(f"{result.output}\n{table([result])}")
-    write(what, f"Of {date.today()}:\n\n{table([result])}")
+    compatibility_page.record(rows(what, [result]))
     return int(bool(result.failed) and listed)
 
 

