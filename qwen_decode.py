@@ -22,7 +22,7 @@ from .qwen_cache import QWenCache, quantized_cache
 from .qwen_cuda_graph import DEVICES as GRAPH_DEVICES
 from .qwen_cuda_graph import GraphedGeneration, graphed_step, is_as_made, is_plain, is_untouched
 from .qwen_generation_utils import StopWordsLogitsProcessor
-from .qwen_ops import decode_block, has_decode_kernel, linear, rms_norm
+from .qwen_ops import decode_blocks, has_decode_kernel, linear, rms_norm
 from .qwen_quantization import Int8Linear
 from .transformers_compat import (
     CACHE,
@@ -136,9 +136,9 @@ def _compute(model, call: dict):
     cos, sin, query_scale = network.rotation(position_ids, cache, length, call.get("ntk_alpha"))
     mask = None if mask is None else mask[..., : length + T].bool()
     eps = network.ln_f.eps
-    for block, (norms, matrices), layer in zip(network.h, blocks, cache.layers):
-        store, scaling = layer.room_for(T), block.attn.scaling
-        x = decode_block(x, norms, matrices, cos, sin, query_scale, store, length, mask, eps, scaling)
+    norms, matrices = ([each for block in blocks for each in block[i]] for i in range(2))
+    store = [tensor for layer in cache.layers for tensor in layer.room_for(T)]
+    x = decode_blocks(x, norms, matrices, cos, sin, query_scale, store, length, mask, eps, network.h[0].attn.scaling)
     x = rms_norm(x, like, eps)
     if head is None:
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
@@ -149,7 +149,7 @@ def _compute(model, call: dict):
 
 def _weights(network, cache, like: torch.Tensor):
     """
-    For every block (norms, matrices) as `decode_block` takes them; None if a weight is not as the network was made, or
+    For every block (norms, matrices) as `decode_blocks` takes them; None if a weight is not as the network was made, or
     the cache is elsewhere.
     """
     if len(cache.layers) != len(network.h) or not _is_weight(like, like):

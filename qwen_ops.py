@@ -464,10 +464,10 @@ def rotary_reference(x, cos, sin):
     return torch.cat((y1.to(x.dtype), y2.to(x.dtype), rest), dim=-1)
 
 
-# --- A block -----------------------------------------------------------------------------------------------------
+# --- Blocks ------------------------------------------------------------------------------------------------------
 
 
-def decode_block(
+def decode_blocks(
     x: torch.Tensor,
     norms: list[torch.Tensor],
     matrices: list[torch.Tensor | None],
@@ -481,20 +481,32 @@ def decode_block(
     scaling: float,
 ) -> torch.Tensor:
     """
-    One block of the network for a few new tokens behind a filled cache, without gradients.
+    Blocks of the network, one after the other, for a few new tokens behind a filled cache, without gradients.
 
-    x: (B, T, hidden). norms: the weights of ln_1 and ln_2. matrices: weight, bias and scale, as `linear` takes them, of
-    c_attn, attn.c_proj, w1, w2 and mlp.c_proj, 15 in all. cos, sin: as of `rotary`. query_scale: float32
-    (B or 1, 1, T, 1) or None. store: keys and values (B, nh, capacity, hd), or codes and parameters of both as
-    `quantize_append` writes them; the new tokens' are written from token `position` on. mask: as of `decode_attention`,
-    for S = position + T keys. Returns (B, T, hidden) in x's dtype.
+    x: (B, T, hidden). The lists hold what belongs to the first block, then to the second, and so on: norms, the weights
+    of ln_1 and ln_2; matrices, weight, bias and scale, as `linear` takes them, of c_attn, attn.c_proj, w1, w2 and
+    mlp.c_proj, 15 in all; store, keys and values (B, nh, capacity, hd), or codes and parameters of both as
+    `quantize_append` writes them, where the new tokens' are written from token `position` on. cos, sin: as of `rotary`.
+    query_scale: float32 (B or 1, 1, T, 1) or None. mask: as of `decode_attention`, for S = position + T keys.
+    Returns (B, T, hidden) in x's dtype.
     """
     mask, causal = _check_mask(mask)
-    block = _OPERATORS.decode_block if x.device.type == "cpu" and x.dtype in _FLOATS else decode_block_reference
-    return block(x, norms, matrices, cos, sin, query_scale, store, position, mask, eps, scaling, causal)
+    blocks = _OPERATORS.decode_blocks if x.device.type == "cpu" and x.dtype in _FLOATS else decode_blocks_reference
+    return blocks(x, norms, matrices, cos, sin, query_scale, store, position, mask, eps, scaling, causal)
 
 
-def decode_block_reference(x, norms, matrices, cos, sin, query_scale, store, position, mask, eps, scaling, causal):
+def decode_blocks_reference(x, norms, matrices, cos, sin, query_scale, store, *others):
+    for parts in zip(*(_equal_parts(each, len(norms) // 2) for each in (norms, matrices, store))):
+        x = _decode_block(x, parts[0], parts[1], cos, sin, query_scale, parts[2], *others)
+    return x
+
+
+def _equal_parts(values: list, number: int) -> list[list]:
+    size = len(values) // number
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def _decode_block(x, norms, matrices, cos, sin, query_scale, store, position, mask, eps, scaling, causal):
     B, T, _ = x.shape
     nh = store[0].shape[1]
     c_attn, attn_proj, w1, w2, mlp_proj = (matrices[i : i + 3] for i in range(0, 15, 3))
@@ -573,10 +585,10 @@ OPERATIONS = {
         rotary_reference,
         lambda x, *args: x.new_empty(x.shape),
     ),
-    "decode_block": (
+    "decode_blocks": (
         "(Tensor x, Tensor[] norms, Tensor?[] matrices, Tensor cos, Tensor sin, Tensor? query_scale, "
         "Tensor(a!)[] store, int position, Tensor? mask, float eps, float scaling, bool causal) -> Tensor",
-        decode_block_reference,
+        decode_blocks_reference,
         lambda x, *args: x.new_empty(x.shape),
     ),
 }
