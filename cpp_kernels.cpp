@@ -980,22 +980,30 @@ INLINE vf dot(pairs a, pairs b, vf c) {  // compilers differ in whether their he
 #endif
 
 template <int R, int C>
+INLINE void add_pairs(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t b_stride, int64_t left,
+                      vf (*acc)[R]) {
+  pairs x[R];
+  for (int r = 0; r < R; ++r) x[r] = load_pairs(a + r * a_stride, left);
+  for (int c = 0; c < C; ++c) {
+    const pairs y = load_pairs(b + c * b_stride, left);
+    for (int r = 0; r < R; ++r) acc[c][r] = dot(x[r], y, acc[c][r]);
+  }
+}
+
+template <int R, int C>
 INLINE void dots(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t b_stride, int64_t ahead, int64_t n,
                  float* out) {
-  constexpr int N = std::max(1, 4 / R / C);
+  constexpr int U = LINE / (4 * W), N = std::max(1, 4 / R / C), M = std::max(U, N);
   vf acc[N][C][R] = {};
-  for (int64_t k = 0; k < n; k += 2 * W * N)
-    for (int u = 0; u < N; ++u) {
-      const int64_t i = k + 2 * W * u, left = n - i;
-      if (left <= 0) break;
-      pairs x[R];
-      for (int r = 0; r < R; ++r) x[r] = load_pairs(a + r * a_stride + i, left);
-      for (int c = 0; c < C; ++c) {
-        __builtin_prefetch(b + c * b_stride + i + ahead);
-        const pairs y = load_pairs(b + c * b_stride + i, left);
-        for (int r = 0; r < R; ++r) acc[u][c][r] = dot(x[r], y, acc[u][c][r]);
-      }
+  int64_t k = 0;
+  for (; k + 2 * W * M <= n; k += 2 * W * M)
+    for (int u = 0; u < M; ++u) {
+      const int64_t i = k + 2 * W * u;
+      if (u % U == 0)
+        for (int c = 0; c < C; ++c) __builtin_prefetch(b + c * b_stride + i + ahead);
+      add_pairs<R, C>(a + i, a_stride, b + i, b_stride, 2 * W, acc[u % N]);
     }
+  for (int u = 0; k < n; k += 2 * W, ++u) add_pairs<R, C>(a + k, a_stride, b + k, b_stride, n - k, acc[u % N]);
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) {
       for (int u = 1; u < N; ++u) acc[0][c][r] += acc[u][c][r];

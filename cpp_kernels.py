@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "95afa433c9b39e9ee9a222dee95e2c036ab4f78b956d9ee6f3d9b2eca412b1a8"
+SOURCE_SHA256 = "c76ba40ecb0478d368242a1ffb2ae1de8269e130467507d05422e9477e2e0002"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
