@@ -16,10 +16,10 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/List.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/silu.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Optional.h>
 #include <torch/library.h>
@@ -439,10 +439,7 @@ class Team {
 thread_local Team* Team::led = nullptr;
 
 // A piece of work: long enough to be worth handing out and to read memory in long runs, short enough to wait for.
-#ifndef QWEN_PIECE
-#define QWEN_PIECE (1 << 17)
-#endif
-constexpr int64_t PIECE = QWEN_PIECE;  // bytes read
+constexpr int64_t PIECE = 1 << 17;  // bytes read
 
 int64_t piece(int64_t bytes_each) { return std::max<int64_t>(1, PIECE / std::max<int64_t>(1, bytes_each)); }
 
@@ -533,48 +530,71 @@ Gptq gptq_matrix(Tensor& qweight, Tensor& qzeros, Tensor& scales, optional<Tenso
   return a;
 }
 
+// The sums of every row of x over the segments of the groups, in their order.
+std::vector<float> segment_sums(const float* x, int64_t rows, int64_t in, int64_t group_size) {
+  std::vector<float> sums;
+  for (int64_t r = 0; r < rows; ++r, x += in)
+    for (int64_t group = 0; group < in; group += group_size)
+      for (int64_t i = group, last = std::min(in, group + group_size); i < last; i += SEGMENT) {
+        float part[8] = {};
+        int64_t k = i;
+        const int64_t end = std::min(last, i + SEGMENT);
+        for (; k + 8 <= end; k += 8)
+          for (int j = 0; j < 8; ++j) part[j] += x[k + j];
+        for (; k < end; ++k) part[0] += x[k];
+        sums.push_back(((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7])));
+      }
+  return sums;
+}
+
+// Sums of outputs [begin, end) plus bias, in the precision of y.
+template <class T>
+void gptq_finish(const Gptq& a, const float* bias, const Tensor& y, int64_t begin, int64_t end) {
+  T* to = y.data_ptr<T>();
+  for (int64_t r = 0; r < a.rows; ++r)
+    for (int64_t o = begin; o < end; ++o) to[r * a.out + o] = a.y[r * a.out + o] + (bias ? bias[o] : 0.f);
+}
+
 Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales, optional<Tensor> g_idx, int64_t bits,
                    int64_t group_size, int64_t zero_offset, const optional<Tensor>& bias) {
   Gptq a = gptq_matrix(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset);
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == a.in, "gptq_linear: x ", x.sizes(), " and ", a.in, " inputs don't fit");
+  const auto kind = x.scalar_type();
+  TORCH_CHECK(kind == at::kFloat || kind == at::kBFloat16 || kind == at::kHalf,
+              "gptq_linear: x must be float32, bfloat16 or float16, found ", kind);
   auto shape = x.sizes().vec();
   shape.back() = a.out;
+  const Tensor y = at::empty(shape, x.options());
   a.rows = x.numel() / std::max<int64_t>(1, a.in);
   TORCH_CHECK(a.rows <= 8, "gptq_linear: x has ", a.rows, " rows, more than 8");
-  if (a.rows == 0 || a.out == 0) return at::empty(shape, x.options());
+  if (a.rows == 0 || a.out == 0) return y;
   int64_t padded = 1;
   while (padded < a.rows) padded *= 2;
-  const auto options = x.options().dtype(at::kFloat);
-  const Tensor rows = at::zeros({padded, a.in}, options), y = at::zeros({padded, a.out}, options);
-  rows.narrow(0, 0, a.rows).copy_(x.reshape({a.rows, a.in}));
-  a.x = rows.data_ptr<float>(), a.y = y.data_ptr<float>();
-  const auto bf16 = x.scalar_type() == at::kBFloat16 && bits == 4 && !a.g_idx ? levels()[level].gptq_bf16 : nullptr;
-  Tensor pairs, sums;
-  if (bf16) {  // inputs j and j + 4 of an integer side by side
-    pairs = rows.view({padded, a.in / 8, 2, 4}).transpose(2, 3).to(at::kBFloat16).contiguous();
-    a.pairs = pairs.data_ptr<BFloat16>();
-  }
-  if (!a.g_idx) {
-    const int64_t part = std::min(group_size, SEGMENT);
-    if (a.in % part == 0 && (group_size % SEGMENT == 0 || group_size < SEGMENT)) {
-      sums = rows.view({padded, a.in / part, part}).sum(-1);
-    } else {
-      std::vector<Tensor> parts;
-      for (int64_t g = 0; g < a.in; g += group_size)
-        for (int64_t i = g, end = std::min(a.in, g + group_size); i < end; i += SEGMENT)
-          parts.push_back(rows.narrow(1, i, std::min(SEGMENT, end - i)).sum(-1));
-      sums = at::stack(parts, 1);
-    }
-    a.sums = sums.data_ptr<float>();
-  }
+  Tensor rows = floats(x.reshape({a.rows, a.in}));
+  if (padded != a.rows) rows = at::cat({rows, at::zeros({padded - a.rows, a.in}, rows.options())});
+  const Tensor totals = at::zeros({padded, a.out}, rows.options());
+  a.x = rows.data_ptr<float>(), a.y = totals.data_ptr<float>();
+  const auto bf16 = kind == at::kBFloat16 && bits == 4 && !a.g_idx ? levels()[level].gptq_bf16 : nullptr;
+  std::vector<BFloat16> pairs(bf16 ? padded * a.in : 0);
+  for (size_t i = 0; i < pairs.size(); i += 8)  // inputs j and j + 4 of an integer side by side
+    for (int j = 0; j < 8; ++j) pairs[i + j] = a.x[i + j / 2 + j % 2 * 4];
+  a.pairs = pairs.data();
+  std::vector<float> sums;
+  if (!a.g_idx) sums = segment_sums(a.x, padded, a.in, group_size);
+  a.sums = sums.data();
+  const Tensor b = bias ? floats(*bias) : Tensor();
+  TORCH_CHECK(!bias || b.numel() == a.out, "gptq_linear: bias must be (", a.out, "), found ", b.sizes());
+  const float* added = bias ? b.data_ptr<float>() : nullptr;
   const auto run = bf16 ? bf16 : kernels().gptq;
   constexpr int64_t TILE = 64;  // a thread has whole tiles
   Team::share((a.out + TILE - 1) / TILE, piece(a.in * bits / 8 * TILE), [&](int64_t begin, int64_t end) {
-    run(a, begin * TILE, std::min(a.out, end * TILE));
+    begin *= TILE, end = std::min(a.out, end * TILE);
+    run(a, begin, end);
+    if (kind == at::kFloat) gptq_finish<float>(a, added, y, begin, end);
+    if (kind == at::kBFloat16) gptq_finish<BFloat16>(a, added, y, begin, end);
+    if (kind == at::kHalf) gptq_finish<c10::Half>(a, added, y, begin, end);
   });
-  Tensor result = y.narrow(0, 0, a.rows);
-  if (bias) result = result.add(*bias);
-  return result.to(x.scalar_type()).view(shape);
+  return y;
 }
 
 Tensor gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, optional<Tensor> g_idx, int64_t bits,
@@ -743,14 +763,39 @@ Tensor product(const Tensor& x, const Tensor& weight, const optional<Tensor>& bi
   return y.to(x.scalar_type());
 }
 
+// More rows than `gptq_linear` takes: by blocks of outputs, dequantised on the way.
+Tensor gptq_product(const Tensor& x, const Tensor& qweight, const Tensor& qzeros, const Tensor& scales,
+                    const optional<Tensor>& g_idx, int64_t bits, int64_t group_size, int64_t zero_offset,
+                    const optional<Tensor>& bias) {
+  if (x.numel() / std::max<int64_t>(1, x.size(-1)) <= 8)
+    return gptq_linear(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias);
+  constexpr int64_t WEIGHTS = 1 << 22;
+  const int64_t n = 32 / bits, out = qweight.size(1), width = std::max<int64_t>(1, WEIGHTS / x.size(-1) / n) * n;
+  std::vector<Tensor> parts;
+  for (int64_t first = 0; first < out; first += width) {
+    const int64_t length = std::min(width, out - first);
+    parts.push_back(x.matmul(gptq_dequantize(qweight.narrow(1, first, length), qzeros.narrow(1, first / n, length / n),
+                                             scales.narrow(1, first, length), g_idx, bits, group_size, zero_offset,
+                                             x.scalar_type())));
+  }
+  const Tensor y = at::cat(parts, -1);
+  return bias ? y.add(bias->to(y.scalar_type())) : y;
+}
+
 // A block for a few tokens behind a filled cache; qwen_ops.py has the same in PyTorch.
 Tensor one_block(const Tensor& input, at::TensorList norms, const c10::List<optional<Tensor>>& matrices,
-                    const Tensor& cos, const Tensor& sin, const optional<Tensor>& query_scale, at::TensorList store,
-                    int64_t position, const optional<Tensor>& mask, double eps, double scaling, bool causal) {
-  TORCH_CHECK(input.dim() == 3 && norms.size() == 2 && matrices.size() == 15 && (store.size() == 2 || store.size() == 4),
-              "decode_blocks: 2 norms, 15 matrices and 2 or 4 tensors of a store belong to x (B, T, hidden)");
+                 at::IntArrayRef formats, const Tensor& cos, const Tensor& sin, const optional<Tensor>& query_scale,
+                 at::TensorList store, int64_t position, const optional<Tensor>& mask, double eps, double scaling,
+                 bool causal) {
+  TORCH_CHECK(input.dim() == 3 && norms.size() == 2 && matrices.size() == 25 && formats.size() == 15 &&
+                  (store.size() == 2 || store.size() == 4),
+              "decode_blocks: 2 norms, 25 tensors and 15 numbers of matrices, and 2 or 4 tensors of a store belong to x "
+              "(B, T, hidden)");
   const auto times = [&](const Tensor& x, int i) {
-    return product(x, *matrices.get(3 * i), matrices.get(3 * i + 1), matrices.get(3 * i + 2));
+    const auto part = [&](int j) { return matrices.get(5 * i + j); };  // weight, bias, scale, zeros, g_idx
+    const int64_t* format = formats.data() + 3 * i;                   // bits, group_size, zero_offset
+    if (format[0] == 0) return product(x, *part(0), part(1), part(2));
+    return gptq_product(x, *part(0), *part(3), *part(2), part(4), format[0], format[1], format[2], part(1));
   };
   const int64_t B = input.size(0), T = input.size(1), nh = store[0].size(1);
   const Tensor qkv = times(rms_norm(input, norms[0], eps), 0).view({B, T, 3 * nh, -1}).transpose(1, 2);
@@ -777,23 +822,24 @@ Tensor one_block(const Tensor& input, at::TensorList norms, const c10::List<opti
 
 // One block after the other; the lists hold what belongs to the first, then to the second, and so on.
 Tensor decode_blocks(const Tensor& input, at::TensorList norms, const c10::List<optional<Tensor>>& matrices,
-                     const Tensor& cos, const Tensor& sin, const optional<Tensor>& query_scale, at::TensorList store,
-                     int64_t position, const optional<Tensor>& mask, double eps, double scaling, bool causal) {
-  const int64_t blocks = norms.size() / 2;
-  TORCH_CHECK(blocks > 0 && norms.size() % 2 == 0 && matrices.size() % blocks == 0 && store.size() % blocks == 0,
-              "decode_blocks: ", norms.size(), " norms, ", matrices.size(), " parts of matrices and ", store.size(),
-              " tensors of a store are not those of whole blocks");
-  // PyTorch's products have threads of their own.
+                     at::IntArrayRef formats, const Tensor& cos, const Tensor& sin, const optional<Tensor>& query_scale,
+                     at::TensorList store, int64_t position, const optional<Tensor>& mask, double eps, double scaling,
+                     bool causal) {
+  const int64_t blocks = norms.size() / 2, number = store.size();
+  TORCH_CHECK(blocks > 0 && norms.size() % 2 == 0 && matrices.size() == 25 * blocks && formats.size() == 15 * blocks &&
+                  number % blocks == 0,
+              "decode_blocks: ", norms.size(), " norms, ", matrices.size(), " tensors and ", formats.size(),
+              " numbers of matrices and ", number, " tensors of a store are not those of whole blocks");
+  // PyTorch's products, of many rows or other weights, have threads of their own.
   bool native = input.dim() == 3 && input.size(0) * input.size(1) <= 8;
-  const int64_t parts = matrices.size() / blocks, stored = store.size() / blocks;
-  for (int64_t i = 0; native && i < matrices.size(); i += 3) native = has_kernel(*matrices.get(i));
+  for (int64_t i = 0; native && i < 5 * blocks; ++i) native = formats[3 * i] != 0 || has_kernel(*matrices.get(5 * i));
   Tensor x = input;
   const auto run = [&] {
     for (int64_t i = 0; i < blocks; ++i) {
       c10::List<optional<Tensor>> own;
-      for (int64_t j = i * parts; j < (i + 1) * parts; ++j) own.push_back(matrices.get(j));
-      x = one_block(x, norms.slice(2 * i, 2), own, cos, sin, query_scale, store.slice(i * stored, stored), position,
-                    mask, eps, scaling, causal);
+      for (int64_t j = 0; j < 25; ++j) own.push_back(matrices.get(25 * i + j));
+      x = one_block(x, norms.slice(2 * i, 2), own, formats.slice(15 * i, 15), cos, sin, query_scale,
+                    store.slice(number / blocks * i, number / blocks), position, mask, eps, scaling, causal);
     }
   };
   native ? Team::with(run) : run();
@@ -826,10 +872,7 @@ namespace QWEN_LEVEL {
 
 constexpr int W = QWEN_WIDTH;
 // Bytes: a cache line, how far ahead keys and values and weights are asked for.
-#ifndef QWEN_AHEAD
-#define QWEN_AHEAD 8192
-#endif
-constexpr int LINE = 64, AHEAD = 4096, AHEAD_OF_WEIGHTS = QWEN_AHEAD;
+constexpr int LINE = 64, AHEAD = 4096, AHEAD_OF_WEIGHTS = 8192;
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 

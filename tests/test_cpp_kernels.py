@@ -119,17 +119,28 @@ def test_linear_int8(level, groups):
             torch.testing.assert_close(reference.double(), expected, rtol=unit, atol=unit * expected.abs().max())
 
 
-def block_inputs(dtype=torch.float32, int8=False, bits=16, T=2):
+def block_inputs(dtype=torch.float32, kind="float", bits=16, T=2):
     """Arguments of `decode_blocks` for 2 rows, 3 heads of 32 channels, 40 tokens in the cache and T new ones."""
     torch.manual_seed(0)
     B, nh, hd, hidden, width, S = 2, 3, 32, 80, 72, 40
-    matrices = []
+    matrices, formats = [], []
     for out, inputs in ((3 * nh * hd, hidden), (hidden, nh * hd), (width, hidden), (width, hidden), (hidden, width)):
         weight, bias = torch.randn(out, inputs) * inputs**-0.5, torch.randn(out).to(dtype)
-        if int8:
-            matrices += [(weight * 40).round().clamp(-128, 127).to(torch.int8), bias, torch.rand(out) / 40]
+        format = [0, 0, 0]
+        if kind == "int8":
+            codes, scale = (weight * 40).round().clamp(-128, 127).to(torch.int8), torch.rand(out) / 40
+            matrices += [codes, bias, scale, None, None]
+        elif kind == "float":
+            matrices += [weight.to(dtype), bias if out == hidden else None, None, None, None]
         else:
-            matrices += [weight.to(dtype), bias if out == hidden else None, None]
+            format = [int(kind[-1]), 16, 1]
+            n = 32 // format[0]
+            sizes = (inputs // n, out), (inputs // 16, out // n)
+            words = [torch.randint(-(2**31), 2**31, size).int() for size in sizes]
+            scale = (torch.rand(inputs // 16, out) * 0.3 / 2 ** format[0] / inputs**0.25).half()
+            g_idx = (torch.arange(inputs) // 16)[torch.randperm(inputs)].int() if out == width else None
+            matrices += [words[0], bias, scale, words[1], g_idx]
+        formats += format
     angles = torch.rand(1, 1, T, hd // 2)
     k, v = (torch.randn(B, nh, S, hd).to(dtype) for _ in range(2))
     if bits == 16:
@@ -144,16 +155,16 @@ def block_inputs(dtype=torch.float32, int8=False, bits=16, T=2):
     norms = [torch.rand(hidden).to(dtype) + 0.5 for _ in range(2)]
     scale = torch.rand(B, 1, T, 1) + 1
     x = torch.randn(B, T, hidden).to(dtype)
-    return x, norms, matrices, angles.cos(), angles.sin(), scale, tensors, S, mask, 1e-6, hd**-0.5, True
+    return x, norms, matrices, formats, angles.cos(), angles.sin(), scale, tensors, S, mask, 1e-6, hd**-0.5, True
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("kind", ["float", "int8", "GPTQ 4", "GPTQ 8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_block_equals_its_operations(level, dtype, int8, bits, monkeypatch):
+def test_a_block_equals_its_operations(level, dtype, kind, bits, monkeypatch):
     """In PyTorch and float32, from the same stores; rows for the kernel and rows for the library of products."""
     for T in (1, 4, 6):
-        ours, theirs = block_inputs(dtype, int8, bits, T), block_inputs(dtype, int8, bits, T)
+        ours, theirs = block_inputs(dtype, kind, bits, T), block_inputs(dtype, kind, bits, T)
         y = operators.decode_blocks(*ours)
         with monkeypatch.context() as patch:  # the references of the operations inside, too
             patch.setattr(
@@ -166,7 +177,7 @@ def test_a_block_equals_its_operations(level, dtype, int8, bits, monkeypatch):
         bound = 1e-5 if dtype == torch.float32 else 1.5e-2
         bound = max(bound, 2e-3) if bits < 16 else bound  # a code may fall to the other side
         assert (y.float() - expected.float()).norm() < bound * expected.float().norm()
-        for a, b in zip(ours[6], theirs[6]):
+        for a, b in zip(ours[7], theirs[7]):
             if bits == 16:
                 torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=2e-2)
             else:
@@ -180,13 +191,13 @@ def test_blocks_follow_each_other(native):
         norm.mul_(2)
     x = operators.decode_blocks(*one)
     expected = operators.decode_blocks(x, *other[1:])
-    fresh = [block_inputs(T=1)[6] for _ in range(2)]
-    lists = {i: one[i] + other[i] for i in (1, 2)}
-    lists[6] = fresh[0] + fresh[1]
+    fresh = [block_inputs(T=1)[7] for _ in range(2)]
+    lists = {i: one[i] + other[i] for i in (1, 2, 3)}
+    lists[7] = fresh[0] + fresh[1]
     both = [lists.get(i, each) for i, each in enumerate(one)]
     for blocks in (operators.decode_blocks, kernels.decode_blocks_reference):
         torch.testing.assert_close(blocks(*both), expected, rtol=1e-5, atol=1e-5)
-    for a, b in zip(lists[6], one[6] + other[6]):
+    for a, b in zip(lists[7], one[7] + other[7]):
         torch.testing.assert_close(a[:, :, :41], b[:, :, :41], rtol=1e-5, atol=1e-5)
     with pytest.raises(RuntimeError, match="are not those of whole blocks"):
         operators.decode_blocks(one[0], one[1] * 2, *one[2:])
