@@ -187,7 +187,7 @@ def _library() -> Path:
     if library.exists() and not _who_else_writes(library):
         return library
     source = _source()
-    # What g++ compiles calls the OpenMP library that PyTorch has loaded, with its threads; clang would call another one,
+    # What g++ compiles calls the OpenMP library that PyTorch has loaded, with its threads; clang would call another,
     # and Apple's has none: there the kernels start threads by themselves.
     openmp = "parallel backend: OpenMP" in torch.__config__.parallel_info() and b"clang" not in version
     try:

@@ -59,5 +59,5 @@ if __name__ == "__main__":
 
     for sanitizer in ("address,undefined", "thread"):
         with tempfile.TemporaryDirectory() as place:
-            checked = build(Path(place), COMPILER, "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
+            checked = build(Path(place), COMPILER, "-g", "-O1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all")
             print(f"{sanitizer}\n{run(str(checked), sys.argv[1] if len(sys.argv) > 1 else '100')}", end="")
