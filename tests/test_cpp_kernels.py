@@ -134,10 +134,10 @@ def block_inputs(dtype=torch.float32, kind="float", bits=16, T=2):
             matrices += [weight.to(dtype), bias if out == hidden else None, None, None, None]
         else:
             format = [int(kind[-1]), 16, 1]
-            n = 32 // format[0]
-            sizes = (inputs // n, out), (inputs // 16, out // n)
+            n, groups = 32 // format[0], -(-inputs // 16)
+            sizes = (inputs // n, out), (groups, out // n)
             words = [torch.randint(-(2**31), 2**31, size).int() for size in sizes]
-            scale = (torch.rand(inputs // 16, out) * 0.3 / 2 ** format[0] / inputs**0.25).half()
+            scale = (torch.rand(groups, out) * 0.3 / 2 ** format[0] / inputs**0.25).half()
             g_idx = (torch.arange(inputs) // 16)[torch.randperm(inputs)].int() if out == width else None
             matrices += [words[0], bias, scale, words[1], g_idx]
         formats += format

@@ -165,7 +165,7 @@ def test_kernels_that_do_not_run_are_not_taken(monkeypatch):
 # --- Matrices of GPTQ --------------------------------------------------------------------------------------------
 
 # Several rounds and programs of small matrices; None: as they are launched
-ONE_ROW = {"BN": 64, "SLOTS": 2, "INTS": 4, "num_warps": 1, "STAGES": 1}
+ONE_ROW = {"BN": 64, "SLOTS": 4, "INTS": 4, "num_warps": 1, "STAGES": 1}
 ROWS = {"BN": 64, "num_warps": 2, "STAGES": 1, "programs": 2}
 # shape, dtype, rows, launch
 PRODUCTS = [
@@ -252,7 +252,8 @@ def test_linear_with_matrices_of_gptq(shape, rows, monkeypatch):
     bias = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(1))
     y = triton_kernels.gptq_linear(x.to(DEVICE)[None], *matrix, bias.to(DEVICE))
     assert y.shape == (1, rows, weight.shape[1])
-    close(y[0], x.double() @ weight + bias.double(), 2e-6)
+    if rows:
+        close(y[0], x.double() @ weight + bias.double(), 2e-6)
 
 
 # --- On a GPU ----------------------------------------------------------------------------------------------------
