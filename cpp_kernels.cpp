@@ -9,34 +9,53 @@
 
 #ifndef QWEN_WIDTH  // --- part one ---------------------------------------------------------------------------------
 
+#include <c10/util/BFloat16.h>
+
+#ifndef QWEN_KERNELS_ONLY  // else without PyTorch's library, for tests elsewhere than on this CPU
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/List.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/silu.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Optional.h>
 #include <torch/library.h>
+#endif
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstring>
+#include <exception>
 #include <limits>
+#include <mutex>
+#include <stdexcept>
 #include <string>
+#include <system_error>
+#include <thread>
 #include <vector>
+
+#include <pthread.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 #endif
 
 namespace {
 
-using at::Tensor;
 using c10::BFloat16;
-using c10::optional;
 
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
@@ -52,9 +71,9 @@ struct Linear {
   int64_t rows, in, out, weight_stride;
   const float* scale;  // (out, groups) or null
   int64_t groups;
-  const float* bias;  // (out) or null
-  void* y;            // (rows, out)
-  bool bf16_out;
+  const void* bias;  // (out), float or BFloat16, or null
+  void* y;           // (rows, out)
+  bool bf16_bias, bf16_out;
 };
 
 struct Gptq {  // a product with a quantised matrix, or the matrix itself
@@ -79,7 +98,10 @@ struct Store {  // keys or values, (B, nh, S, ...)
 };
 
 struct Attention {
-  const float* q;  // (B, nh, T, hd), scaled
+  const void* q;  // (B, nh, T, hd), float or BFloat16
+  bool q_bf16;
+  int64_t q_batch, q_head, q_token;
+  float scaling;
   Store k, v;
   const bool* mask;
   int64_t mask_strides[4];
@@ -168,6 +190,33 @@ QWEN_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 #undef QWEN_LEVEL
 #undef QWEN_WIDTH
 QWEN_END
+#elif defined(__aarch64__)
+#if defined(__clang__)
+QWEN_BEGIN("bf16")
+#else
+QWEN_BEGIN("+bf16")
+#endif
+#define QWEN_LEVEL neon_bf16
+#define QWEN_WIDTH 4
+#define QWEN_BF16
+#include __FILE__
+#undef QWEN_BF16
+#undef QWEN_LEVEL
+#undef QWEN_WIDTH
+QWEN_END
+
+// Whether this CPU multiplies pairs of bfloat16.
+bool has_bfdot() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP2) >> 14 & 1;  // HWCAP2_BF16, which older headers lack
+#elif defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof found;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) == 0 && found;
+#else
+  return false;
+#endif
+}
 #endif
 
 // The instruction sets that this CPU has, the widest last.
@@ -181,7 +230,12 @@ struct Level {
 
 const std::vector<Level>& levels() {
   static const std::vector<Level> all = [] {
+#if defined(__aarch64__)  // which all have NEON
+    std::vector<Level> found{{"neon", 4, portable::KERNELS, nullptr, nullptr}};
+    if (has_bfdot()) found.push_back({"neon_bf16", 4, portable::KERNELS, neon_bf16::linear, nullptr});
+#else
     std::vector<Level> found{{"portable", 4, portable::KERNELS, nullptr, nullptr}};
+#endif
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -214,14 +268,186 @@ std::string cpu_level(std::string name) {
     if (name == levels()[i].name) level = i;
     known += (i ? ", " : "") + std::string(levels()[i].name);
   }
-  TORCH_CHECK(name.empty() || name == levels()[level].name, "this CPU has ", known, "; found ", name);
+  if (!name.empty() && name != levels()[level].name)
+    throw std::runtime_error("this CPU has " + known + "; found " + name);
   return levels()[level].name;
 }
 
-// Work below this many bytes read is not worth waking a thread for.
-constexpr int64_t BYTES_PER_THREAD = 1 << 15;
+// --- threads ---
+//
+// The threads of a native call, which stay for the whole call, of many stages. They are PyTorch's own where it has
+// them from OpenMP, which this is compiled with then: OpenMP's spin for a while after each of PyTorch's operations, and
+// others would be in their way. Elsewhere they are started for the call. A stage is handed out in pieces by counters,
+// and who leads waits for pieces that were begun, not for threads: one whose core is taken away, or that comes late,
+// costs its share and no more. A thread takes neighbouring pieces, whose memory was asked for ahead, as long as there
+// are any. Pieces do not depend on the number of threads, and so no result does.
 
-int64_t grain(int64_t bytes_each) { return std::max<int64_t>(1, BYTES_PER_THREAD / std::max<int64_t>(1, bytes_each)); }
+#ifdef QWEN_KERNELS_ONLY
+int threads = 1;
+int number_of_threads() { return threads; }
+#else
+int number_of_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+#endif
+
+#ifdef _OPENMP
+// A child has none of the threads that OpenMP had before, and OpenMP waits for them forever.
+std::atomic<bool> forked{false};
+const int handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
+class Team {
+ public:
+  // f with a team to lead, if there are threads for one; the stages in it are then the team's.
+  template <class F>
+  static void with(const F& f) {
+    const int n = led ? 1 : number_of_threads();
+    if (n == 1) return f();
+    Team team(n);
+#ifdef _OPENMP
+    if (!forked)
+      return at::parallel_for(0, n, 1, [&](int64_t begin, int64_t) {
+        if (begin > 0) return team.follow(begin);
+        const Lead lead{&team};
+        f();
+      });
+#endif
+    struct Threads : std::vector<std::thread> {
+      ~Threads() {
+        for (auto& thread : *this) thread.join();
+      }
+    } threads;
+    const Lead lead{&team};
+    try {
+      for (int i = 1; i < n; ++i) threads.emplace_back([&team, i] { team.follow(i); });
+    } catch (const std::system_error&) {  // the system gives no more
+    }
+    f();
+  }
+
+  // f(begin, end) for pieces of 0 ... n.
+  template <class F>
+  static void share(int64_t n, int64_t piece, const F& f) {
+    if (n <= piece) return f(0, n);
+    with([&] {
+      if (!led) return f(0, n);
+      const auto each = [&](int64_t i) { f(i * piece, std::min(n, (i + 1) * piece)); };
+      led->stage((n + piece - 1) / piece, &each,
+                 [](const void* work, int64_t i) { (*static_cast<const decltype(each)*>(work))(i); });
+    });
+  }
+
+ private:
+  static thread_local Team* led;  // by this thread
+
+  struct Lead {
+    explicit Lead(Team* team) { led = team; }
+    ~Lead() {
+      led->over = true;
+      led->wake();
+      led = nullptr;
+    }
+  };
+
+  struct alignas(64) Counter {
+    std::atomic<int64_t> left{0};  // pieces that nobody has taken; below 0 they are gone
+  };
+  std::vector<Counter> counters;  // one a thread, for its share of the pieces
+
+  // The stage, written by who leads while there are no pieces, read by who has taken one.
+  const void* work;
+  void (*call)(const void*, int64_t);
+  int64_t pieces;
+  std::exception_ptr error;
+
+  alignas(64) std::atomic<int64_t> done{0};
+  std::atomic<int> asleep{0};
+  std::atomic<bool> over{false};
+  std::mutex mutex;
+  std::condition_variable changed;
+
+  explicit Team(int n) : counters(n) {}
+
+  int64_t share_begin(int64_t thread) const { return pieces * thread / static_cast<int64_t>(counters.size()); }
+
+  void stage(int64_t n, const void* what, void (*how)(const void*, int64_t)) {
+    work = what, call = how, pieces = n, error = nullptr, done = 0;
+    for (size_t i = 0; i < counters.size(); ++i) counters[i].left = share_begin(i + 1) - share_begin(i);
+    wake();
+    while (help(0)) {}
+    wait([&] { return done == n; });
+    if (error) std::rethrow_exception(error);
+  }
+
+  void follow(int64_t thread) {
+    while (!over)
+      if (!help(thread)) wait([&] { return over || std::any_of(counters.begin(), counters.end(), is_left); });
+  }
+
+  static bool is_left(const Counter& counter) { return counter.left > 0; }
+
+  // Does a piece, if one is left: of this thread's share, else of another's.
+  bool help(int64_t thread) {
+    const int64_t n = counters.size();
+    for (int64_t i = thread; i < thread + n; ++i) {
+      Counter& counter = counters[i % n];
+      if (!is_left(counter)) continue;
+      const int64_t rest = counter.left.fetch_sub(1);
+      if (rest <= 0) continue;
+      const int64_t all = pieces;
+      try {
+        call(work, share_begin(i % n + 1) - rest);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        error = std::current_exception();
+      }
+      if (done.fetch_add(1) + 1 == all) wake();
+      return true;
+    }
+    return false;
+  }
+
+  // Stages follow each other within microseconds; longer is a core that is taken away, and sleeping may give it ours.
+  template <class F>
+  void wait(const F& ready) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+    do {
+      for (int i = 0; i < 32; ++i) {
+        if (ready()) return;
+        pause();
+      }
+    } while (std::chrono::steady_clock::now() < end);
+    std::unique_lock<std::mutex> lock(mutex);
+    ++asleep;
+    changed.wait(lock, ready);
+    --asleep;
+  }
+
+  void wake() {
+    if (asleep == 0) return;
+    { const std::lock_guard<std::mutex> lock(mutex); }  // who is about to sleep does, and is woken
+    changed.notify_all();
+  }
+
+  static void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb");
+#endif
+  }
+};
+
+thread_local Team* Team::led = nullptr;
+
+// A piece of work: long enough to be worth handing out and to read memory in long runs, short enough to wait for.
+constexpr int64_t PIECE = 1 << 17;  // bytes read
+
+int64_t piece(int64_t bytes_each) { return std::max<int64_t>(1, PIECE / std::max<int64_t>(1, bytes_each)); }
+
+#ifndef QWEN_KERNELS_ONLY
+
+using at::Tensor;
+using c10::optional;
 
 Tensor floats(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
 
@@ -253,7 +479,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bia
   if (bias) {
     TORCH_CHECK(bias->dim() == 1 && bias->size(0) == a.out, "linear: bias must be (", a.out, "), found ",
                 bias->sizes());
-    b = floats(*bias), a.bias = b.data_ptr<float>();
+    a.bf16_bias = bias->scalar_type() == at::kBFloat16;
+    b = a.bf16_bias ? bias->contiguous() : floats(*bias), a.bias = b.data_ptr();
   }
   if (int8) {
     TORCH_CHECK(scale->size(0) == a.out && scale->dim() <= 2, "linear: scale must be (out,) or (out, groups)");
@@ -266,8 +493,10 @@ Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bia
   if (y.numel() == 0) return y;
   a.x = rows.data_ptr(), a.weight = w.data_ptr(), a.weight_stride = w.stride(0), a.y = y.data_ptr();
   const auto run = bf16 ? levels()[level].linear_bf16 : kernels().linear;
-  at::parallel_for(0, a.out, grain(a.in * w.element_size()),
-                   [&](int64_t begin, int64_t end) { run(a, int8, begin, end); });
+  // Pairs of channels stay together: a channel alone has another order of sums.
+  Team::share((a.out + 1) / 2, piece(2 * a.in * w.element_size()), [&](int64_t begin, int64_t end) {
+    run(a, int8, 2 * begin, std::min(a.out, 2 * end));
+  });
   return y;
 }
 
@@ -302,48 +531,71 @@ Gptq gptq_matrix(Tensor& qweight, Tensor& qzeros, Tensor& scales, optional<Tenso
   return a;
 }
 
+// The sums of every row of x over the segments of the groups, in their order.
+std::vector<float> segment_sums(const float* x, int64_t rows, int64_t in, int64_t group_size) {
+  std::vector<float> sums;
+  for (int64_t r = 0; r < rows; ++r, x += in)
+    for (int64_t group = 0; group < in; group += group_size)
+      for (int64_t i = group, last = std::min(in, group + group_size); i < last; i += SEGMENT) {
+        float part[8] = {};
+        int64_t k = i;
+        const int64_t end = std::min(last, i + SEGMENT);
+        for (; k + 8 <= end; k += 8)
+          for (int j = 0; j < 8; ++j) part[j] += x[k + j];
+        for (; k < end; ++k) part[0] += x[k];
+        sums.push_back(((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7])));
+      }
+  return sums;
+}
+
+// Sums of outputs [begin, end) plus bias, in the precision of y.
+template <class T>
+void gptq_finish(const Gptq& a, const float* bias, const Tensor& y, int64_t begin, int64_t end) {
+  T* to = y.data_ptr<T>();
+  for (int64_t r = 0; r < a.rows; ++r)
+    for (int64_t o = begin; o < end; ++o) to[r * a.out + o] = a.y[r * a.out + o] + (bias ? bias[o] : 0.f);
+}
+
 Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales, optional<Tensor> g_idx, int64_t bits,
                    int64_t group_size, int64_t zero_offset, const optional<Tensor>& bias) {
   Gptq a = gptq_matrix(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset);
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == a.in, "gptq_linear: x ", x.sizes(), " and ", a.in, " inputs don't fit");
+  const auto kind = x.scalar_type();
+  TORCH_CHECK(kind == at::kFloat || kind == at::kBFloat16 || kind == at::kHalf,
+              "gptq_linear: x must be float32, bfloat16 or float16, found ", kind);
   auto shape = x.sizes().vec();
   shape.back() = a.out;
+  const Tensor y = at::empty(shape, x.options());
   a.rows = x.numel() / std::max<int64_t>(1, a.in);
   TORCH_CHECK(a.rows <= 8, "gptq_linear: x has ", a.rows, " rows, more than 8");
-  if (a.rows == 0 || a.out == 0) return at::empty(shape, x.options());
+  if (a.rows == 0 || a.out == 0) return y;
   int64_t padded = 1;
   while (padded < a.rows) padded *= 2;
-  const auto options = x.options().dtype(at::kFloat);
-  const Tensor rows = at::zeros({padded, a.in}, options), y = at::zeros({padded, a.out}, options);
-  rows.narrow(0, 0, a.rows).copy_(x.reshape({a.rows, a.in}));
-  a.x = rows.data_ptr<float>(), a.y = y.data_ptr<float>();
-  const auto bf16 = x.scalar_type() == at::kBFloat16 && bits == 4 && !a.g_idx ? levels()[level].gptq_bf16 : nullptr;
-  Tensor pairs, sums;
-  if (bf16) {  // inputs j and j + 4 of an integer side by side
-    pairs = rows.view({padded, a.in / 8, 2, 4}).transpose(2, 3).to(at::kBFloat16).contiguous();
-    a.pairs = pairs.data_ptr<BFloat16>();
-  }
-  if (!a.g_idx) {
-    const int64_t part = std::min(group_size, SEGMENT);
-    if (a.in % part == 0 && (group_size % SEGMENT == 0 || group_size < SEGMENT)) {
-      sums = rows.view({padded, a.in / part, part}).sum(-1);
-    } else {
-      std::vector<Tensor> parts;
-      for (int64_t g = 0; g < a.in; g += group_size)
-        for (int64_t i = g, end = std::min(a.in, g + group_size); i < end; i += SEGMENT)
-          parts.push_back(rows.narrow(1, i, std::min(SEGMENT, end - i)).sum(-1));
-      sums = at::stack(parts, 1);
-    }
-    a.sums = sums.data_ptr<float>();
-  }
+  Tensor rows = floats(x.reshape({a.rows, a.in}));
+  if (padded != a.rows) rows = at::cat({rows, at::zeros({padded - a.rows, a.in}, rows.options())});
+  const Tensor totals = at::zeros({padded, a.out}, rows.options());
+  a.x = rows.data_ptr<float>(), a.y = totals.data_ptr<float>();
+  const auto bf16 = kind == at::kBFloat16 && bits == 4 && !a.g_idx ? levels()[level].gptq_bf16 : nullptr;
+  std::vector<BFloat16> pairs(bf16 ? padded * a.in : 0);
+  for (size_t i = 0; i < pairs.size(); i += 8)  // inputs j and j + 4 of an integer side by side
+    for (int j = 0; j < 8; ++j) pairs[i + j] = a.x[i + j / 2 + j % 2 * 4];
+  a.pairs = pairs.data();
+  std::vector<float> sums;
+  if (!a.g_idx) sums = segment_sums(a.x, padded, a.in, group_size);
+  a.sums = sums.data();
+  const Tensor b = bias ? floats(*bias) : Tensor();
+  TORCH_CHECK(!bias || b.numel() == a.out, "gptq_linear: bias must be (", a.out, "), found ", b.sizes());
+  const float* added = bias ? b.data_ptr<float>() : nullptr;
   const auto run = bf16 ? bf16 : kernels().gptq;
-  constexpr int64_t PART = 64;  // a thread has whole parts, which fill vectors
-  at::parallel_for(0, (a.out + PART - 1) / PART, grain(a.in * bits / 8 * PART), [&](int64_t begin, int64_t end) {
-    run(a, begin * PART, std::min(a.out, end * PART));
+  constexpr int64_t PART = 256;  // fills vectors, and is read from memory in runs of a kilobyte
+  Team::share((a.out + PART - 1) / PART, piece(a.in * bits / 8 * PART), [&](int64_t begin, int64_t end) {
+    begin *= PART, end = std::min(a.out, end * PART);
+    run(a, begin, end);
+    if (kind == at::kFloat) gptq_finish<float>(a, added, y, begin, end);
+    if (kind == at::kBFloat16) gptq_finish<BFloat16>(a, added, y, begin, end);
+    if (kind == at::kHalf) gptq_finish<c10::Half>(a, added, y, begin, end);
   });
-  Tensor result = y.narrow(0, 0, a.rows);
-  if (bias) result = result.add(*bias);
-  return result.to(x.scalar_type()).view(shape);
+  return y;
 }
 
 Tensor gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, optional<Tensor> g_idx, int64_t bits,
@@ -353,7 +605,7 @@ Tensor gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, optional<Te
   Tensor weight = at::empty({a.in, a.out}, qweight.options().dtype(bf16 ? at::kBFloat16 : at::kFloat));
   if (weight.numel() == 0) return weight.to(dtype);
   a.weight = weight.data_ptr();
-  at::parallel_for(0, qweight.size(0), grain(a.out * 32),
+  Team::share(qweight.size(0), piece(a.out * 32),
                    [&](int64_t begin, int64_t end) { kernels().dequantize(a, bf16, begin, end); });
   return weight.to(dtype);
 }
@@ -373,8 +625,9 @@ Tensor attention(Attention& a, const Tensor& q, const optional<Tensor>& mask, do
   TORCH_CHECK(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16,
               "q must be float32 or bfloat16, found ", q.scalar_type());
   a.B = q.size(0), a.nh = q.size(1), a.T = q.size(2), a.hd = q.size(3), a.causal = causal;
-  const Tensor scaled = floats(q).mul(scaling);
-  a.q = scaled.data_ptr<float>();
+  const Tensor queries = with_rows(q);
+  a.q = queries.data_ptr(), a.q_bf16 = q.scalar_type() == at::kBFloat16, a.scaling = static_cast<float>(scaling);
+  a.q_batch = queries.stride(0), a.q_head = queries.stride(1), a.q_token = queries.stride(2);
   if (mask) {
     TORCH_CHECK(mask->scalar_type() == at::kBool && mask->dim() == 4, "mask must be boolean (B, nh, T, S)");
     const int64_t sizes[4] = {a.B, a.nh, a.T, a.S};
@@ -391,15 +644,15 @@ Tensor attention(Attention& a, const Tensor& q, const optional<Tensor>& mask, do
     a.out_bf16 = y.data_ptr<BFloat16>();
   if (y.numel() == 0) return y;
 
-  const int64_t heads = a.B * a.nh, threads = at::get_num_threads();
-  const int64_t wanted = heads % threads == 0 ? 1 : (2 * threads + heads - 1) / heads;
-  a.splits = std::max<int64_t>(1, std::min(wanted, a.S / 256));
+  constexpr int64_t ENOUGH = 256;  // pieces of at least 256 keys, for any number of threads
+  const int64_t heads = a.B * a.nh;
+  a.splits = std::max<int64_t>(1, std::min((ENOUGH + heads - 1) / heads, a.S / 256));
   Tensor partial = at::empty({heads * a.splits * a.T, a.hd + 2}, q.options().dtype(at::kFloat));
   a.partial = partial.data_ptr<float>();
   const Kernels& run = kernels(kind == INT4 ? a.hd / GROUP : 0);
-  at::parallel_for(0, heads * a.splits, grain(a.S / a.splits * a.T * a.hd),
+  Team::share(heads * a.splits, piece(a.S / a.splits * a.T * a.hd * 4),
                    [&](int64_t begin, int64_t end) { run.attend(a, kind, begin, end); });
-  at::parallel_for(0, heads * a.T, grain(a.splits * a.hd * 16),
+  Team::share(heads * a.T, piece(a.splits * a.hd * 16),
                    [&](int64_t begin, int64_t end) { run.merge(a, kind >= INT8, begin, end); });
   return y;
 }
@@ -461,7 +714,7 @@ void quantize_append(Tensor& codes, Tensor& params, const Tensor& x, int64_t pos
   a.codes += position * a.codes_token, a.params += position * a.params_token;
   a.nh = x.size(1), a.T = x.size(2), a.hd = x.size(3);
   const Kernels& run = kernels(int4 ? a.hd / GROUP : 0);
-  at::parallel_for(0, x.size(0) * a.nh * a.T, grain(a.hd * 64), [&](int64_t begin, int64_t end) {
+  Team::share(x.size(0) * a.nh * a.T, piece(a.hd * 256), [&](int64_t begin, int64_t end) {
     run.append(a, x.scalar_type() == at::kBFloat16, int4, begin, end);
   });
 }
@@ -476,7 +729,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   Tensor y = at::empty(x.sizes(), x.options());
   if (y.numel() == 0) return y;
   const Norm a{rows.data_ptr(), w.data_ptr(), y.data_ptr(), w.size(0), static_cast<float>(eps)};
-  at::parallel_for(0, y.numel() / a.n, grain(a.n * 4),
+  Team::share(y.numel() / a.n, piece(a.n * 4),
                    [&](int64_t begin, int64_t end) { kernels().norm(a, bf16, begin, end); });
   return y;
 }
@@ -494,29 +747,56 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   a.angles_batch = c.size(0) == 1 ? 0 : a.T * a.half;
   Tensor y = at::empty(x.sizes(), x.options());
   a.y = y.data_ptr();
-  at::parallel_for(0, x.size(0) * a.nh * a.T, grain(a.hd * 8),
+  Team::share(x.size(0) * a.nh * a.T, piece(a.hd * 8),
                    [&](int64_t begin, int64_t end) { kernels().rotary(a, bf16, begin, end); });
   return y;
 }
 
+bool has_kernel(const Tensor& weight) { return weight.scalar_type() == at::kBFloat16 || weight.scalar_type() == at::kChar; }
+
 // PyTorch's product, where `linear` has no kernel.
 Tensor product(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, const optional<Tensor>& scale) {
   const bool few = x.numel() / std::max<int64_t>(1, x.size(-1)) <= 8;
-  if (few && (scale || weight.scalar_type() == at::kBFloat16)) return linear(x, weight, bias, scale);
+  if (few && has_kernel(weight)) return linear(x, weight, bias, scale);
   if (!scale) return at::linear(x, weight, bias);
   Tensor y = at::linear(x, weight.to(x.scalar_type())).to(at::kFloat).mul_(*scale);  // int8 is exact in bfloat16
   if (bias) y.add_(*bias);
   return y.to(x.scalar_type());
 }
 
+// More rows than `gptq_linear` takes: by blocks of outputs, dequantised on the way.
+Tensor gptq_product(const Tensor& x, const Tensor& qweight, const Tensor& qzeros, const Tensor& scales,
+                    const optional<Tensor>& g_idx, int64_t bits, int64_t group_size, int64_t zero_offset,
+                    const optional<Tensor>& bias) {
+  if (x.numel() / std::max<int64_t>(1, x.size(-1)) <= 8)
+    return gptq_linear(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias);
+  constexpr int64_t WEIGHTS = 1 << 22;
+  const int64_t n = 32 / bits, out = qweight.size(1), width = std::max<int64_t>(1, WEIGHTS / x.size(-1) / n) * n;
+  std::vector<Tensor> parts;
+  for (int64_t first = 0; first < out; first += width) {
+    const int64_t length = std::min(width, out - first);
+    parts.push_back(x.matmul(gptq_dequantize(qweight.narrow(1, first, length), qzeros.narrow(1, first / n, length / n),
+                                             scales.narrow(1, first, length), g_idx, bits, group_size, zero_offset,
+                                             x.scalar_type())));
+  }
+  const Tensor y = at::cat(parts, -1);
+  return bias ? y.add(bias->to(y.scalar_type())) : y;
+}
+
 // A block for a few tokens behind a filled cache; qwen_ops.py has the same in PyTorch.
-Tensor decode_block(const Tensor& input, at::TensorList norms, const c10::List<optional<Tensor>>& matrices,
-                    const Tensor& cos, const Tensor& sin, const optional<Tensor>& query_scale, at::TensorList store,
-                    int64_t position, const optional<Tensor>& mask, double eps, double scaling, bool causal) {
-  TORCH_CHECK(input.dim() == 3 && norms.size() == 2 && matrices.size() == 15 && (store.size() == 2 || store.size() == 4),
-              "decode_block: 2 norms, 15 matrices and 2 or 4 tensors of a store belong to x (B, T, hidden)");
+Tensor one_block(const Tensor& input, at::TensorList norms, const c10::List<optional<Tensor>>& matrices,
+                 at::IntArrayRef formats, const Tensor& cos, const Tensor& sin, const optional<Tensor>& query_scale,
+                 at::TensorList store, int64_t position, const optional<Tensor>& mask, double eps, double scaling,
+                 bool causal) {
+  TORCH_CHECK(input.dim() == 3 && norms.size() == 2 && matrices.size() == 25 && formats.size() == 15 &&
+                  (store.size() == 2 || store.size() == 4),
+              "decode_blocks: 2 norms, 25 tensors and 15 numbers of matrices, and 2 or 4 tensors of a store belong to x "
+              "(B, T, hidden)");
   const auto times = [&](const Tensor& x, int i) {
-    return product(x, *matrices.get(3 * i), matrices.get(3 * i + 1), matrices.get(3 * i + 2));
+    const auto part = [&](int j) { return matrices.get(5 * i + j); };  // weight, bias, scale, zeros, g_idx
+    const int64_t* format = formats.data() + 3 * i;                   // bits, group_size, zero_offset
+    if (format[0] == 0) return product(x, *part(0), part(1), part(2));
+    return gptq_product(x, *part(0), *part(3), *part(2), part(4), format[0], format[1], format[2], part(1));
   };
   const int64_t B = input.size(0), T = input.size(1), nh = store[0].size(1);
   const Tensor qkv = times(rms_norm(input, norms[0], eps), 0).view({B, T, 3 * nh, -1}).transpose(1, 2);
@@ -524,7 +804,7 @@ Tensor decode_block(const Tensor& input, at::TensorList norms, const c10::List<o
   Tensor q = rotated.narrow(1, 0, nh);
   const Tensor k = rotated.narrow(1, nh, nh), v = qkv.narrow(1, 2 * nh, nh);
   if (query_scale) q = q.mul(*query_scale).to(v.scalar_type());
-  TORCH_CHECK(position >= 0 && position + T <= store[0].size(2), "decode_block: ", T, " tokens at position ", position,
+  TORCH_CHECK(position >= 0 && position + T <= store[0].size(2), "decode_blocks: ", T, " tokens at position ", position,
               " don't fit a store of ", store[0].size(2));
   const auto seen = [&](int i) { return store[i].narrow(2, 0, position + T); };
   Tensor y;  // (B, T, nh, hd)
@@ -541,6 +821,32 @@ Tensor decode_block(const Tensor& input, at::TensorList norms, const c10::List<o
   return times(times(h, 2).mul_(at::silu(times(h, 3))), 4).add_(x);
 }
 
+// One block after the other; the lists hold what belongs to the first, then to the second, and so on.
+Tensor decode_blocks(const Tensor& input, at::TensorList norms, const c10::List<optional<Tensor>>& matrices,
+                     at::IntArrayRef formats, const Tensor& cos, const Tensor& sin, const optional<Tensor>& query_scale,
+                     at::TensorList store, int64_t position, const optional<Tensor>& mask, double eps, double scaling,
+                     bool causal) {
+  const int64_t blocks = norms.size() / 2, number = store.size();
+  TORCH_CHECK(blocks > 0 && norms.size() % 2 == 0 && matrices.size() == 25 * blocks && formats.size() == 15 * blocks &&
+                  number % blocks == 0,
+              "decode_blocks: ", norms.size(), " norms, ", matrices.size(), " tensors and ", formats.size(),
+              " numbers of matrices and ", number, " tensors of a store are not those of whole blocks");
+  // PyTorch's products, of many rows or other weights, have threads of their own.
+  bool native = input.dim() == 3 && input.size(0) * input.size(1) <= 8;
+  for (int64_t i = 0; native && i < 5 * blocks; ++i) native = formats[3 * i] != 0 || has_kernel(*matrices.get(5 * i));
+  Tensor x = input;
+  const auto run = [&] {
+    for (int64_t i = 0; i < blocks; ++i) {
+      c10::List<optional<Tensor>> own;
+      for (int64_t j = 0; j < 25; ++j) own.push_back(matrices.get(25 * i + j));
+      x = one_block(x, norms.slice(2 * i, 2), own, formats.slice(15 * i, 15), cos, sin, query_scale,
+                    store.slice(number / blocks * i, number / blocks), position, mask, eps, scaling, causal);
+    }
+  };
+  native ? Team::with(run) : run();
+  return x;
+}
+
 TORCH_LIBRARY_IMPL(QWEN_NAMESPACE, CPU, m) {
   m.impl("linear", linear);
   m.impl("gptq_linear", gptq_linear);
@@ -550,10 +856,12 @@ TORCH_LIBRARY_IMPL(QWEN_NAMESPACE, CPU, m) {
   m.impl("quantized_decode_attention", quantized_decode_attention);
   m.impl("rms_norm", rms_norm);
   m.impl("rotary", rotary);
-  m.impl("decode_block", decode_block);
+  m.impl("decode_blocks", decode_blocks);
 }
 
 TORCH_LIBRARY_FRAGMENT(QWEN_NAMESPACE, m) { m.def("cpu_level(str name) -> str", cpu_level); }
+
+#endif
 
 }  // namespace
 
@@ -564,7 +872,8 @@ namespace QWEN_LEVEL {
 #define INLINE inline __attribute__((always_inline))
 
 constexpr int W = QWEN_WIDTH;
-constexpr int LINE = 64, AHEAD = 4096;  // bytes: a cache line, how far ahead keys and values are asked for
+// Bytes: a cache line, how far ahead keys and values and weights are asked for.
+constexpr int LINE = 64, AHEAD = 4096, AHEAD_OF_WEIGHTS = 8192;
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 
@@ -584,6 +893,10 @@ INLINE vi widen(const int8_t* p) { return (vi)_mm512_cvtepi8_epi32(read<__m128i>
 INLINE vi widen(const BFloat16* p) { return (vi)_mm256_cvtepu16_epi32(read<__m128i>(p)); }
 INLINE vi widen(const uint8_t* p) { return (vi)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(read<int64_t>(p))); }
 INLINE vi widen(const int8_t* p) { return (vi)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(read<int64_t>(p))); }
+#elif defined(__aarch64__)
+INLINE vi widen(const BFloat16* p) { return (vi)vmovl_u16(vld1_u16(&p->x)); }
+INLINE vi widen(const uint8_t* p) { return (vi)vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(read<uint32_t>(p))))); }
+INLINE vi widen(const int8_t* p) { return (vi)vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(read<uint32_t>(p))))); }
 #else
 INLINE vi widen(const BFloat16* p) { return vi{p[0].x, p[1].x, p[2].x, p[3].x}; }
 INLINE vi widen(const uint8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
@@ -609,6 +922,8 @@ INLINE vf fma(vf a, vf b, vf c) {
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif QWEN_WIDTH == 8
   return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -688,28 +1003,55 @@ INLINE void dots(const A* a, int64_t a_stride, const B* b, int64_t b_stride, int
 }
 
 #ifdef QWEN_BF16  // the same for bfloat16 of both, two products an element
+#if QWEN_WIDTH == 16
+typedef __m512bh pairs;
+INLINE pairs load_pairs(const BFloat16* p, int64_t left) {  // zeros behind those that are left
+  return (pairs)_mm512_maskz_loadu_epi16(left >= 2 * W ? 0xffffffff : (1u << left) - 1, p);
+}
+INLINE vf dot(pairs a, pairs b, vf c) { return (vf)_mm512_dpbf16_ps((__m512)c, a, b); }
+#else
+typedef uint16_t pairs __attribute__((vector_size(4 * W)));
+INLINE pairs load_pairs(const BFloat16* p, int64_t left) {
+  if (left >= 2 * W) return read<pairs>(p);
+  pairs v{};
+  std::memcpy(&v, p, left * sizeof(BFloat16));
+  return v;
+}
+INLINE vf dot(pairs a, pairs b, vf c) {  // compilers differ in whether their headers have it here
+  asm("bfdot %0.4s, %1.8h, %2.8h" : "+w"(c) : "w"(a), "w"(b));
+  return c;
+}
+#endif
+
+template <int R, int C>
+INLINE void add_pairs(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t b_stride, int64_t left,
+                      vf (*acc)[R]) {
+  pairs x[R];
+  for (int r = 0; r < R; ++r) x[r] = load_pairs(a + r * a_stride, left);
+  for (int c = 0; c < C; ++c) {
+    const pairs y = load_pairs(b + c * b_stride, left);
+    for (int r = 0; r < R; ++r) acc[c][r] = dot(x[r], y, acc[c][r]);
+  }
+}
+
 template <int R, int C>
 INLINE void dots(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t b_stride, int64_t ahead, int64_t n,
                  float* out) {
-  constexpr int N = std::max(1, 4 / R / C);
-  __m512 acc[N][C][R] = {};
-  for (int64_t k = 0; k < n; k += 2 * W * N)
-    for (int u = 0; u < N; ++u) {
-      const int64_t i = k + 2 * W * u, left = n - i;
-      if (left <= 0) break;
-      const __mmask32 mask = left >= 2 * W ? 0xffffffff : (1u << left) - 1;
-      __m512bh x[R];
-      for (int r = 0; r < R; ++r) x[r] = (__m512bh)_mm512_maskz_loadu_epi16(mask, a + r * a_stride + i);
-      for (int c = 0; c < C; ++c) {
-        __builtin_prefetch(b + c * b_stride + i + ahead);
-        const __m512bh y = (__m512bh)_mm512_maskz_loadu_epi16(mask, b + c * b_stride + i);
-        for (int r = 0; r < R; ++r) acc[u][c][r] = _mm512_dpbf16_ps(acc[u][c][r], x[r], y);
-      }
+  constexpr int U = LINE / (4 * W), N = std::max(1, 4 / R / C), M = std::max(U, N);
+  vf acc[N][C][R] = {};
+  int64_t k = 0;
+  for (; k + 2 * W * M <= n; k += 2 * W * M)
+    for (int u = 0; u < M; ++u) {
+      const int64_t i = k + 2 * W * u;
+      if (u % U == 0)
+        for (int c = 0; c < C; ++c) __builtin_prefetch(b + c * b_stride + i + ahead);
+      add_pairs<R, C>(a + i, a_stride, b + i, b_stride, 2 * W, acc[u % N]);
     }
+  for (int u = 0; k < n; k += 2 * W, ++u) add_pairs<R, C>(a + k, a_stride, b + k, b_stride, n - k, acc[u % N]);
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) {
       for (int u = 1; u < N; ++u) acc[0][c][r] += acc[u][c][r];
-      out[c * R + r] = sum((vf)acc[0][c][r]);
+      out[c * R + r] = sum(acc[0][c][r]);
     }
 }
 #endif
@@ -717,10 +1059,9 @@ INLINE void dots(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t
 // --- linear -------------------------------------------------------------------------------------------------------
 
 template <int R, int C, class X, class T>
-INLINE void linear_block(const Linear& a, int64_t channel) {
+INLINE void linear_block(const Linear& a, int64_t channel, int64_t ahead) {
   const X* x = static_cast<const X*>(a.x);
   const T* w = static_cast<const T*>(a.weight) + channel * a.weight_stride;
-  const int64_t ahead = C * a.weight_stride;
   float y[C * R] = {};
   if (a.scale) {
     const int64_t n = a.in / a.groups;
@@ -735,7 +1076,10 @@ INLINE void linear_block(const Linear& a, int64_t channel) {
   }
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < std::min<int64_t>(R, a.rows); ++r) {
-      const float result = y[c * R + r] + (a.bias ? a.bias[channel + c] : 0.f);
+      float result = y[c * R + r];
+      if (a.bias)
+        result += a.bf16_bias ? static_cast<float>(static_cast<const BFloat16*>(a.bias)[channel + c])
+                              : static_cast<const float*>(a.bias)[channel + c];
       const int64_t i = r * a.out + channel + c;
       if (a.bf16_out)
         static_cast<BFloat16*>(a.y)[i] = result;
@@ -747,9 +1091,12 @@ INLINE void linear_block(const Linear& a, int64_t channel) {
 template <int R, class X, class T>
 void linear_channels(const Linear& a, int64_t begin, int64_t end) {
   constexpr int C = R == 1 ? 1 : 2;
+  // Whole steps of C channels, so that every line is asked for once.
+  const int64_t step = std::max<int64_t>(1, C * a.weight_stride), distance = AHEAD_OF_WEIGHTS / sizeof(T);
+  const int64_t ahead = (distance + step - 1) / step * step;
   int64_t channel = begin;
-  for (; channel + C <= end; channel += C) linear_block<R, C, X, T>(a, channel);
-  for (; channel < end; ++channel) linear_block<R, 1, X, T>(a, channel);
+  for (; channel + C <= end; channel += C) linear_block<R, C, X, T>(a, channel, ahead);
+  for (; channel < end; ++channel) linear_block<R, 1, X, T>(a, channel, ahead);
 }
 
 template <class X, class T>
@@ -771,6 +1118,8 @@ void linear(const Linear& a, bool int8, int64_t begin, int64_t end) {
   int8 ? linear_rows<float, int8_t>(a, begin, end) : linear_rows<float, BFloat16>(a, begin, end);
 }
 #endif
+
+#if !defined(QWEN_BF16) || QWEN_WIDTH == 16  // the rest of neon_bf16 is that of neon
 
 // --- matrices in 4 and 8 bits -------------------------------------------------------------------------------------
 //
@@ -1284,7 +1633,10 @@ void attend_heads(const Attention& a, bool rotated, int64_t begin, int64_t end) 
     const Keys keys(a.k, b, h, a.hd), values(a.v, b, h, a.hd);
     for (int64_t t = 0; t < a.T; ++t) {
       float* q = queries.data() + t * width;
-      std::memcpy(q, a.q + (head * a.T + t) * a.hd, a.hd * sizeof(float));
+      const int64_t from = b * a.q_batch + h * a.q_head + t * a.q_token;
+      for (int64_t c = 0; c < a.hd; ++c)
+        q[c] = a.scaling * (a.q_bf16 ? static_cast<float>(static_cast<const BFloat16*>(a.q)[from + c])
+                                     : static_cast<const float*>(a.q)[from + c]);
       if (rotated) rotate(q, a.hd);
       Keys::prepare(q, a.hd);
     }
@@ -1524,6 +1876,7 @@ void rotary(const Rotary& a, bool bf16, int64_t begin, int64_t end) {
 
 constexpr Kernels KERNELS{linear, gptq, dequantize, attend, merge, append, norm, rotary};
 
+#endif
 #endif
 #undef INLINE
 

@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "855aca04884089d1caca11b751b1b577f4bc5982db73a37f6bf7935db7c2f7cb"
+SOURCE_SHA256 = "98c669b4de4057f0006f834c05bb3d016114e5971b0e261966d13627a9a3ee49"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
@@ -187,8 +187,9 @@ def _library() -> Path:
     if library.exists() and not _who_else_writes(library):
         return library
     source = _source()
-    # What g++ compiles calls the OpenMP library that PyTorch has loaded, with its threads; clang's needs another one.
-    own_openmp = ["-fopenmp"] if "-fopenmp" in flags and b"clang" in version else []
+    # What g++ compiles calls the OpenMP library that PyTorch has loaded, with its threads; clang would call another,
+    # and Apple's has none: there the kernels start threads by themselves.
+    openmp = "parallel backend: OpenMP" in torch.__config__.parallel_info() and b"clang" not in version
     try:
         for each in (*reversed(folder.parents), folder):  # `parents=True` takes no mode for them
             each.mkdir(mode=0o755, exist_ok=True)
@@ -196,7 +197,7 @@ def _library() -> Path:
             raise OSError(f"other users can change {_who_else_writes(folder)}")
         with _only_process(library.with_suffix(".lock")):
             if not library.exists() or _who_else_writes(library):
-                _build(source, compiler, flags, own_openmp, library)
+                _build(source, compiler, [*flags, *(["-fopenmp"] if openmp else [])], library)
     except OSError as error:
         raise _Unavailable(
             f"The folder {folder} can't be written ({error}). Set TORCH_EXTENSIONS_DIR to one that can."
@@ -281,7 +282,6 @@ def _flags() -> list:
         f"-std={'c++20' if 'C++ Version: 202' in settings else 'c++17'}",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         f"-DQWEN_NAMESPACE={NAMESPACE}",
-        *(["-fopenmp"] if "parallel backend: OpenMP" in torch.__config__.parallel_info() else []),
     ]
 
 
@@ -316,7 +316,7 @@ def _only_process(path: Path):
         yield
 
 
-def _build(source: bytes, compiler: list, flags: list, own_openmp: list, library: Path) -> None:
+def _build(source: bytes, compiler: list, flags: list, library: Path) -> None:
     """Compile in a folder of its own; the library appears in one step, complete."""
     try:
         from torch.utils.cpp_extension import include_paths, library_paths
@@ -333,7 +333,7 @@ def _build(source: bytes, compiler: list, flags: list, own_openmp: list, library
         libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
         log = library.with_suffix(".log")
         _run([*compiler, *flags, *paths, "-c", str(file), "-o", str(object_file)], log)
-        _run([*compiler, "-shared", str(object_file), "-o", str(built), *libraries, *own_openmp], log)
+        _run([*compiler, "-shared", str(object_file), "-o", str(built), *libraries], log)
         built.chmod(built.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
         os.replace(built, library)
 

@@ -1,11 +1,11 @@
 """
 A decoding step on a GPU as one CUDA graph, and the loop of `generate` that keeps the GPU busy with it.
 
-The graph computes few new tokens behind a filled `QWenCache` or `QWenQuantizedCache` from the network's weights, by the
-kernels of triton_kernels.py, and by the library of products where there are many rows. It reads lengths, positions,
-NTK scales and the addresses of keys and values from tensors: one graph serves every length, every cache of so many
-rows, and storage that grows. It belongs to one generation at a time, and to the weights it was captured with: before
-every step it is compared where the model has them now.
+The graph computes few new tokens behind a filled `QWenCache` or `QWenQuantizedCache` from the network's weights, floats
+or GPTQ's, by the kernels of triton_kernels.py, and by the library of products where there are many rows. It reads
+lengths, positions, NTK scales and the addresses of keys and values from tensors: one graph serves every length, every
+cache of so many rows, and storage that grows. It belongs to one generation at a time, and to the weights it was
+captured with: before every step it is compared where the model has them now.
 
 In the shapes below B is the batch, T the new tokens, nh the heads and hd the width of one.
 """
@@ -26,7 +26,8 @@ from torch import nn
 from transformers.utils import logging
 
 from .qwen_cache import QWenCache
-from .qwen_ops import GPU_HEAD_SIZES
+from .qwen_ops import GPU_HEAD_SIZES, gptq_linear
+from .qwen_quantization import QuantizedLinear
 from .transformers_compat import CACHE, GenerateDecoderOnlyOutput, is_compiling, prefill
 
 logger = logging.get_logger(__name__)
@@ -101,8 +102,8 @@ def is_as_made(network) -> bool:
 
 def is_plain(model) -> bool:
     """
-    Whether a step may be computed from the weights alone: floating-point matrices of exactly the network's types in
-    one precision on one GPU, no hooks, adapters, training or compilation.
+    Whether a step may be computed from the weights alone: matrices of exactly the network's types, in one precision or
+    GPTQ's, on one GPU, no hooks, adapters, training or compilation.
     """
     differentiated = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     if model.training or is_compiling() or differentiated:
@@ -112,19 +113,22 @@ def is_plain(model) -> bool:
         return False
     linears, others = _linears(model), (model, network, network.wte, network.rotary_emb)
     if not (
-        all(type(module) is nn.Linear for module in linears)
+        all(type(module) in (nn.Linear, QuantizedLinear) for module in linears)
         and type(network.wte) is nn.Embedding
         and all(map(is_untouched, (*linears, *others)))
     ):
         return False
-    weights = [module.weight for module in (*linears, *_norms(model), network.wte)]
-    biases = [module.bias for module in linears if module.bias is not None]
-    first = weights[0]
+    quantised = [module for module in linears if type(module) is QuantizedLinear]
+    codes = [t for module in quantised for t in (module.qweight, module.qzeros, module.scales, module.g_idx)]
+    floats = [m.weight for m in (*linears, *_norms(model), network.wte) if type(m) is not QuantizedLinear]
+    floats += [module.bias for module in linears if module.bias is not None]
+    first = network.ln_f.weight
     return (
         first.device.type in DEVICES
         and first.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and all(type(t) in (nn.Parameter, torch.Tensor) and t.is_contiguous() for t in weights + biases)
-        and all(t.dtype == first.dtype and t.device == first.device for t in weights + biases)
+        and all(type(t) in (nn.Parameter, torch.Tensor) and t.is_contiguous() for t in floats + codes)
+        and all(t.device == first.device for t in floats + codes)
+        and all(t.dtype == first.dtype for t in floats)
         and _kernels() is not None
         and model.config.kv_channels in GPU_HEAD_SIZES
     )
@@ -132,7 +136,7 @@ def is_plain(model) -> bool:
 
 def takes(model, cache, rows: int) -> bool:
     """Whether steps of `rows` new tokens behind this cache, once it is filled, are for a graph of a plain model."""
-    weight = model.lm_head.weight
+    weight = model.transformer.ln_f.weight
     return (
         isinstance(cache, QWenCache)
         and cache.kernel
@@ -160,6 +164,7 @@ class _Places:
         self._tensors = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None]
         tensors = [parameters[name] for parameters, name in self._tensors]
         settings = [norm.eps for norm in _norms(model)]
+        settings += [(m.format, m.group_size, m.is_ordered) for m in _linears(model) if type(m) is QuantizedLinear]
         self.signature = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in tensors], settings
         self._addresses = [t.data_ptr() for t in tensors]
 
@@ -173,6 +178,31 @@ class _Places:
 # --- The step ----------------------------------------------------------------------------------------------------
 
 
+def _weight(linear):
+    """As `product` or `gptq_product` of triton_kernels.py takes it."""
+    return linear.tensors() if type(linear) is QuantizedLinear else linear.weight
+
+
+def _kernel_of(linear, gate, rows: int):
+    """The kernel for products of so many rows with a matrix, and its gate or None; None if there is none."""
+    kernels = _kernels()
+    if gate is not None and (type(gate) is not type(linear) or (gate.bias is None) != (linear.bias is None)):
+        return None
+    if type(linear) is not QuantizedLinear:
+        return kernels.product if rows <= kernels.PRODUCT_ROWS else None
+    if rows > kernels.GPTQ_MAX_ROWS or not kernels.takes_gptq(*linear.tensors()):
+        return None
+    if gate is not None and (gate.tensors()[4:] != linear.tensors()[4:] or not kernels.takes_gptq(*gate.tensors())):
+        return None
+    return kernels.gptq_product
+
+
+def _library_product(x, linear):
+    if type(linear) is QuantizedLinear:
+        return gptq_linear(x, *linear.tensors(), linear.bias)
+    return F.linear(x, linear.weight, linear.bias)
+
+
 class GraphedSteps:
     """
     Steps of B rows and T tokens behind caches of so many bits (16 or 32: full precision) for one model.
@@ -182,7 +212,7 @@ class GraphedSteps:
     """
 
     def __init__(self, model, B: int, T: int, bits: int):
-        config, weight = model.config, model.lm_head.weight
+        config, weight = model.config, model.transformer.ln_f.weight
         self.bits = bits
         self._config = config
         self._nh = config.num_attention_heads
@@ -263,7 +293,6 @@ class GraphedSteps:
     def _compute(self, model) -> torch.Tensor:
         kernels, config, transformer = _kernels(), self._config, model.transformer
         B, T = self.ids.shape
-        few = B * T <= kernels.PRODUCT_ROWS
         with torch.cuda.device_of(self.ids), torch.inference_mode():
             angles = self.positions[:, :, None].float() * self.inverse_frequencies[:, None]  # (B, T, rotated / 2)
             cos, sin, scale = angles.cos(), angles.sin(), None
@@ -272,22 +301,23 @@ class GraphedSteps:
 
             def product(x, linear, norm=None, gate=None, residual=None):
                 """As `kernels.product`, of modules, for any number of rows."""
-                if norm is not None and not (few and B * T == 1):
+                kernel = _kernel_of(linear, gate, B * T)
+                if norm is not None and not (kernel and B * T == 1):
                     x, norm = kernels.rms_norm(x, norm.weight, norm.eps), None
-                if few:
-                    return kernels.product(
+                if kernel is not None:
+                    return kernel(
                         x,
-                        linear.weight,
+                        _weight(linear),
                         linear.bias,
                         norm=None if norm is None else norm.weight,
                         eps=0.0 if norm is None else norm.eps,
-                        gate=None if gate is None else gate.weight,
+                        gate=None if gate is None else _weight(gate),
                         gate_bias=None if gate is None else gate.bias,
                         residual=residual,
                     )
-                y = F.linear(x, linear.weight, linear.bias)
+                y = _library_product(x, linear)
                 if gate is not None:
-                    y *= F.silu(F.linear(x, gate.weight, gate.bias))
+                    y *= F.silu(_library_product(x, gate))
                 return y if residual is None else y.add_(residual)
 
             x = F.embedding(self.ids.view(-1), transformer.wte.weight)  # (B * T, hidden)
@@ -317,7 +347,7 @@ def graphed_steps(model, cache, B: int, T: int):
     Call it with a plain model and a cache that is filled.
     """
     places = _Places(model)
-    kind = (B, T, cache.bits or 8 * model.lm_head.weight.element_size())
+    kind = (B, T, cache.bits or 8 * model.transformer.ln_f.weight.element_size())
     with _LOCK:
         signature, free = _FREE.get(model, (None, None))
         if signature != places.signature:
@@ -442,7 +472,7 @@ class GraphedGeneration:
             and not (settings.output_attentions or settings.output_hidden_states)
             and not getattr(settings, "is_assistant", False)
             and getattr(settings, "prefill_chunk_size", None) is None
-            and input_ids.device == self.lm_head.weight.device
+            and input_ids.device == self.transformer.ln_f.weight.device
             and takes(self, cache, input_ids.shape[0])
             and is_plain(self)
         )

@@ -23,8 +23,8 @@ from .qwen_cache import QWenCache, quantized_cache
 from .qwen_cuda_graph import DEVICES as GRAPH_DEVICES
 from .qwen_cuda_graph import GraphedGeneration, graphed_step, is_as_made, is_plain, is_untouched
 from .qwen_generation_utils import StopWordsLogitsProcessor
-from .qwen_ops import decode_block, has_decode_kernel, linear, rms_norm
-from .qwen_quantization import Int8Linear
+from .qwen_ops import decode_blocks, has_decode_kernel, rms_norm, times
+from .qwen_quantization import Int8Linear, QuantizedLinear
 from .transformers_compat import (
     ASSISTANTS_GENERATE,
     CACHE,
@@ -138,21 +138,21 @@ def _compute(model, call: dict):
     cos, sin, query_scale = network.rotation(position_ids, cache, length, call.get("ntk_alpha"))
     mask = None if mask is None else mask[..., : length + T].bool()
     eps = network.ln_f.eps
-    for block, (norms, matrices), layer in zip(network.h, blocks, cache.layers):
-        store, scaling = layer.room_for(T), block.attn.scaling
-        x = decode_block(x, norms, matrices, cos, sin, query_scale, store, length, mask, eps, scaling)
+    weights = [[each for block in blocks for each in block[i]] for i in range(3)]  # norms, matrices, formats
+    store = [tensor for layer in cache.layers for tensor in layer.room_for(T)]
+    x = decode_blocks(x, *weights, cos, sin, query_scale, store, length, mask, eps, network.h[0].attn.scaling)
     x = rms_norm(x, like, eps)
     if head is None:
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
     kept = call.get("logits_to_keep", 0)
     kept = slice(-kept, None) if isinstance(kept, int) else kept
-    return CausalLMOutputWithPast(logits=linear(x[:, kept], *head), past_key_values=cache)
+    return CausalLMOutputWithPast(logits=times(x[:, kept], *head), past_key_values=cache)
 
 
 def _weights(network, cache, like: torch.Tensor):
     """
-    For every block (norms, matrices) as `decode_block` takes them; None if a weight is not as the network was made, or
-    the cache is elsewhere.
+    For every block (norms, matrices, formats) as `decode_blocks` takes them; None if a weight is not as the network was
+    made, or the cache is elsewhere.
     """
     if len(cache.layers) != len(network.h) or not _is_weight(like, like):
         return None
@@ -168,7 +168,7 @@ def _weights(network, cache, like: torch.Tensor):
         stored = layer.keys.tensors[0]
         if stored.device != like.device or (cache.bits is None and stored.dtype != like.dtype):
             return None
-        blocks.append((norms, [part for matrix in matrices for part in matrix]))
+        blocks.append((norms, [t for matrix in matrices for t in matrix[:5]], [n for m in matrices for n in m[5:]]))
     return blocks
 
 
@@ -177,13 +177,17 @@ def _is_weight(tensor, like: torch.Tensor) -> bool:
 
 
 def _matrix(module: nn.Module, like: torch.Tensor):
-    """Weight, bias and scale, as `linear` takes them; None for a module that is more than that."""
+    """The 8 arguments that `times` takes for a matrix; None for a module that is more than that."""
     if not is_untouched(module):
         return None
+    plain = None, None, 0, 0, 0
     if type(module) is nn.Linear and _is_weight(module.weight, like):
-        return module.weight, module.bias, None
+        return (module.weight, module.bias, None, *plain)
     if type(module) is Int8Linear and module.weight.device == like.device:
-        return module.weight, module.bias, module.weight_scale
+        return (module.weight, module.bias, module.weight_scale, *plain)
+    if type(module) is QuantizedLinear and module.qweight.device == like.device:
+        qweight, qzeros, scales, g_idx, *format = module.tensors()
+        return (qweight, module.bias, scales, qzeros, g_idx, *format)
     return None
 
 

@@ -111,12 +111,11 @@ def gptq_linear(
     """
     x (..., in) times a quantised matrix: (..., out) in x's dtype.
 
-    At the speed of memory for up to 8 rows of x on a CPU, accumulated in float32; more rows are multiplied by blocks of
-    the matrix that are dequantised to x's dtype on the way.
+    At the speed of memory for few rows of x, accumulated in float32: up to 8 on a CPU, up to 64 on a GPU and without
+    g_idx. More rows are multiplied by blocks of the matrix that are dequantised to x's dtype on the way.
     """
     if (
-        0 < math.prod(x.shape[:-1]) <= MAX_ROWS
-        and x.device.type == "cpu"
+        (x.device.type == "cuda" or (x.device.type == "cpu" and 0 < math.prod(x.shape[:-1]) <= MAX_ROWS))
         and x.dtype in (*_FLOATS, torch.float16)
         and _plain(x, qweight)
         and not _differentiated(x, bias)
@@ -132,13 +131,15 @@ def gptq_linear_reference(x, qweight, qzeros, scales, g_idx, bits, group_size, z
     return y if bias is None else y + bias.to(y.dtype)
 
 
-BLOCK_WEIGHTS = 1 << 22  # that are dequantised at a time
+BLOCK_WEIGHTS = 1 << 22  # that are dequantised at a time on a CPU, whose caches are small
+GPU_BLOCK_WEIGHTS = 1 << 26  # 128 MB in half precision
 
 
 def gptq_blocks(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype):
     """Neighbouring outputs, as slices, with their weights (in, outputs) in `dtype`."""
     n, out = 32 // bits, qweight.shape[1]
-    width = max(1, BLOCK_WEIGHTS // (qweight.shape[0] * n) // n) * n
+    most = BLOCK_WEIGHTS if qweight.device.type == "cpu" else GPU_BLOCK_WEIGHTS
+    width = max(1, most // (qweight.shape[0] * n) // n) * n
     for first in range(0, out, width):
         where, packed = slice(first, first + width), slice(first // n, (first + width) // n)
         tensors = qweight[:, where], qzeros[:, packed], scales[:, where], g_idx
@@ -147,7 +148,7 @@ def gptq_blocks(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, d
 
 def gptq_dequantize(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype) -> torch.Tensor:
     """The weights, `scales * (code - zero)`: (in, out) in `dtype`."""
-    if qweight.device.type == "cpu" and _plain(qweight) and dtype in (*_FLOATS, torch.float16):
+    if qweight.device.type in ("cpu", "cuda") and _plain(qweight) and dtype in (*_FLOATS, torch.float16):
         return _OPERATORS.gptq_dequantize(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype)
     return gptq_dequantize_reference(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype)
 
@@ -164,6 +165,16 @@ def gptq_dequantize_reference(qweight, qzeros, scales, g_idx, bits, group_size, 
         g_idx = torch.arange(codes.shape[0], device=codes.device) // group_size
     g_idx = g_idx.long()
     return ((codes - zeros[g_idx]) * scales.to(torch.float32)[g_idx]).to(dtype)
+
+
+def times(x, weight, bias=None, scale=None, zeros=None, g_idx=None, bits=0, group_size=0, zero_offset=0):
+    """
+    x (..., in) times any matrix: `linear` with weight, bias and scale, or with bits `gptq_linear`, where weight, scale
+    and zeros are qweight, scales and qzeros.
+    """
+    if bits:
+        return gptq_linear(x, weight, zeros, scale, g_idx, bits, group_size, zero_offset, bias)
+    return linear(x, weight, bias, scale)
 
 
 # --- Attention over a cache --------------------------------------------------------------------------------------
@@ -464,13 +475,14 @@ def rotary_reference(x, cos, sin):
     return torch.cat((y1.to(x.dtype), y2.to(x.dtype), rest), dim=-1)
 
 
-# --- A block -----------------------------------------------------------------------------------------------------
+# --- Blocks ------------------------------------------------------------------------------------------------------
 
 
-def decode_block(
+def decode_blocks(
     x: torch.Tensor,
     norms: list[torch.Tensor],
     matrices: list[torch.Tensor | None],
+    formats: list[int],
     cos: torch.Tensor,
     sin: torch.Tensor,
     query_scale: torch.Tensor | None,
@@ -481,24 +493,37 @@ def decode_block(
     scaling: float,
 ) -> torch.Tensor:
     """
-    One block of the network for a few new tokens behind a filled cache, without gradients.
+    Blocks of the network, one after the other, for a few new tokens behind a filled cache, without gradients.
 
-    x: (B, T, hidden). norms: the weights of ln_1 and ln_2. matrices: weight, bias and scale, as `linear` takes them, of
-    c_attn, attn.c_proj, w1, w2 and mlp.c_proj, 15 in all. cos, sin: as of `rotary`. query_scale: float32
-    (B or 1, 1, T, 1) or None. store: keys and values (B, nh, capacity, hd), or codes and parameters of both as
-    `quantize_append` writes them; the new tokens' are written from token `position` on. mask: as of `decode_attention`,
-    for S = position + T keys. Returns (B, T, hidden) in x's dtype.
+    x: (B, T, hidden). The lists hold what belongs to the first block, then to the second, and so on. norms: the weights
+    of ln_1 and ln_2. matrices: weight, bias, scale, zeros and g_idx, as `times` takes them, of c_attn, attn.c_proj, w1,
+    w2 and mlp.c_proj, 25 a block; formats: bits, group_size and zero_offset of each, 15. store: keys and values
+    (B, nh, capacity, hd), or codes and parameters of both as `quantize_append` writes them; the new tokens' are written
+    from token `position` on. cos, sin: as of `rotary`. query_scale: float32 (B or 1, 1, T, 1) or None. mask: as of
+    `decode_attention`, for S = position + T keys. Returns (B, T, hidden) in x's dtype.
     """
     mask, causal = _check_mask(mask)
-    block = _OPERATORS.decode_block if x.device.type == "cpu" and x.dtype in _FLOATS else decode_block_reference
-    return block(x, norms, matrices, cos, sin, query_scale, store, position, mask, eps, scaling, causal)
+    blocks = _OPERATORS.decode_blocks if x.device.type == "cpu" and x.dtype in _FLOATS else decode_blocks_reference
+    return blocks(x, norms, matrices, formats, cos, sin, query_scale, store, position, mask, eps, scaling, causal)
 
 
-def decode_block_reference(x, norms, matrices, cos, sin, query_scale, store, position, mask, eps, scaling, causal):
+def decode_blocks_reference(x, norms, matrices, formats, cos, sin, query_scale, store, *others):
+    number = len(norms) // 2
+    for i in range(number):
+        norms_, matrices_, formats_, store_ = (
+            each[len(each) // number * i : len(each) // number * (i + 1)] for each in (norms, matrices, formats, store)
+        )
+        x = _decode_block(x, norms_, matrices_, formats_, cos, sin, query_scale, store_, *others)
+    return x
+
+
+def _decode_block(x, norms, matrices, formats, cos, sin, query_scale, store, position, mask, eps, scaling, causal):
     B, T, _ = x.shape
     nh = store[0].shape[1]
-    c_attn, attn_proj, w1, w2, mlp_proj = (matrices[i : i + 3] for i in range(0, 15, 3))
-    qkv = linear(rms_norm(x, norms[0], eps), *c_attn).view(B, T, 3 * nh, -1).transpose(1, 2)  # (B, 3 nh, T, hd)
+    c_attn, attn_proj, w1, w2, mlp_proj = (
+        (*matrices[5 * i : 5 * i + 5], *formats[3 * i : 3 * i + 3]) for i in range(5)
+    )
+    qkv = times(rms_norm(x, norms[0], eps), *c_attn).view(B, T, 3 * nh, -1).transpose(1, 2)  # (B, 3 nh, T, hd)
     q, k = rotary(qkv[:, : 2 * nh], cos, sin).chunk(2, dim=1)  # (B, nh, T, hd) each
     v = qkv[:, 2 * nh :]
     if query_scale is not None:
@@ -512,9 +537,9 @@ def decode_block_reference(x, norms, matrices, cos, sin, query_scale, store, pos
     seen = [tensor[:, :, : position + T] for tensor in store]
     attend = _decode_attention if len(store) == 2 else _quantized_decode_attention
     y = attend(q, *seen, mask, scaling, causal)  # (B, T, nh, hd)
-    x = x + linear(y.reshape(B, T, -1), *attn_proj)
+    x = x + times(y.reshape(B, T, -1), *attn_proj)
     h = rms_norm(x, norms[1], eps)
-    return x + linear(linear(h, *w1) * F.silu(linear(h, *w2)), *mlp_proj)
+    return x + times(times(h, *w1) * F.silu(times(h, *w2)), *mlp_proj)
 
 
 # --- Operators ---------------------------------------------------------------------------------------------------
@@ -573,10 +598,10 @@ OPERATIONS = {
         rotary_reference,
         lambda x, *args: x.new_empty(x.shape),
     ),
-    "decode_block": (
-        "(Tensor x, Tensor[] norms, Tensor?[] matrices, Tensor cos, Tensor sin, Tensor? query_scale, "
+    "decode_blocks": (
+        "(Tensor x, Tensor[] norms, Tensor?[] matrices, int[] formats, Tensor cos, Tensor sin, Tensor? query_scale, "
         "Tensor(a!)[] store, int position, Tensor? mask, float eps, float scaling, bool causal) -> Tensor",
-        decode_block_reference,
+        decode_blocks_reference,
         lambda x, *args: x.new_empty(x.shape),
     ),
 }

@@ -23,6 +23,7 @@ from .qwen_ops import (
     GPU_HEAD_SIZES,
     STEPS,
     decode_attention_reference,
+    gptq_linear_reference,
     quantize_append_reference,
     quantized_decode_attention_reference,
     quantized_sizes,
@@ -633,6 +634,26 @@ def rms_norm(x, weight, eps):
 
 
 @triton.jit
+def _finish(
+    total, gate_total, n, place, there, bias, gate_bias, residual, y, N,
+    GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Of sums for outputs n: plus bias, times silu of those of the gate, plus residual; stored at `place`."""
+    kind = y.dtype.element_ty
+    if BIAS:
+        total += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
+    total = total.to(kind).to(tl.float32)
+    if GATE:
+        if BIAS:
+            gate_total += tl.load(gate_bias + n, mask=n < N, other=0).to(tl.float32)
+        gate_total = gate_total.to(kind).to(tl.float32)
+        total *= (gate_total / (1 + tl.exp(-gate_total))).to(kind).to(tl.float32)
+    if RESIDUAL:
+        total += tl.load(residual + place, mask=there, other=0).to(tl.float32)
+    tl.store(y + place, total.to(kind), mask=there)
+
+
+@triton.jit
 def _product_kernel(
     x, norm, weight, gate, bias, gate_bias, residual, y, M, N, K, eps,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
@@ -682,21 +703,9 @@ def _product_kernel(
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
         total, gate_total = total * scale, gate_total * scale
-    there = n < N
-    kind = y.dtype.element_ty
-    if BIAS:
-        total += tl.load(bias + n, mask=there, other=0).to(tl.float32)[:, None]
-    total = total.to(kind).to(tl.float32)
-    if GATE:
-        if BIAS:
-            gate_total += tl.load(gate_bias + n, mask=there, other=0).to(tl.float32)[:, None]
-        gate_total = gate_total.to(kind).to(tl.float32)
-        total *= (gate_total / (1 + tl.exp(-gate_total))).to(kind).to(tl.float32)
-    there = there[:, None] & (m < M)[None, :]
+    there = (n < N)[:, None] & (m < M)[None, :]
     place = n[:, None] + (m * N)[None, :]
-    if RESIDUAL:
-        total += tl.load(residual + place, mask=there, other=0).to(tl.float32)
-    tl.store(y + place, total.to(kind), mask=there)
+    _finish(total, gate_total, n[:, None], place, there, bias, gate_bias, residual, y, N, GATE, BIAS, RESIDUAL)
 
 
 def product(x, weight, bias=None, *, norm=None, eps=0.0, gate=None, gate_bias=None, residual=None, tuning=None):
@@ -811,6 +820,293 @@ def attend(q, base, bits, table, slot, starts, scaling, launch=None):
     return y
 
 
+# --- Products with GPTQ matrices ---------------------------------------------------------------------------------
+
+# `QuantizedLinear` in qwen_quantization.py describes the tensors. N are outputs, K inputs; a word is an int32 of
+# qweight, which is of CODES inputs for one output, and neighbouring words are of neighbouring outputs.
+#
+# One row: every thread has a few words under each other, INTS, of one group. A slot is INTS * CODES inputs, a program
+# goes over all inputs of BN outputs, SLOTS slots at a time, so that the inputs are shared out to its warps. It
+# multiplies in float32. A code needs one instruction to become a float: left where it lies in the lower half of a word,
+# the rest masked out, it is a denormal number, which inputs times 2^100 make up for.
+#
+# Several rows are multiplied by tensor cores: codes, which are exact in half precision, are summed up over blocks of
+# 128 inputs before they are scaled; in smaller groups they are scaled and rounded before. The inputs are shared out to
+# SPLITS programs if the outputs alone don't fill the card; a second kernel adds their sums up, in their order.
+GPTQ_ROW = {"BN": 32, "SLOTS": 64, "INTS": 4, "num_warps": 8, "STAGES": 1}
+GPTQ_ROWS = {"BN": 64, "num_warps": 4, "STAGES": 3, "programs": 4}  # programs for each multiprocessor
+GPTQ_MAX_ROWS = 64  # more are multiplied by the library, and the matrix is dequantised for it
+
+
+@triton.jit
+def _load(pointers, mask, EVEN: tl.constexpr, POLICY: tl.constexpr):
+    if EVEN:
+        return tl.load(pointers, eviction_policy=POLICY)
+    return tl.load(pointers, mask=mask, other=0, eviction_policy=POLICY)
+
+
+@triton.jit
+def _scale(scales, group, n, mask, N, EVEN: tl.constexpr):
+    """float32 (groups, BN)."""
+    return _load(scales + group[:, None] * N + n[None, :], mask, EVEN, "").to(tl.float32)
+
+
+@triton.jit
+def _zero(qzeros, group, n, mask, N, BITS: tl.constexpr, OFFSET: tl.constexpr, EVEN: tl.constexpr):
+    """int32 (groups, BN)."""
+    CODES: tl.constexpr = 32 // BITS
+    words = _load(qzeros + group[:, None] * (N // CODES) + (n // CODES)[None, :], mask, EVEN, "")
+    return ((words >> (n % CODES * BITS)[None, :]) + OFFSET) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _denormal(words, AT: tl.constexpr, BITS: tl.constexpr):
+    """The codes at bit AT of words, times 2^(AT % 16 - 149), in float32."""
+    MASK: tl.constexpr = ((1 << BITS) - 1) << (AT % 16)
+    return ((words >> (AT // 16 * 16)) & MASK).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _add_scaled(total, part, sums, scales, qzeros, group, n, mask, N, BITS: tl.constexpr, OFFSET: tl.constexpr,
+                EVEN: tl.constexpr):  # fmt: skip
+    """total plus the products `part` of inputs times 2^100 and denormal codes, less zeros, scaled; (SLOTS, BN)."""
+    scale = _scale(scales, group, n, mask, N, EVEN)
+    zero = _zero(qzeros, group, n, mask, N, BITS, OFFSET, EVEN).to(tl.float32, bitcast=True)
+    return total + scale * 2.0**49 * (part - zero * (sums * 2.0**100)[:, None])
+
+
+@triton.jit
+def _gptq_row_kernel(
+    x, norm, qweight, qzeros, scales, gate_qweight, gate_qzeros, gate_scales, bias, gate_bias, residual, y, words, N,
+    eps, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
+    INTS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """As `_product_kernel`, of x (K)."""
+    CODES: tl.constexpr = 32 // BITS
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    slots = tl.arange(0, SLOTS) * INTS
+    total = tl.zeros((SLOTS, BN), tl.float32)
+    gate_total = tl.zeros((SLOTS, BN), tl.float32)
+    squares = tl.zeros((SLOTS,), tl.float32)
+    for start in tl.range(0, words, SLOTS * INTS, num_stages=STAGES):
+        part = tl.zeros((SLOTS, BN), tl.float32)
+        gate_part = tl.zeros((SLOTS, BN), tl.float32)
+        sums = tl.zeros((SLOTS,), tl.float32)
+        for i in tl.static_range(INTS):
+            row = start + slots + i
+            inside = row < words
+            there = inside[:, None] & (n < N)[None, :]
+            at = row[:, None] * N + n[None, :]
+            codes = _load(qweight + at, there, EVEN, "evict_first")
+            if GATE:
+                gate_codes = _load(gate_qweight + at, there, EVEN, "evict_first")
+            for j in tl.static_range(CODES):
+                value = _load(x + row * CODES + j, inside, EVEN, "").to(tl.float32)
+                if NORM:
+                    squares += value * value
+                    value *= _load(norm + row * CODES + j, inside, EVEN, "").to(tl.float32)
+                sums += value
+                value = (value * 2.0 ** (100 - BITS * j % 16))[:, None]
+                part += _denormal(codes, BITS * j, BITS) * value
+                if GATE:
+                    gate_part += _denormal(gate_codes, BITS * j, BITS) * value
+        group = (start + slots) * CODES // GROUP
+        there = (start + slots < words)[:, None] & (n < N)[None, :]
+        total = _add_scaled(total, part, sums, scales, qzeros, group, n, there, N, BITS, OFFSET, EVEN)
+        if GATE:
+            gate_total = _add_scaled(
+                gate_total, gate_part, sums, gate_scales, gate_qzeros, group, n, there, N, BITS, OFFSET, EVEN
+            )
+    total, gate_total = tl.sum(total, 0), tl.sum(gate_total, 0)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(squares, 0) / (words * CODES) + eps)
+        total, gate_total = total * factor, gate_total * factor
+    _finish(total, gate_total, n, n, n < N, bias, gate_bias, residual, y, N, GATE, BIAS, RESIDUAL)
+
+
+@triton.jit
+def _exact(words, like, AT: tl.constexpr, BITS: tl.constexpr):
+    """The codes at bit AT of words, in the precision of what `like` points to; of their bits where that is faster."""
+    codes = (words >> AT) & ((1 << BITS) - 1)
+    if like.dtype.element_ty == tl.float16:
+        return (codes | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1024.0
+    if like.dtype.element_ty == tl.bfloat16 and BITS == 4:
+        return (codes | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True) - 128.0
+    return codes.to(tl.float32).to(like.dtype.element_ty)
+
+
+@triton.jit
+def _gptq_rows_kernel(
+    x, qweight, qzeros, scales, partial, M, words, N, blocks,
+    BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr, EVEN: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """
+    x (M, K) times a matrix: float32 (splits, M, N), the sums of `blocks` blocks of 128 inputs each. SCALED: the codes
+    are scaled before they are multiplied.
+    """
+    CODES: tl.constexpr = 32 // BITS
+    R: tl.constexpr = 128 // CODES
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m, r = tl.arange(0, ROWS), tl.arange(0, R)
+    first = tl.program_id(1) * blocks * R
+    total = tl.zeros((ROWS, BN), tl.float32)
+    for start in tl.range(first, tl.minimum(first + blocks * R, words), R, num_stages=STAGES):
+        row = start + r
+        inside = row < words
+        there = inside[:, None] & (n < N)[None, :]
+        codes = _load(qweight + row[:, None] * N + n[None, :], there, EVEN, "evict_first")  # (R, BN)
+        if SCALED:
+            group = row * CODES // GROUP
+            scale = _scale(scales, group, n, there, N, EVEN)  # (R, BN)
+            zero = _zero(qzeros, group, n, there, N, BITS, OFFSET, EVEN).to(tl.float32)
+        part = tl.zeros((ROWS, BN), tl.float32)
+        sums = tl.zeros((ROWS, R), tl.float32)
+        for j in tl.static_range(CODES):
+            there = (m < M)[:, None] & inside[None, :]
+            value = tl.load(x + (m * words * CODES)[:, None] + (row * CODES + j)[None, :], mask=there, other=0)
+            weight = _exact(codes, x, BITS * j, BITS)
+            if SCALED:
+                weight = ((weight.to(tl.float32) - zero) * scale).to(x.dtype.element_ty)
+            else:
+                sums += value.to(tl.float32)
+            part = tl.dot(value, weight.to(x.dtype.element_ty), part, input_precision="ieee")
+        if SCALED:
+            total += part
+        else:
+            group = start * CODES // GROUP + tl.zeros((1,), tl.int32)
+            there = (n < N)[None, :]
+            scale = _scale(scales, group, n, there, N, EVEN)  # (1, BN)
+            zero = _zero(qzeros, group, n, there, N, BITS, OFFSET, EVEN).to(tl.float32)
+            total += scale * (part - zero * tl.sum(sums, 1)[:, None])
+    partial += (tl.program_id(1) * M + m)[:, None] * N + n[None, :]
+    tl.store(partial, total, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _gptq_sum_kernel(
+    partial, gate_partial, bias, gate_bias, residual, y, M, N, splits,
+    BLOCK: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """What `_gptq_rows_kernel` has left to do, of one row."""
+    m = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    gate_total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        at = (split * M + m) * N + n
+        total += tl.load(partial + at, mask=n < N, other=0)
+        if GATE:
+            gate_total += tl.load(gate_partial + at, mask=n < N, other=0)
+    _finish(total, gate_total, n, m * N + n, n < N, bias, gate_bias, residual, y, N, GATE, BIAS, RESIDUAL)
+
+
+def takes_gptq(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset) -> bool:
+    """Whether `gptq_product` multiplies by such a matrix: inputs in the groups' order, and groups of whole words."""
+    return g_idx is None and group_size % (32 // bits) == 0
+
+
+def gptq_product(
+    x, matrix, bias=None, *, norm=None, eps=0.0, gate=None, gate_bias=None, residual=None, tuning=None
+):  # fmt: skip
+    """
+    `product` with matrices of GPTQ, `QuantizedLinear.tensors()`, that `takes_gptq`, both of one format and contiguous.
+
+    x: (M, K), contiguous, M at most `GPTQ_MAX_ROWS`, 1 with `norm`. tuning: as `GPTQ_ROW` or `GPTQ_ROWS`.
+    """
+    qweight, qzeros, scales, _, bits, group, offset = matrix
+    (M, K), (words, N) = x.shape, qweight.shape
+    codes = 32 // bits
+    group = min(group, K)
+    y = x.new_empty(M, N)
+    ends = [x if t is None else t for t in (bias, gate_bias, residual)]
+    asked = {"GATE": gate is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None}
+    format = {"BITS": bits, "GROUP": group, "OFFSET": offset}
+    if M == 1:
+        tuning = dict(tuning or GPTQ_ROW)
+        while group < K and group % (tuning["INTS"] * codes):
+            tuning["INTS"] //= 2
+        even = N % tuning["BN"] == 0 and words % (tuning["SLOTS"] * tuning["INTS"]) == 0
+        _gptq_row_kernel[(triton.cdiv(N, tuning["BN"]),)](
+            x, x if norm is None else norm, qweight, qzeros, scales, *(matrix if gate is None else gate)[:3], *ends, y,
+            words, N, eps, EVEN=even, NORM=norm is not None, **format, **asked, **tuning,
+        )  # fmt: skip
+        return y
+    tuning = dict(tuning or GPTQ_ROWS)
+    programs, across = tuning.pop("programs"), triton.cdiv(N, tuning["BN"])
+    blocks = triton.cdiv(K, 128)
+    blocks_each = triton.cdiv(blocks, max(1, min(_multiprocessors(x.device) * programs // across, blocks)))
+    splits = triton.cdiv(blocks, blocks_each)
+    even = N % tuning["BN"] == 0 and K % 128 == 0
+    partials = []
+    for tensors in (matrix,) if gate is None else (matrix, gate):
+        partials.append(torch.empty(splits, M, N, dtype=torch.float32, device=x.device))
+        _gptq_rows_kernel[(across, splits)](
+            x, *tensors[:3], partials[-1], M, words, N, blocks_each, ROWS=max(16, triton.next_power_of_2(M)),
+            EVEN=even, SCALED=group < K and group % 128 != 0, **format, **tuning,
+        )  # fmt: skip
+    _gptq_sum_kernel[(M, triton.cdiv(N, 256))](
+        partials[0], partials[-1], *ends, y, M, N, splits, BLOCK=256, num_warps=2, **asked
+    )
+    return y
+
+
+@triton.jit
+def _gptq_dequantize_kernel(
+    qweight, qzeros, scales, g_idx, weight, words, N, q_stride, z_stride, s_stride,
+    BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+    ORDERED: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """R words of BN outputs. ORDERED: without g_idx. WHOLE: groups are of whole words, too."""
+    CODES: tl.constexpr = 32 // BITS
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = row < words
+    there = inside[:, None] & (n < N)[None, :]
+    codes = tl.load(qweight + row[:, None] * q_stride + n[None, :], mask=there, other=0)
+    for j in tl.static_range(CODES):
+        if not WHOLE or j == 0:
+            if ORDERED:
+                group = (row * CODES + j) // GROUP
+            else:
+                group = tl.load(g_idx + row * CODES + j, mask=inside, other=0).to(tl.int64)
+            scale = tl.load(scales + group[:, None] * s_stride + n[None, :], mask=there, other=0).to(tl.float32)
+            zero = tl.load(qzeros + group[:, None] * z_stride + (n // CODES)[None, :], mask=there, other=0)
+            zero = ((zero >> (n % CODES * BITS)[None, :]) + OFFSET) & ((1 << BITS) - 1)
+        code = (codes >> BITS * j) & ((1 << BITS) - 1)
+        value = (code - zero).to(tl.float32) * scale
+        place = weight + (row * CODES + j)[:, None] * N + n[None, :]
+        tl.store(place, value.to(weight.dtype.element_ty), mask=there)
+
+
+def gptq_dequantize(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype):
+    qweight, qzeros, scales = (t if t.stride(1) == 1 else t.contiguous() for t in (qweight, qzeros, scales))
+    words, N = qweight.shape
+    codes = 32 // bits
+    weight = torch.empty(words * codes, N, dtype=dtype, device=qweight.device)
+    if weight.numel() == 0:
+        return weight
+    with torch.cuda.device_of(qweight):
+        _gptq_dequantize_kernel[(triton.cdiv(words, 4), triton.cdiv(N, 256))](
+            qweight, qzeros, scales, qweight if g_idx is None else g_idx.contiguous(), weight, words, N,
+            qweight.stride(0), qzeros.stride(0), scales.stride(0), BITS=bits, GROUP=group_size, OFFSET=zero_offset,
+            R=4, BN=256, ORDERED=g_idx is None, WHOLE=g_idx is None and group_size % codes == 0, num_warps=8,
+        )  # fmt: skip
+    return weight
+
+
+def gptq_linear(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias):
+    matrix = qweight, qzeros, scales, g_idx, bits, group_size, zero_offset
+    rows = x.numel() // x.shape[-1]
+    if not 0 < rows <= GPTQ_MAX_ROWS or not takes_gptq(*matrix):
+        return gptq_linear_reference(x, *matrix, bias)
+    matrix = *(t.contiguous() for t in matrix[:3]), *matrix[3:]
+    with torch.cuda.device_of(x):
+        y = gptq_product(x.reshape(rows, -1).contiguous(), matrix, bias)
+    return y.view(*x.shape[:-1], -1)
+
+
 def register(library, device="cuda") -> str:
     """
     Make these the operators' kernels on GPUs; their name.
@@ -824,6 +1120,6 @@ def register(library, device="cuda") -> str:
         raise RuntimeError(
             f"Triton {triton.__version__} does not work here: {type(error).__name__}: {error}"
         ) from error
-    for operation in (decode_attention, quantize_append, quantized_decode_attention):
+    for operation in (decode_attention, quantize_append, quantized_decode_attention, gptq_linear, gptq_dequantize):
         library.impl(operation.__name__, operation, "CUDA")
     return f"Triton {triton.__version__}"

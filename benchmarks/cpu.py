@@ -3,6 +3,8 @@ Speed of Qwen-1.8B's shape on a CPU: ours, transformers' Qwen2 and llama.cpp on 
 
     pip install gguf llama-cpp-python       for llama.cpp; it is left out where these are missing
     python benchmarks/cpu.py --threads 2
+    python benchmarks/cpu.py --threads 2 --disturbed    with and without another process that computes
+    python benchmarks/cpu.py --threads 1 2 4 8 16       ours with each number of threads
     python benchmarks/cpu.py --threads 2 --memory       how much memory ours takes at most
 
 Ours and Qwen2 decode through `generate`, greedily, with the caches that they choose; llama.cpp takes its own defaults
@@ -18,6 +20,9 @@ import copy
 import ctypes
 import gc
 import importlib.util
+import os
+import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -181,24 +186,34 @@ def weights_read(model) -> int:
     return sum(t.nbytes for name, t in model.state_dict().items() if "wte" not in name)
 
 
+def random_ids(config, length: int) -> torch.Tensor:
+    return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def our_engines(model) -> dict:
+    """Name to engine and the bytes of weights that it reads, in three precisions."""
+    models = {"ours, bfloat16": model, "ours, int8": int8_of(model), "ours, int4": int4_of(model)}
+    return {name: (Ours(each, QWenCache), weights_read(each)) for name, each in models.items()}
+
+
+def other_engines(model, threads: int, context: int, folder: Path, kinds: tuple) -> dict:
+    """The same of Qwen2 and, where it is installed, of llama.cpp with matrices of these kinds."""
+    read = weights_read(model)
+    engines = {"Qwen2, bfloat16": (Ours(qwen2_of(model), transformers.DynamicCache), read)}
+    for kind in kinds if HAS_LLAMA else ():
+        path = folder / f"{kind}.gguf"
+        write_gguf(model, path, kind)
+        name = f"llama.cpp, {kind.lower().replace('bf16', 'bfloat16')}"
+        engines[name] = Llama(path, threads, context + TOKENS), read * {"BF16": 64, "Q8_0": 34, "Q4_0": 18}[kind] // 64
+    return engines
+
+
 def speeds(threads: int, rounds: int, folder: Path) -> None:
     model = random_model("cpu")
     config = model.config
-    engines = {"ours, bfloat16": Ours(model, QWenCache)}
-    read = {"ours, bfloat16": weights_read(model)}
-    small = int8_of(model)
-    engines["ours, int8"], read["ours, int8"] = Ours(small, QWenCache), weights_read(small)
-    small = int4_of(model)
-    engines["ours, int4"], read["ours, int4"] = Ours(small, QWenCache), weights_read(small)
-    engines["Qwen2, bfloat16"] = Ours(qwen2_of(model), transformers.DynamicCache)
-    read["Qwen2, bfloat16"] = read["ours, bfloat16"]
-    if HAS_LLAMA:
-        for kind, name in (("BF16", "llama.cpp, bfloat16"), ("Q8_0", "llama.cpp, q8_0"), ("Q4_0", "llama.cpp, q4_0")):
-            path = folder / f"{kind}.gguf"
-            write_gguf(model, path, kind)
-            engines[name] = Llama(path, threads, max(CONTEXTS) + TOKENS)
-            read[name] = read["ours, bfloat16"] * {"BF16": 64, "Q8_0": 34, "Q4_0": 18}[kind] // 64
-    ids = torch.randint(config.vocab_size, (1, max(CONTEXTS)), generator=torch.Generator().manual_seed(0))
+    both = {**our_engines(model), **other_engines(model, threads, max(CONTEXTS), folder, ("BF16", "Q8_0", "Q4_0"))}
+    engines, read = ({name: each[i] for name, each in both.items()} for i in range(2))
+    ids = random_ids(config, max(CONTEXTS))
     source = torch.ones(1 << 28)
 
     taken = medians({name: lambda e=e: e.prefill(ids[:, :PREFILL]) for name, e in engines.items()}, rounds, "cpu")
@@ -219,6 +234,69 @@ def speeds(threads: int, rounds: int, folder: Path) -> None:
             speed = (read[name] + keys) * TOKENS / seconds / 1e9
             error = ((logits[name] - expected).norm() / expected.norm()).item()
             print(f"| {name} | {TOKENS / seconds:.2f} | {speed:.1f} | {speed / memory:.0%} | {error:.1%} |", flush=True)
+
+
+def disturbed(threads: int, rounds: int, folder: Path) -> None:
+    """Decoding beside a process that spins on one core, against the same alone, in turn."""
+    model, context = random_model("cpu"), min(CONTEXTS)
+    engines = {"ours, bfloat16": (Ours(model, QWenCache), weights_read(model))}
+    engines |= other_engines(model, threads, context, folder, ("BF16",))
+    spinning = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+
+    def beside(function):
+        os.kill(spinning.pid, signal.SIGCONT)
+        try:
+            function()
+        finally:
+            os.kill(spinning.pid, signal.SIGSTOP)
+
+    try:
+        os.kill(spinning.pid, signal.SIGSTOP)
+        cases = {}
+        for name, (engine, _) in engines.items():
+            engine.fill(random_ids(model.config, context))
+            cases[name, "alone"] = engine.decode
+            cases[name, "beside"] = lambda engine=engine: beside(engine.decode)
+        taken = medians(cases, rounds, "cpu")
+    finally:
+        spinning.kill()
+        spinning.wait()
+    print(f"\ndecoding behind {context} tokens, {threads} threads on {os.cpu_count()} cores, tokens/s\n")
+    print("| | alone | beside a process that spins | share |\n|---|---|---|---|")
+    for name in engines:
+        alone, beside_it = (TOKENS / taken[name, how] for how in ("alone", "beside"))
+        print(f"| {name} | {alone:.2f} | {beside_it:.2f} | {beside_it / alone:.2f} |")
+
+
+def by_threads(numbers: list[int], rounds: int) -> None:
+    """Ours with each number of threads, and what the sum of a large tensor reads with as many."""
+    engines, context, source = our_engines(random_model("cpu")), min(CONTEXTS), torch.ones(1 << 28)
+
+    def with_threads(number, function):
+        torch.set_num_threads(number)
+        function()
+
+    functions = {"memory": source.sum}
+    for name, (engine, _) in engines.items():
+        engine.fill(random_ids(engine.model.config, context))
+        functions[name] = engine.decode
+    cases = {
+        (name, number): lambda function=function, number=number: with_threads(number, function)
+        for number in numbers
+        for name, function in functions.items()
+    }
+    taken = medians(cases, rounds, "cpu")
+    config = next(iter(engines.values()))[0].model.config
+    keys = 4 * config.num_hidden_layers * config.hidden_size * (context + TOKENS // 2)
+    print(f"\ndecoding behind {context} tokens: tokens/s, and the share of what the sum of a large tensor reads\n")
+    print(f"| threads | memory, GB/s | {' | '.join(engines)} |\n|---|---|{'---|' * len(engines)}")
+    for number in numbers:
+        memory = source.nbytes / taken["memory", number] / 1e9
+        row = []
+        for name, (_, read) in engines.items():
+            speed = TOKENS / taken[name, number]
+            row.append(f"{speed:.2f} ({(read + keys) * speed / 1e9 / memory:.0%})")
+        print(f"| {number} | {memory:.1f} | {' | '.join(row)} |")
 
 
 def resident(field: str) -> int:
@@ -247,19 +325,27 @@ def memory(context: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure decoding on a CPU.")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: PyTorch's")
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="default: PyTorch's")
+    parser.add_argument("--disturbed", action="store_true", help="beside a process that spins, instead")
     parser.add_argument("--memory", action="store_true", help="the most memory that ours takes, instead")
     parser.add_argument("--folder", type=Path, help="for the GGUF files, 5.5 GB; default: a temporary one")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    threads = arguments.threads[0]
+    if len(arguments.threads) > 1 and (arguments.disturbed or arguments.memory):
+        parser.error("--disturbed and --memory take one number of threads.")
+    torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         if arguments.memory:
             memory(PREFILL)
+        elif arguments.disturbed:
+            disturbed(threads, arguments.rounds, Path(folder))
+        elif len(arguments.threads) > 1:
+            by_threads(arguments.threads, arguments.rounds)
         else:
-            speeds(arguments.threads, arguments.rounds, Path(folder))
+            speeds(threads, arguments.rounds, Path(folder))
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"\n{arguments.threads} threads, kernels: {kernels.implementation('cpu')}, {versions}")
+    print(f"\n{', '.join(map(str, arguments.threads))} threads, kernels: {kernels.implementation('cpu')}, {versions}")
 
 
 if __name__ == "__main__":

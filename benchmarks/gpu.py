@@ -3,6 +3,7 @@ Speed of Qwen on an NVIDIA GPU as a user gets it, beside transformers' Qwen2, an
 
     python benchmarks/gpu.py [--size 7B] [--gpt-fast FOLDER] [--sections generate batch prefill] [--quick]
 
+--sections int4: the same shapes with random codes of GPTQ, 4 bits, 128 inputs a group, beside bfloat16.
 --gpt-fast: a checkout of gpt-fast (https://github.com/pytorch-labs/gpt-fast), whose compiled loop is run with the same
 shapes. --seconds: what would begin later is left out, and said so. --quick: a small model on any device, to try this.
 
@@ -30,6 +31,7 @@ from kv_cache import kernels, modeling, qwen2_of
 from transformers import GenerationConfig
 
 QWenConfig = modeling.QWenConfig
+quantization = importlib.import_module(modeling.__name__.rpartition(".")[0] + ".qwen_quantization")
 quantized_sizes = kernels.quantized_sizes
 
 # hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, vocab_size
@@ -40,6 +42,7 @@ SIZES = {
     "72B": (8192, 80, 64, 49152, 152064),
     "tiny": (256, 2, 4, 512, 4096),
 }
+GREEDY = GenerationConfig(eos_token_id=None, pad_token_id=0, do_sample=False)
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
@@ -93,10 +96,9 @@ def arithmetic_rate() -> float:
     return 2 * n**3 / medians({"product": lambda: a @ b}, 20)["product"]
 
 
-def make_models(size: str):
-    """Ours and Qwen2 with the same random weights, in bfloat16 on the device."""
+def config_of(size: str):
     hidden, layers, heads, intermediate, vocab = SIZES[size]
-    config = QWenConfig(
+    return QWenConfig(
         vocab_size=vocab,
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -108,17 +110,39 @@ def make_models(size: str):
         use_dynamic_ntk=False,
         use_logn_attn=False,
     )
+
+
+def make_models(size: str):
+    """Ours and Qwen2 with the same random weights, in bfloat16 on the device."""
+    ours = make_model(config_of(size))
+    return ours, qwen2_of(ours)
+
+
+@torch.no_grad()
+def make_model(config):
+    """Ours in bfloat16 on the device; random weights, or codes where the configuration asks for GPTQ."""
     with torch.device("meta"):
-        ours = modeling.QWenLMHeadModel(config).to(torch.bfloat16)
-    ours.to_empty(device=DEVICE)
+        model = modeling.QWenLMHeadModel(config).to(torch.bfloat16)
+        quantization.replace_matrices(model)
+    model.to_empty(device=DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            if "ln_" in name:
-                parameter.fill_(1)
-            else:
-                parameter.normal_(std=0.02, generator=generator)
-    return ours.eval(), qwen2_of(ours)
+    for name, parameter in model.named_parameters():
+        if "ln_" in name:
+            parameter.fill_(1)
+        elif parameter.dtype == torch.bfloat16:
+            parameter.normal_(std=0.02, generator=generator)
+    for module in model.modules():
+        if isinstance(module, quantization.QuantizedLinear):
+            bits = module.format.bits
+            module.qweight.random_(-(2**31), 2**31 - 1, generator=generator)
+            module.qzeros.fill_(sum((2 ** (bits - 1) - 1) << at for at in range(0, 32, bits)))
+            module.scales.uniform_(0.8, 1.2, generator=generator).mul_(0.07 / 2**bits)  # weights deviate by 0.02
+            module.derive_groups()
+            module.set_order()
+            module.bias = module.bias if module.needs_bias else None
+    quantization.give_back_quantization(model)
+    model.generation_config = GREEDY
+    return model.eval()
 
 
 def weight_bytes(model) -> int:
@@ -236,6 +260,29 @@ def generates(ours, theirs, cases, bandwidth: float, tokens: int, deadline: floa
             table.row(name, rows, length, step * 1e3, f"{read / step / bandwidth:.0%}", first * 1e3, cold, peak)
 
 
+def quantised(ours, size: str, length: int, rows, bandwidth: float, tokens: int) -> None:
+    """With GPTQ matrices of 4 bits beside ours: the prompt, a token behind it, memory without the other model."""
+    table = Table("matrices", "weights GB", "rows", "prompt ms", "ms a token", "of the bandwidth", "peak GB")
+    config = config_of(size)
+    setattr(config, quantization.HELD, {"quant_method": "gptq", "bits": 4, "group_size": 128})
+    models = {"bfloat16": ours, "GPTQ, 4 bits": make_model(config)}
+    held = {name: sum(p.numel() * p.element_size() for p in model.parameters()) for name, model in models.items()}
+    ids = prompt(ours.config, 1, length)["input_ids"]
+    runs = {name: lambda m=model: m(ids, use_cache=True, logits_to_keep=1) for name, model in models.items()}
+    with torch.inference_mode():
+        prompts = medians(runs, 5)
+        peaks = {name: peak_memory(run) for name, run in runs.items()}
+    for name, model in models.items():
+        other = sum(held.values()) - held[name]
+        for n in rows:
+            found = []
+            peak = peak_memory(lambda: found.append(token_seconds(model, n, length, tokens)))  # noqa: B023
+            peak = max(peak, peaks[name]) - other / 1e9
+            read = weight_bytes(model) + cached_bytes(ours.config, n, length + tokens / 2)
+            share = f"{read / found[0][0] / bandwidth:.0%}"
+            table.row(name, held[name] / 1e9, n, prompts[name] * 1e3, found[0][0] * 1e3, share, peak)
+
+
 def batches(ours, theirs, rows: int, longest: int, tokens: int) -> None:
     """Left-padded prompts of a third to the whole of the longest."""
     table = Table("padded batch", "rows", "attention", "tokens/s", "peak GB")
@@ -333,8 +380,7 @@ def main() -> None:
     bandwidth, rate = read_bandwidth(), arithmetic_rate()
     print(f"a sum reads {bandwidth / 1e12:.2f} TB/s; bf16 matrix product: {rate / 1e12:.0f} TFLOP/s")
     ours, theirs = make_models(size)
-    for model in (ours, theirs):
-        model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0, do_sample=False)
+    theirs.generation_config = GREEDY
     with torch.inference_mode():
         ids = prompt(ours.config, 2, 50)["input_ids"]
         expected = theirs(ids).logits.float()
@@ -350,6 +396,7 @@ def main() -> None:
         "generate": lambda: generates(ours, theirs, cases, bandwidth, tokens, deadline),
         "launches": lambda: launches({"ours": ours, "Qwen2": theirs}, context, 9),
         "batch": lambda: batches(ours, theirs, 4 if arguments.quick else 64, 3 * long, tokens * 2),
+        "int4": lambda: quantised(ours, size, context, [1, 4] if arguments.quick else [1, 4, 16], bandwidth, tokens),
         "prefill": lambda: prefills(ours, theirs, [64] if arguments.quick else [2048, 8192, 32000], rate, 5),
     }
     failed = False

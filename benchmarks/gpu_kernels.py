@@ -1,7 +1,9 @@
 """
 The kernels of a decoding step on an NVIDIA GPU, one by one, beside cuBLAS and beside the bandwidth that was measured.
 
-    python benchmarks/gpu_kernels.py [--sizes 7B 72B] [--rows 1 4 16] [--tune]
+    python benchmarks/gpu_kernels.py [--sizes 7B 72B] [--rows 1 4 16] [--gptq 4 8] [--tune]
+
+--gptq: products with GPTQ matrices of so many bits instead, 128 inputs a group, beside cuBLAS on dequantised ones.
 
 Products of few rows with the shapes of the published models, as `GraphedSteps` calls them, then attention behind caches
 of several lengths. Microseconds are of one launch inside a CUDA graph of many, over copies of the weights that do not
@@ -135,6 +137,77 @@ def products(sizes, rows, tune: bool, bandwidth: float) -> None:
         torch.cuda.empty_cache()
 
 
+def gptq_launches(rows: int):
+    """Sensible entries of `triton_kernels.GPTQ_ROW`, or of `GPTQ_ROWS`."""
+    if rows == 1:
+        found = [(32, 64, 4, 8, 1), (32, 32, 4, 8, 1), (32, 32, 4, 4, 1), (16, 64, 4, 8, 1), (16, 64, 4, 4, 1)]
+        found += [(64, 32, 4, 8, 1), (64, 16, 4, 4, 1), (32, 32, 8, 4, 1), (32, 16, 16, 4, 1), (64, 16, 8, 4, 1)]
+        found += [(32, 128, 4, 16, 1), (32, 64, 4, 8, 2), (16, 32, 8, 4, 1), (32, 64, 2, 8, 1), (16, 64, 8, 8, 1)]
+        return [dict(zip(("BN", "SLOTS", "INTS", "num_warps", "STAGES"), launch)) for launch in found]
+    found = [(64, 4, 3, 4), (64, 4, 4, 2), (64, 4, 1, 4), (32, 2, 4, 4), (32, 4, 3, 4), (128, 4, 3, 2), (128, 8, 3, 4)]
+    found += [(64, 2, 3, 4), (32, 1, 4, 8)]
+    return [dict(zip(("BN", "num_warps", "STAGES", "programs"), launch)) for launch in found]
+
+
+def gptq_matrix(K: int, N: int, bits: int):
+    """Random codes, as `QuantizedLinear.tensors`."""
+    n = 32 // bits
+    words, zeros = (
+        torch.randint(-(2**31), 2**31 - 1, size, dtype=torch.int32, device="cuda")
+        for size in ((K // n, N), (K // 128, N // n))
+    )
+    scales = (torch.rand(K // 128, N, device="cuda") + 0.5).mul_(0.07 / 2**bits).half()
+    return words, zeros, scales, None, bits, 128, 1
+
+
+def gptq_product(shape, rows: int, copies: int, bits: int):
+    """As `product`; cuBLAS multiplies by one matrix that is dequantised on the way."""
+    _, K, N, normed, gated, biased, residual = shape
+    kind = {"dtype": torch.bfloat16, "device": "cuda"}
+    x = torch.randn(rows, K, **kind)
+    matrices = [gptq_matrix(K, N, bits) for _ in range(copies * (2 if gated else 1))]
+    norm, bias, stream = torch.ones(K, **kind), torch.randn(N, **kind), torch.randn(rows, N, **kind)
+
+    def ours(i, tuning=None):
+        y = kernels.rms_norm(x, norm, 1e-6) if normed and rows > 1 else x
+        return kernels.gptq_product(
+            y,
+            matrices[i],
+            bias if biased else None,
+            norm=norm if normed and rows == 1 else None,
+            eps=1e-6,
+            gate=matrices[copies + i] if gated else None,
+            residual=stream if residual else None,
+            tuning=tuning,
+        )
+
+    def cublas(i):
+        for j in (i, copies + i) if gated else (i,):
+            x @ kernels.gptq_dequantize(*matrices[j], torch.bfloat16)
+
+    return ours, cublas, sum(t.nbytes for m in matrices for t in m[:3]) // copies
+
+
+def gptq_products(sizes, rows, bits, tune: bool, bandwidth: float) -> None:
+    table = Table("GPTQ", "size", "bits", "rows", "ours µs", "of the bandwidth", "dequantised, cuBLAS µs", "best")
+    cases = [(size, b, m, shape) for size in sizes for b in bits for m in rows for shape in shapes(size)[:-1]]
+    for size, b, m, shape in cases:
+        copies = max(2, POOL // 2 // (shape[1] * shape[2] * (2 if shape[4] else 1) * b // 8))
+        ours, cublas, size_read = gptq_product(shape, m, copies, b)
+        best = []
+        for launch in gptq_launches(m) if tune else ():
+            try:
+                best.append((microseconds(functools.partial(ours, tuning=launch), copies, 3), launch))
+            except Exception as error:  # noqa: BLE001
+                print(launch, str(error)[:200])
+        best.sort(key=lambda pair: pair[0])
+        found = "; ".join(f"{t:.1f} {'/'.join(map(str, launch.values()))}" for t, launch in best)
+        took = microseconds(ours, copies)
+        share = f"{size_read / took * 1e6 / bandwidth:.0%}"
+        table.row(shape[0], size, b, m, took, share, microseconds(cublas, min(copies, 4)), found)
+        torch.cuda.empty_cache()
+
+
 def attention(sizes, rows, tune: bool, bandwidth: float) -> None:
     table = Table("attention", "size", "rows", "tokens", "bits", "µs", "of the bandwidth", "best")
     for size, bits, B, S in itertools.product(sizes, (16, 8, 4), rows, (128, 2048, 8192, 32000)):
@@ -186,11 +259,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Kernels of a decoding step, one by one.")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["7B"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--gptq", nargs="+", type=int, choices=(4, 8), help="bits")
     parser.add_argument("--tune", action="store_true")
     arguments = parser.parse_args()
     began = time.perf_counter()
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; a sum reads {bandwidth / 1e12:.2f} TB/s")
+    if arguments.gptq:
+        gptq_products(arguments.sizes, arguments.rows, arguments.gptq, arguments.tune, bandwidth)
+        return
     products(arguments.sizes, arguments.rows, arguments.tune, bandwidth)
     attention(arguments.sizes, [1, 16], arguments.tune, bandwidth)
     print(f"{time.perf_counter() - began:.0f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import types
 
@@ -44,7 +46,7 @@ def native():
     return found["instructions"]
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16", "neon", "neon_bf16"])
 def level(native, request):
     """Each instruction set that this CPU has."""
     try:
@@ -117,17 +119,28 @@ def test_linear_int8(level, groups):
             torch.testing.assert_close(reference.double(), expected, rtol=unit, atol=unit * expected.abs().max())
 
 
-def block_inputs(dtype=torch.float32, int8=False, bits=16, T=2):
-    """Arguments of `decode_block` for 2 rows, 3 heads of 32 channels, 40 tokens in the cache and T new ones."""
+def block_inputs(dtype=torch.float32, kind="float", bits=16, T=2):
+    """Arguments of `decode_blocks` for 2 rows, 3 heads of 32 channels, 40 tokens in the cache and T new ones."""
     torch.manual_seed(0)
     B, nh, hd, hidden, width, S = 2, 3, 32, 80, 72, 40
-    matrices = []
+    matrices, formats = [], []
     for out, inputs in ((3 * nh * hd, hidden), (hidden, nh * hd), (width, hidden), (width, hidden), (hidden, width)):
         weight, bias = torch.randn(out, inputs) * inputs**-0.5, torch.randn(out).to(dtype)
-        if int8:
-            matrices += [(weight * 40).round().clamp(-128, 127).to(torch.int8), bias, torch.rand(out) / 40]
+        format = [0, 0, 0]
+        if kind == "int8":
+            codes, scale = (weight * 40).round().clamp(-128, 127).to(torch.int8), torch.rand(out) / 40
+            matrices += [codes, bias, scale, None, None]
+        elif kind == "float":
+            matrices += [weight.to(dtype), bias if out == hidden else None, None, None, None]
         else:
-            matrices += [weight.to(dtype), bias if out == hidden else None, None]
+            format = [int(kind[-1]), 16, 1]
+            n, groups = 32 // format[0], -(-inputs // 16)
+            sizes = (inputs // n, out), (groups, out // n)
+            words = [torch.randint(-(2**31), 2**31, size).int() for size in sizes]
+            scale = (torch.rand(groups, out) * 0.3 / 2 ** format[0] / inputs**0.25).half()
+            g_idx = (torch.arange(inputs) // 16)[torch.randperm(inputs)].int() if out == width else None
+            matrices += [words[0], bias, scale, words[1], g_idx]
+        formats += format
     angles = torch.rand(1, 1, T, hd // 2)
     k, v = (torch.randn(B, nh, S, hd).to(dtype) for _ in range(2))
     if bits == 16:
@@ -142,33 +155,52 @@ def block_inputs(dtype=torch.float32, int8=False, bits=16, T=2):
     norms = [torch.rand(hidden).to(dtype) + 0.5 for _ in range(2)]
     scale = torch.rand(B, 1, T, 1) + 1
     x = torch.randn(B, T, hidden).to(dtype)
-    return x, norms, matrices, angles.cos(), angles.sin(), scale, tensors, S, mask, 1e-6, hd**-0.5, True
+    return x, norms, matrices, formats, angles.cos(), angles.sin(), scale, tensors, S, mask, 1e-6, hd**-0.5, True
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("kind", ["float", "int8", "GPTQ 4", "GPTQ 8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_block_equals_its_operations(level, dtype, int8, bits, monkeypatch):
+def test_a_block_equals_its_operations(level, dtype, kind, bits, monkeypatch):
     """In PyTorch and float32, from the same stores; rows for the kernel and rows for the library of products."""
     for T in (1, 4, 6):
-        ours, theirs = block_inputs(dtype, int8, bits, T), block_inputs(dtype, int8, bits, T)
-        y = operators.decode_block(*ours)
+        ours, theirs = block_inputs(dtype, kind, bits, T), block_inputs(dtype, kind, bits, T)
+        y = operators.decode_blocks(*ours)
         with monkeypatch.context() as patch:  # the references of the operations inside, too
             patch.setattr(
                 kernels,
                 "_OPERATORS",
                 types.SimpleNamespace(**{name: parts[1] for name, parts in kernels.OPERATIONS.items()}),
             )
-            expected = kernels.decode_block_reference(*theirs)
+            expected = kernels.decode_blocks_reference(*theirs)
         assert y.dtype == dtype
         bound = 1e-5 if dtype == torch.float32 else 1.5e-2
         bound = max(bound, 2e-3) if bits < 16 else bound  # a code may fall to the other side
         assert (y.float() - expected.float()).norm() < bound * expected.float().norm()
-        for a, b in zip(ours[6], theirs[6]):
+        for a, b in zip(ours[7], theirs[7]):
             if bits == 16:
                 torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=2e-2)
             else:
                 assert (a == b).float().mean() > (0.99 if dtype == torch.float32 else 0.9)
+
+
+def test_blocks_follow_each_other(native):
+    """Two blocks with weights and stores of their own."""
+    one, other = (block_inputs(T=1) for _ in range(2))
+    for norm in other[1]:
+        norm.mul_(2)
+    x = operators.decode_blocks(*one)
+    expected = operators.decode_blocks(x, *other[1:])
+    fresh = [block_inputs(T=1)[7] for _ in range(2)]
+    lists = {i: one[i] + other[i] for i in (1, 2, 3)}
+    lists[7] = fresh[0] + fresh[1]
+    both = [lists.get(i, each) for i, each in enumerate(one)]
+    for blocks in (operators.decode_blocks, kernels.decode_blocks_reference):
+        torch.testing.assert_close(blocks(*both), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(lists[7], one[7] + other[7]):
+        torch.testing.assert_close(a[:, :, :41], b[:, :, :41], rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="are not those of whole blocks"):
+        operators.decode_blocks(one[0], one[1] * 2, *one[2:])
 
 
 def test_linear_keeps_leading_dimensions_and_empty_batches(native):
@@ -477,6 +509,107 @@ def test_rotary(level, dtype, rotated):
     assert_close(one, kernels.rotary_reference(x, cos[:1], sin[:1]).double(), dtype)
 
 
+# --- Threads -----------------------------------------------------------------------------------------------------
+
+
+def in_pieces():
+    """A function for each operation, of sizes that are handed out in several pieces; it returns what was computed."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 1000).bfloat16()
+    weight, bias = torch.randn(2001, 1000).bfloat16(), torch.randn(2001)
+    int8, scale = torch.randint(-128, 128, (2001, 1000), dtype=torch.int8), torch.rand(2001)
+    packed = [torch.randint(-(2**31), 2**31, size, dtype=torch.int32) for size in ((64, 2048), (4, 256))]
+    packed.append(torch.rand(4, 2048).half())
+    q, k, v = (torch.randn(2, 4, n, 64).bfloat16() for n in (2, 1500, 1500))
+    norm, angles = torch.randn(64).bfloat16(), torch.rand(1, 1, 1500, 32)
+
+    def append(bits):
+        return torch.cat(store(k, bits), -1)
+
+    functions = {
+        "linear": lambda: kernels.linear(x, weight, bias),
+        "linear, one row": lambda: kernels.linear(x[:1], weight, bias),
+        "linear, int8": lambda: kernels.linear(x, int8, bias, scale),
+        "gptq": lambda: kernels.gptq_linear(x[:, :512], *packed, None, 4, 128, 1),
+        "gptq, dequantised": lambda: kernels.gptq_dequantize(*packed, None, 4, 128, 1, torch.float32),
+        "attention": lambda: kernels.decode_attention(q, k, v),
+        "norm": lambda: kernels.rms_norm(k, norm, 1e-6),
+        "rotary": lambda: kernels.rotary(k, angles.cos(), angles.sin()),
+        "block": lambda: operators.decode_blocks(*block_inputs(torch.bfloat16, T=3)),
+    }
+    for bits in (8, 4):
+        stored = store(k, bits) + store(v, bits)
+        functions[f"append, {bits} bits"] = functools.partial(append, bits)
+        functions[f"attention, {bits} bits"] = functools.partial(kernels.quantized_decode_attention, q, *stored)
+    return functions
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_results_are_the_same_bits_whatever_the_number_of_threads(level, threads):
+    functions = in_pieces()
+    threads(1)
+    alone = {name: function() for name, function in functions.items()}
+    for number in (2, 3, 5):
+        threads(number)
+        for name, function in functions.items():
+            for _ in range(5):
+                assert torch.equal(function(), alone[name]), (name, number)
+
+
+def test_python_threads_compute_at_once(native, threads):
+    """Each has a team of its own; none waits for another forever."""
+    functions = in_pieces()
+    threads(1)
+    alone = {name: function() for name, function in functions.items()}
+    wrong = []
+
+    def compute(seed):
+        torch.set_num_threads(2)
+        names = list(functions) * 10
+        random.Random(seed).shuffle(names)
+        wrong.extend(name for name in names if not torch.equal(functions[name](), alone[name]))
+
+    at_once = [threading.Thread(target=compute, args=(seed,), daemon=True) for seed in range(4)]
+    for thread in at_once:
+        thread.start()
+    for thread in at_once:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in at_once)
+    assert wrong == []
+
+
+FORK = """
+import importlib, os, signal, sys, types
+import torch
+package = types.ModuleType("qwen")
+package.__path__ = [sys.argv[1]]
+sys.modules["qwen"] = package
+kernels = importlib.import_module("qwen.qwen_ops")
+torch.set_num_threads(3)
+x, weight = torch.randn(1, 1000).bfloat16(), torch.randn(2000, 1000).bfloat16()
+expected = kernels.linear(x, weight)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)  # what hangs is ended
+    os._exit(0 if torch.equal(kernels.linear(x, weight), expected) else 1)
+failed = os.waitpid(child, 0)[1] != 0
+sys.exit(failed or not torch.equal(kernels.linear(x, weight), expected))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_has_threads_of_its_own(native):
+    done = subprocess.run([sys.executable, "-c", FORK, str(ROOT)], timeout=300)
+    assert done.returncode == 0
+
+
 # --- Operators ---------------------------------------------------------------------------------------------------
 
 
@@ -494,7 +627,7 @@ def operator_inputs():
         "quantized_decode_attention": (q, *stored, None, 0.2, True),
         "rms_norm": (x, torch.randn(20).bfloat16(), 1e-6),
         "rotary": (k, angles.cos(), angles.sin()),
-        "decode_block": block_inputs(torch.bfloat16, bits=8),
+        "decode_blocks": block_inputs(torch.bfloat16, bits=8),
         "gptq_linear": (x.repeat(1, 1, 2)[..., :32], *packed, None, 4, 16, 1, None),
         "gptq_dequantize": (*packed, None, 4, 16, 1, torch.float32),
     }
@@ -547,7 +680,7 @@ def test_exports(native, monkeypatch):
     with torch.no_grad():
         program = torch.export.export(Step(), decode_inputs())
         called = {str(node.target).split(".")[1] for node in program.graph.nodes if "qwen_" in str(node.target)}
-        expected = set(operator_inputs()) - {"decode_block", "gptq_linear", "gptq_dequantize"}
+        expected = set(operator_inputs()) - {"decode_blocks", "gptq_linear", "gptq_dequantize"}
         if not inspect.signature(torch.export.export).parameters["strict"].default:
             # From torch 2.7 on layers are exported as PyTorch has them. One rounding less, and int4 takes another code.
             expected -= {"linear", "rms_norm", "rotary"}

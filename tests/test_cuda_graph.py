@@ -15,6 +15,7 @@ import torch
 import transformers
 from conftest import TRITON_DEVICE as DEVICE
 from conftest import random_ids, tiny_model
+from test_quantization import with_codes
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
@@ -43,6 +44,8 @@ def on_any_device(monkeypatch):
     if DEVICE == "cpu":
         for entry in triton_kernels.PRODUCT.values():
             monkeypatch.setitem(entry, "BN", 64)
+        monkeypatch.setitem(triton_kernels.GPTQ_ROW, "SLOTS", 2)
+        monkeypatch.setitem(triton_kernels.GPTQ_ROW, "BN", 64)
         for entry in triton_kernels.TUNING.values():
             monkeypatch.setitem(entry, "programs", 2)
 
@@ -165,6 +168,37 @@ def test_steps_compute_what_the_network_computes(model, bits, lengths):
     assert ours.get_seq_length() == theirs.get_seq_length()
     if DEVICE == "cpu":
         near(ours.storages()[-1][:, :, : ours.get_seq_length()], theirs.storages()[-1][:, :, : ours.get_seq_length()])
+
+
+@needs_loop
+@pytest.mark.parametrize("lengths", [(21,), (21, 7)])
+@pytest.mark.parametrize(
+    "kind", [{"bits": 4}, {"bits": 8, "group_size": -1, "sym": False}, {"bits": 4, "desc_act": True}], ids=str
+)
+def test_matrices_of_gptq(kind, lengths, steps_taken):
+    """One row and several; inputs in any order, for which there is no kernel, too."""
+    with torch.no_grad():
+        model = with_codes(small_model(no_bias="desc_act" not in kind), **kind)
+    ids, mask = padded(*lengths)
+    settings = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    ours, theirs = (
+        run(model, ids, mask, **settings, past_key_values=caches.QWenCache()) for run in (generate, ordinary)
+    )
+    assert torch.equal(ours.sequences, theirs.sequences)
+    near(torch.stack(ours.logits), torch.stack(theirs.logits), 1e-5)
+    assert steps_taken[0] == 2
+
+
+@needs_loop
+def test_codes_of_another_matrix_are_not_those_of_before(steps_taken):
+    with torch.no_grad():
+        model = with_codes(small_model(num_hidden_layers=1))
+    ids, _ = padded(9)
+    for change in (lambda mlp: None, lambda mlp: vars(mlp)["_modules"].update(w1=mlp.w2, w2=mlp.w1)):
+        change(model.transformer.h[0].mlp)
+        found = generate(model, ids, max_new_tokens=2, past_key_values=caches.QWenCache())
+        assert torch.equal(found, ordinary(model, ids, max_new_tokens=2))
+    assert steps_taken[0] == 2
 
 
 @needs_loop

@@ -54,6 +54,25 @@ def matrices(model):
     return {name: module for name, module in model.named_modules() if ".h." in name and isinstance(module, nn.Linear)}
 
 
+def with_codes(model, bits=4, group_size=32, **kind):
+    """The model, its blocks with random codes for matrices."""
+    format = quantization.check_quantization_config(
+        {"quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": kind.get("desc_act", False)}
+    )
+    for seed, (name, module) in enumerate(matrices(model).items()):
+        sizes = module.in_features, module.out_features
+        new = quantization.QuantizedLinear(*sizes, format, device=module.weight.device, dtype=module.weight.dtype)
+        parts, _ = random_matrix(*sizes, bits, group_size, seed=seed, **kind)
+        with torch.no_grad():
+            for part, tensor in parts.items():
+                getattr(new, part).copy_(tensor)
+        new.bias = module.bias
+        new.set_order()
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)
+    return model
+
+
 def make(folder, bits=4, group_size=32, biases="all", with_g_idx=True, files=1, **kind):
     """
     A checkpoint as published ones are, and the same network in float32 with the weights that it stands for.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import modeling_qwen, needs_sdpa, random_ids, tiny_model
 from qwen.transformers_compat import DynamicCache
+from test_quantization import with_codes
 from torch import nn
 
 qwen_cache = importlib.import_module("qwen.qwen_cache")
@@ -85,6 +86,22 @@ def test_equals_the_layers_over_a_quantised_cache(bits):
             expected = [model(ids[:, i : i + 1], past_key_values=other).logits for i in range(24, 30)]
     assert len(calls) == 6 * 3
     torch.testing.assert_close(torch.cat(logits, 1), torch.cat(expected, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [{"bits": 4}, {"bits": 8, "sym": False}, {"bits": 4, "desc_act": True}], ids=str)
+def test_matrices_of_gptq(kind, dtype):
+    """Steps of few rows, for which there is a kernel, and of many."""
+    with torch.no_grad():
+        model = with_codes(tiny_model(**NTK_LOGN).to(dtype), **kind)
+    for rows in (1, 9):
+        ids = random_ids(rows, 26)
+        ours, theirs = (filled(model, make, ids[:, :24]) for make in (QWenCache, DynamicCache))
+        with torch.no_grad():
+            with without_layers():
+                found = model(ids[:, 24:], past_key_values=ours).logits
+            expected = model(ids[:, 24:], past_key_values=theirs).logits
+        assert (found - expected).norm() <= (2e-5 if dtype == torch.float32 else 0.05) * expected.norm()
 
 
 def test_masks_positions_and_what_is_kept():

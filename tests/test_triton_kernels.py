@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TRITON_DEVICE as DEVICE
 from test_cpp_kernels import attention, empty_store, in_storage, kernels, random_mask, restored, store
+from test_quantization import SHAPES, random_matrix
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
@@ -161,6 +162,100 @@ def test_kernels_that_do_not_run_are_not_taken(monkeypatch):
         triton_kernels.register(Library(), DEVICE)
 
 
+# --- Matrices of GPTQ --------------------------------------------------------------------------------------------
+
+# Several rounds and programs of small matrices; None: as they are launched
+ONE_ROW = {"BN": 64, "SLOTS": 4, "INTS": 4, "num_warps": 1, "STAGES": 1}
+ROWS = {"BN": 64, "num_warps": 2, "STAGES": 1, "programs": 2}
+# shape, dtype, rows, launch
+PRODUCTS = [
+    (shape, torch.float32, *launch) for shape in SHAPES for launch in ((1, ONE_ROW), (3, ROWS))
+    if shape not in ("groups that fill no integer", "any order", "any order, int8")
+]  # fmt: skip
+PRODUCTS += [
+    (shape, dtype, *launch)
+    for shape in ("whole tiles", "short groups", "int8")
+    for dtype in (torch.float16, torch.bfloat16)
+    for launch in ((1, None), (20, None))
+    if DEVICE != "cpu" or dtype != torch.bfloat16 or launch[0] == 1  # the interpreter takes its matrices for integers
+]
+
+
+def gptq(shape, seed=0):
+    """A matrix as the operations take it, and what it stands for, float64 (in, out)."""
+    inputs, outputs, kind = SHAPES[shape]
+    parts, weight = random_matrix(inputs, outputs, **kind, seed=seed)
+    tensors = [parts[name].to(DEVICE) for name in ("qweight", "qzeros", "scales")]
+    g_idx = parts["g_idx"].to(DEVICE) if kind.get("desc_act") else None
+    return (*tensors, g_idx, kind["bits"], kind.get("group_size", inputs), int(not kind.get("v2"))), weight.t()
+
+
+def test_which_matrices_have_kernels():
+    without = {name for name in SHAPES if not triton_kernels.takes_gptq(*gptq(name)[0])}
+    assert without == {"groups that fill no integer", "any order", "any order, int8"}
+
+
+@pytest.mark.parametrize(("shape", "dtype", "rows", "tuning"), PRODUCTS, ids=str)
+def test_products_with_matrices_of_gptq(shape, dtype, rows, tuning):
+    """With everything that a step asks for, against float64."""
+    (matrix, weight), (gate, gate_weight) = gptq(shape), gptq(shape, seed=1)
+    (K, N), generator = weight.shape, torch.Generator().manual_seed(0)
+    x, residual, bias, gate_bias, norm = (
+        torch.randn(size, generator=generator).to(dtype) for size in ((rows, K), (rows, N), (N,), (N,), (K,))
+    )
+    share = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}[dtype]
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        share *= 3  # the interpreter cuts digits off
+
+    def near(found, expected):
+        assert found.dtype == dtype
+        assert (found.cpu().double() - expected).norm() <= share * expected.norm()
+
+    def product(*tensors, **settings):
+        settings = {name: s.to(DEVICE) if torch.is_tensor(s) else s for name, s in settings.items()}
+        return triton_kernels.gptq_product(
+            x.to(DEVICE), matrix, *(t.to(DEVICE) for t in tensors), **settings, tuning=tuning
+        )
+
+    exact = x.double() @ weight
+    near(product(bias, residual=residual), exact + bias.double() + residual.double())
+    gated = torch.nn.functional.silu(x.double() @ gate_weight + gate_bias.double())
+    near(product(bias, gate=gate, gate_bias=gate_bias), (exact + bias.double()) * gated)
+    if rows == 1:
+        normed = x.double() / (x.double().pow(2).mean() + 1e-6).sqrt() * norm.double()
+        near(product(norm=norm, eps=1e-6), normed @ weight)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_dequantised_matrices_of_gptq(dtype, shape):
+    """Equal, also of a block of outputs, which is a view."""
+    matrix, _ = gptq(shape)
+    found = triton_kernels.gptq_dequantize(*matrix, dtype)
+    expected = kernels.gptq_dequantize_reference(*matrix, dtype)
+    if DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts digits off
+        assert (found.double() - expected.double()).abs().max() <= 2.0**-7 * expected.abs().max()
+        return
+    assert torch.equal(found, expected)
+    n = 32 // matrix[4]
+    some = matrix[0][:, n : 3 * n], matrix[1][:, 1:3], matrix[2][:, n : 3 * n], *matrix[3:]
+    assert torch.equal(triton_kernels.gptq_dequantize(*some, dtype), expected[:, n : 3 * n])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rows", [0, 2, 70])
+def test_linear_with_matrices_of_gptq(shape, rows, monkeypatch):
+    """Any matrix and any number of rows, by a kernel or by dequantising."""
+    monkeypatch.setattr(kernels, "gptq_dequantize", triton_kernels.gptq_dequantize)
+    matrix, weight = gptq(shape)
+    x = torch.randn(rows, 2 * weight.shape[0], generator=torch.Generator().manual_seed(0))[:, ::2]
+    bias = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(1))
+    y = triton_kernels.gptq_linear(x.to(DEVICE)[None], *matrix, bias.to(DEVICE))
+    assert y.shape == (1, rows, weight.shape[1])
+    if rows:
+        close(y[0], x.double() @ weight + bias.double(), 2e-6)
+
+
 # --- On a GPU ----------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +265,10 @@ def gpu_inputs():
     stored = on_device(*store(k, 8), *store(v, 8))
     codes, params = on_device(*empty_store(2, 3, 45, 64, 4))
     q, k, v = (t.to(DEVICE) for t in (q, k, v))
+    matrix, weight = gptq("whole tiles")
     return {
+        "gptq_linear": (torch.randn(2, 3, weight.shape[0], device=DEVICE), *matrix, None),
+        "gptq_dequantize": (*matrix, torch.float16),
         "decode_attention": (q, k, v, torch.rand(2, 1, 2, 40, device=DEVICE) < 0.5, 0.2, False),
         "quantize_append": (codes, params, k, 5),
         "quantized_decode_attention": (q, *stored, None, 0.2, True),
@@ -178,7 +276,10 @@ def gpu_inputs():
 
 
 @needs_gpu
-@pytest.mark.parametrize("name", ["decode_attention", "quantize_append", "quantized_decode_attention"])
+@pytest.mark.parametrize(
+    "name",
+    ["decode_attention", "quantize_append", "quantized_decode_attention", "gptq_linear", "gptq_dequantize"],
+)
 def test_opcheck(name):
     arguments = gpu_inputs()[name]
     getattr(kernels._OPERATORS, name)(*arguments)  # registers the kernels
