@@ -20,6 +20,8 @@ from matrix import LACKING
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # they would copy remote code to one place at once
+    os.environ["HF_MODULES_CACHE"] = str(ROOT / ".cache" / "modules" / os.environ["PYTEST_XDIST_WORKER"])
 transformers = importlib.import_module("transformers")
 
 # The models are tiny: threads would only wait for each other. The variable is for the processes that tests start.
