@@ -96,7 +96,7 @@ def options(program: str) -> set[str]:
 def test_programs_know_the_options_that_are_named(page):
     unknown = []
     for program, arguments in commands(page):
-        if program == "tools/serve.py":  # takes those of `transformers serve`
+        if program in ("tools/serve.py", "evaluation/qwen_lm.py"):  # take those of `transformers serve` and `lm_eval`
             continue
         named = re.findall(r"(?<=\s)--?[a-zA-Z][\w-]*", arguments)
         unknown += [f"{program} {option}" for option in named if option not in options(program)]
@@ -144,7 +144,8 @@ def in_chinese(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if in_chinese(page).exists()], ids=lambda page: page.name)
 def test_both_languages_show_the_same_code(page):
     english, chinese = (
-        [(language, same_for_both(language, code)) for language, code in blocks(one)] for one in (page, in_chinese(page))
+        [(language, same_for_both(language, code)) for language, code in blocks(one)]
+        for one in (page, in_chinese(page))
     )
     assert english == chinese
 

@@ -75,7 +75,7 @@ def test_the_head_is_the_cards():
     for line in ("language:\n- zh\n- en", "tags:\n- qwen", "pipeline_tag: text-generation", "inference: false"):
         assert f"\n{line}\n" in f"\n{head}\n"
     assert "\nlicense: apache-2.0\n" in head
-    assert "Apache License" in read("LICENSE").splitlines()[0]
+    assert "Apache License" in read("LICENSE").strip().splitlines()[0]
 
 
 @pytest.mark.parametrize("page", PAGES)
