@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 RELEASES ?=
 
 # What tests the documents: their snippets, commands, figures and links.
-DOCUMENTS := $(wildcard $(addprefix tests/test_,readme.py docs.py model_card.py tokenization_docs.py faq.py \
+DOCUMENTS := $(wildcard $(addprefix tests/test_,readme.py docs.py model_card.py tokenization_docs.py faq.py deployment.py \
 	published_programs.py)) tests/test_estimate_memory.py::test_figures_of_the_page \
 	tests/test_finetune.py::test_snippets_of_the_pages
 

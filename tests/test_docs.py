@@ -16,8 +16,8 @@ from conftest import HAS_STATIC, ROOT, lacks
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "README_CN.md", ROOT / "benchmarks" / "RESULTS.md", *DOCS]
-# Whose snippets other tests run: test_tokenization_docs.py, test_finetune.py, test_faq.py.
-ELSEWHERE = {"tokenization", "finetuning", "faq"}
+# Whose snippets other tests run: test_tokenization_docs.py, test_finetune.py, test_faq.py, test_deployment.py.
+ELSEWHERE = {"tokenization", "finetuning", "faq", "deployment"}
 
 
 def read(page) -> str:
@@ -82,8 +82,11 @@ def commands(page) -> list[tuple[str, str]]:
 
 
 def options(program: str) -> set[str]:
-    """The options that a program knows, as its source names them."""
+    """The options that a program knows, as its source and that of its imports from the same folder name them."""
     source = read(ROOT / program)
+    beside = (ROOT / program).parent
+    imported = [beside / f"{name}.py" for name in re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE)]
+    source += "".join(read(file) for file in imported if file.exists())
     found = set(re.findall(r"[\"'](--?[a-z][\w-]*)[\"']", source))
     if program.startswith("finetune/finetune"):
         source = read(ROOT / "finetune" / "finetune.py")
@@ -193,7 +196,9 @@ def test_both_languages_have_the_same_figures(page):
 # --- Links -------------------------------------------------------------------------------------------------------
 
 # Named in our pages, but programs of QwenLM/Qwen.
-PUBLISHED = re.compile(r"examples/(react_prompt\.md|react_demo|vllm_wrapper|function_call_examples|tokenizer_showcase)")
+PUBLISHED = re.compile(
+    r"examples/(react_prompt\.md|react_demo|vllm_wrapper|function_call_examples|tokenizer_showcase|add_merges)"
+)
 
 
 def _anchors(page) -> set[str]:
