@@ -47,6 +47,8 @@ def test_snippets(page, capsys, monkeypatch, tmp_path):
         lacks("has no DynamicCache for the pages of docs/")
     if subject(page) == "loading" and not HAS_STATIC:
         lacks("has no static cache for all layers")
+    if "from llama_cpp import" in read(page):
+        pytest.importorskip("llama_cpp")
     monkeypatch.chdir(ROOT)
     namespace: dict = quantised(tmp_path) if subject(page) == "quantisation" else {}
     for _, block in blocks(page, "python"):
