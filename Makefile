@@ -1,5 +1,5 @@
-# make demo: see the demo checkpoint answer.  make finetune: teach it facts.  make test: run the tests.  They make
-# .venv first.
+# make demo: see the demo checkpoint answer.  make finetune: teach it facts.  make test: run the tests.  make docs: test
+# the documents.  They make .venv first, with PYTHON, which may be 3.8 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 EVALUATION := .cache/evaluation
@@ -7,7 +7,21 @@ PY := $(VENV)/bin/python
 # Releases of transformers for `make matrix`, or newest, or newest-torch; none: all, which writes docs/compatibility.md.
 RELEASES ?=
 
-.PHONY: demo finetune test lint matrix conformance evaluation-test evaluate retrain clean
+# What tests the documents: their snippets, commands, figures and links.
+DOCUMENTS := $(wildcard $(addprefix tests/test_,readme.py docs.py model_card.py tokenization_docs.py faq.py deployment.py \
+	published_programs.py)) tests/test_estimate_memory.py::test_figures_of_the_page \
+	tests/test_finetune.py::test_snippets_of_the_pages
+
+# .venv keeps its Python: to ask for another one would do nothing.
+ifeq ($(origin PYTHON),command line)
+ifneq ($(wildcard $(PY)),)
+ifneq ($(shell $(PYTHON) --version),$(shell $(PY) --version))
+$(error $(VENV) has $(shell $(PY) --version), which is not $(PYTHON). Remove it first: make clean)
+endif
+endif
+endif
+
+.PHONY: demo finetune test docs lint matrix conformance evaluation-test evaluate retrain clean
 
 demo: $(VENV)/run.stamp
 	$(PY) examples/quickstart.py demo
@@ -24,6 +38,9 @@ finetune: $(VENV)/finetune.stamp
 
 test: $(VENV)/dev.stamp
 	$(PY) -m pytest
+
+docs: $(VENV)/dev.stamp
+	$(PY) -m pytest $(DOCUMENTS)
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .

@@ -7,10 +7,12 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
 import types
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -176,3 +178,14 @@ def pytest_configure(config):
     expected = os.environ.get("QWEN_EXPECT_TRANSFORMERS", transformers.__version__)
     if transformers.__version__ != expected:
         raise pytest.UsageError(f"asked for transformers {expected}, found {transformers.__version__}")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in one line how many tests were skipped for want of a file, and how to have them run."""
+    skipped = [r.longrepr[2] for r in terminalreporter.stats.get("skipped", ()) if isinstance(r.longrepr, tuple)]
+    reasons = Counter(reason[len("Skipped: ") :] if reason.startswith("Skipped: ") else reason for reason in skipped)
+    files = [f"{n} need{reason[5:]}" for reason, n in reasons.most_common() if re.match(r"needs .*\bQWEN_", reason)]
+    others = sum(n for reason, n in reasons.items() if not re.match(r"needs .*\bQWEN_", reason))
+    files += [f"{others} need what is not here (pytest -rs lists it)"] * bool(others)
+    if files:
+        terminalreporter.write_line(f"Skipped tests: {'; '.join(files)}.")

@@ -1,31 +1,170 @@
-"""The snippets of docs/*.md run, in order, and print what they say."""
+"""The documents: snippets run and print what they say, commands have their options, languages agree, links lead on."""
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import re
+import subprocess
+import sys
+import tokenize
+from dataclasses import fields
 
 import pytest
 import transformers
 from conftest import HAS_STATIC, ROOT, lacks
 
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "README_CN.md", ROOT / "benchmarks" / "RESULTS.md", *DOCS]
+# Whose snippets other tests run: test_tokenization_docs.py, test_finetune.py, test_faq.py, test_deployment.py.
+ELSEWHERE = {"tokenization", "finetuning", "faq", "deployment"}
 
-@pytest.mark.parametrize("name", ["chat", "caches", "loading"])
-def test_snippets(name, capsys, monkeypatch):
+
+def read(page) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page, language: str = r"\w*") -> list[tuple[str, str]]:
+    """(language, code) of a page's blocks of code."""
+    return re.findall(rf"^ *```({language})\n(.*?)^ *```$", read(page), re.DOTALL | re.MULTILINE)
+
+
+def subject(page) -> str:
+    return page.stem[:-3] if page.stem.endswith("_zh") else page.stem
+
+
+# --- Snippets and commands ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in DOCS if subject(page) not in ELSEWHERE and blocks(page, "python")],
+    ids=lambda page: page.stem,
+)
+def test_snippets(page, capsys, monkeypatch, tmp_path):
+    """In order, in one namespace. Comments at the beginning of a line are what a snippet prints."""
     if not hasattr(transformers, "DynamicCache"):
         lacks("has no DynamicCache for the pages of docs/")
-    if name == "loading" and not HAS_STATIC:
+    if subject(page) == "loading" and not HAS_STATIC:
         lacks("has no static cache for all layers")
+    if "from llama_cpp import" in read(page):
+        pytest.importorskip("llama_cpp")
     monkeypatch.chdir(ROOT)
-    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= 7
-    namespace: dict = {}
-    for block in blocks:
-        exec(compile(block, f"{name}.md", "exec"), namespace)
+    namespace: dict = quantised(tmp_path) if subject(page) == "quantisation" else {}
+    for _, block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), namespace)
         printed = capsys.readouterr().out.splitlines()
         promised = [line[2:] for line in block.splitlines() if line.startswith("# ")]
         assert printed == promised, block
+
+
+def quantised(folder) -> dict:
+    """The names that the page about 8 and 4 bits takes for granted: a checkpoint, and one in 4 bits."""
+    peft = pytest.importorskip("peft")
+    command = [sys.executable, ROOT / "tools" / "quantize_weights.py", "demo", folder / "int4", "--bits", "4"]
+    subprocess.run([*command, "--method", "rtn"], check=True, timeout=300)
+    paths = {"PATH": str(ROOT / "demo"), "PATH_INT4": str(folder / "int4")}
+    classes = {"AutoModelForCausalLM": transformers.AutoModelForCausalLM, "LoraConfig": peft.LoraConfig}
+    return {**paths, **classes, "get_peft_model": peft.get_peft_model}
+
+
+PROGRAM = r"(?:tools|examples|evaluation|finetune|benchmarks|demo|tests)/\w+\.(?:py|sh)"
+
+
+def lines_of_code(page) -> str:
+    """The lines of a page's blocks of code, and what stands in back quotes in its text, a line each."""
+    texts = [code.replace("\\\n", " ") for _, code in blocks(page)]
+    prose = re.sub(r"^ *```.*?^ *```$", "", read(page), flags=re.DOTALL | re.MULTILINE)
+    return "\n".join([*texts, *(code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", prose))])
+
+
+def commands(page) -> list[tuple[str, str]]:
+    """(program, arguments) of each of our programs that a page calls."""
+    return re.findall(rf"\b(?:python|bash) ({PROGRAM})([^#|;&\n]*)", lines_of_code(page))
+
+
+def options(program: str) -> set[str]:
+    """The options that a program knows, as its source and that of its imports from the same folder name them."""
+    source = read(ROOT / program)
+    beside = (ROOT / program).parent
+    imported = [beside / f"{name}.py" for name in re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE)]
+    source += "".join(read(file) for file in imported if file.exists())
+    found = set(re.findall(r"[\"'](--?[a-z][\w-]*)[\"']", source))
+    if program.startswith("finetune/finetune"):
+        source = read(ROOT / "finetune" / "finetune.py")
+        found |= {f"--{name}" for name in re.findall(r"^    (\w+): ", source, re.MULTILINE)}
+        found |= {f"--{field.name}" for field in fields(transformers.TrainingArguments)} | {"-m", "-d"}
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_programs_know_the_options_that_are_named(page):
+    unknown = []
+    for program, arguments in commands(page):
+        if program in ("tools/serve.py", "evaluation/qwen_lm.py"):  # take those of `transformers serve` and `lm_eval`
+            continue
+        named = re.findall(r"(?<=\s)--?[a-zA-Z][\w-]*", arguments)
+        unknown += [f"{program} {option}" for option in named if option not in options(program)]
+    assert not unknown
+
+
+def test_commands_are_found():
+    """The test above has something to look at."""
+    found = commands(ROOT / "README.md")
+    assert ("tools/upgrade_checkpoint.py", " CHECKPOINT --write --end-at-im-end") in found
+    programs = {"tools/quantize_weights.py", "finetune/finetune_lora_single_gpu.sh", "evaluation/evaluate.py"}
+    assert programs <= {program for program, _ in found}
+    assert "--bits" in options("tools/quantize_weights.py")
+    assert {"--q_lora", "--num_train_epochs"} <= options("finetune/finetune_qlora_single_gpu.sh")
+    assert "--no-such-option" not in options("tools/quantize_weights.py")
+
+
+def test_the_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([a-z-]+):", read(ROOT / "Makefile"), re.MULTILINE))
+    calls = [re.findall(r"^(?:\w+=\S+ )*make ([a-z-]+)", lines_of_code(page), re.MULTILINE) for page in PAGES]
+    named = {name for names in calls for name in names}
+    assert {"demo", "test", "docs"} <= named
+    assert named <= targets
+
+
+# --- Both languages ----------------------------------------------------------------------------------------------
+
+
+def same_for_both(language: str, code: str) -> list[str]:
+    """A block without comments, and with each text and each word in Chinese replaced by one word."""
+    if language == "python":
+        texts = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
+        left_out = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+        tokens = tokenize.generate_tokens(io.StringIO(code).readline)
+        return ["TEXT" if t.type in texts else t.string for t in tokens if t.type not in left_out]
+    code = re.sub(r"(^|\s)#.*$", "", code, flags=re.MULTILINE)
+    code = re.sub(r"\"[^\"\n]*\"|'[^'\n]*'|[^\s\"']*[^\x00-\x7f]\S*", "TEXT", code)
+    return code.split()
+
+
+def in_chinese(page):
+    return page.with_name("README_CN.md" if page.stem == "README" else f"{page.stem}_zh.md")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if in_chinese(page).exists()], ids=lambda page: page.name)
+def test_both_languages_show_the_same_code(page):
+    english, chinese = (
+        [(language, same_for_both(language, code)) for language, code in blocks(one)]
+        for one in (page, in_chinese(page))
+    )
+    assert english == chinese
+
+
+def test_what_may_differ_between_languages_and_what_may_not():
+    same = same_for_both("python", 'print(chat("Hi", n=1))  # says hello\n# Hello!')
+    assert same == same_for_both("python", 'print(chat("你好", n=1))  # 问好\n# 你好！')
+    assert same != same_for_both("python", 'print(chat("你好", n=2))')
+    same = same_for_both("bash", 'python tools/a.py FILE --b "a text"  # why')
+    assert same == same_for_both("bash", 'python tools/a.py FILE --b "文字"  # 原因')
+    assert same != same_for_both("bash", "python tools/a.py FILE --c TEXT")
+
+
+# --- Figures -----------------------------------------------------------------------------------------------------
 
 
 def test_the_chart_shows_the_table():
@@ -35,21 +174,38 @@ def test_the_chart_shows_the_table():
     spec.loader.exec_module(chart)
     engines = chart.decoding()
     assert len(engines) == 5
-    texts = re.findall(r"<text[^>]*>([^<]+)</text>", (ROOT / "docs" / "cpu.svg").read_text(encoding="utf-8"))
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", read(ROOT / "docs" / "cpu.svg"))
     for i in (0, 1):
         speeds = [f"{engines[name][i]:.1f}" for name in reversed(list(engines))]
         assert any(texts[at : at + len(speeds)] == speeds for at in range(len(texts)))
     assert set(engines) <= set(texts)
 
 
-PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+def tables(page) -> list[list[list[str]]]:
+    """The cells of a page's tables that are figures, without the lines of headings."""
+    found = []
+    for table in re.findall(r"(?:^\|.*\|$\n?)+", read(page), re.MULTILINE):
+        lines = [line.strip("|").split("|") for line in table.splitlines()[2:]]
+        found.append([[cell.strip() for cell in line if re.fullmatch(r"[\s\d.,%±+-]+", cell)] for line in lines])
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if in_chinese(page).exists()], ids=lambda page: page.name)
+def test_both_languages_have_the_same_figures(page):
+    assert tables(page) == tables(in_chinese(page))
+
+
+# --- Links -------------------------------------------------------------------------------------------------------
+
 # Named in our pages, but programs of QwenLM/Qwen.
-PUBLISHED = re.compile(r"examples/(react_prompt\.md|react_demo|vllm_wrapper|function_call_examples|tokenizer_showcase)")
+PUBLISHED = re.compile(
+    r"examples/(react_prompt\.md|react_demo|vllm_wrapper|function_call_examples|tokenizer_showcase|add_merges)"
+)
 
 
 def _anchors(page) -> set[str]:
     """What GitHub calls the headings of a page in links; a second heading of a name gets -1, and so on."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", read(page), flags=re.DOTALL | re.MULTILINE)
     found: dict[str, int] = {}
     for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
         name = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()).replace(" ", "-")
@@ -60,7 +216,7 @@ def _anchors(page) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_inside_the_repository_resolve(page):
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^```.*?^```", "", read(page), flags=re.DOTALL | re.MULTILINE)
     broken = []
     for link in re.findall(r"\]\(([^()\s]+)\)", text):
         if "://" in link:
@@ -75,21 +231,9 @@ def test_links_inside_the_repository_resolve(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_exist(page):
     """Programs and folders in the text and in the commands: `tools/serve.py`, `examples/chat.py` and the like."""
-    text = page.read_text(encoding="utf-8")
+    text = read(page)
     folders = "tools|examples|finetune|evaluation|benchmarks|tests|docs|demo"
-    named = re.findall(rf"(?<![\w/.-])((?:{folders})/[\w/.-]*\.(?:py|sh|md|json|tsv|svg|yaml))\b", text)
+    named = re.findall(rf"(?<![\w/.-])((?:{folders})/[\w/.-]*\.(?:py|sh|md|json|tsv|svg|yaml|ipynb))\b", text)
     named += re.findall(r"`((?:qwen_|modeling_|triton_|cpp_|transformers_)\w+\.(?:py|cpp))`", text)
     named += re.findall(r"\brequirements[\w-]*\.txt", text)
     assert not [name for name in named if not PUBLISHED.match(name) and not (ROOT / name).exists()]
-
-
-def test_the_index_is_the_same_in_both_languages():
-    """Every command of the README's index stands in its Chinese part, too."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    english, chinese = (part.split("\n\n#")[0] for part in re.split(r"## I want to …|### 我想……", text)[1:])
-
-    def commands(part):
-        return [re.sub(r"\W*(FILE|文件)$", "", c) for c in re.findall(r"^\|[^|]*\| `([^`]*)`", part, re.MULTILINE)]
-
-    assert len(commands(english)) >= 10
-    assert set(commands(english)) <= set(commands(chinese))

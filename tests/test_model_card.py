@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -83,11 +85,66 @@ def cpu_has_fp16() -> bool:
     return True
 
 
-def test_the_card_is_quoted_word_for_word():
-    card = ROOT.parent / "shared" / "qwen-72b-model-card.md"
-    if not card.exists():
+@pytest.fixture
+def card() -> str:
+    """The published model card, where a developer has it."""
+    file = ROOT.parent / "shared" / "qwen-72b-model-card.md"
+    if not file.exists():
         pytest.skip("needs the published model card")
-    assert QUICKSTART in card.read_text(encoding="utf-8")
+    return file.read_text(encoding="utf-8")
+
+
+def test_the_card_is_quoted_word_for_word(card):
+    assert QUICKSTART in card
+
+
+# --- docs/model_card.md ------------------------------------------------------------------------------------------
+
+TABLE = (ROOT / "docs" / "model_card.md").read_text(encoding="utf-8")
+COMMANDS = (
+    "pip install transformers==4.32.0 accelerate tiktoken einops scipy transformers_stream_generator==0.0.4 "
+    "peft deepspeed",
+    "git clone https://github.com/Dao-AILab/flash-attention",
+    "cd flash-attention && pip install .",
+    "pip install csrc/layer_norm",
+    "pip install csrc/rotary",
+)
+
+
+def test_every_link_and_command_of_the_card_is_in_the_table(card):
+    links = set(re.findall(r"https?://[^\s\"')>]+", card))
+    assert len(links) >= 15
+    assert not {
+        link for link in links if f"{link}>" not in TABLE and f"{link}`" not in TABLE and f"{link})" not in TABLE
+    }
+    installs = re.findall(r"^(?:# )?((?:pip|git|cd) .*)$", card, re.MULTILINE)
+    assert sorted(installs) == sorted(COMMANDS)
+    assert not [command for command in COMMANDS if f"`{command}`" not in TABLE]
+
+
+def test_the_tests_that_the_table_names_exist():
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", TABLE)
+    assert len(named) >= 25
+    for file, function in named:
+        assert f"def {function}" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (file, function)
+
+
+def test_every_statement_is_served_or_out_of_scope():
+    rows = [line.strip("| ").split(" | ") for line in TABLE.splitlines() if line.startswith("| ")]
+    assert len(rows) >= 40
+    assert not [row for row in rows if len(row) < 2 or not row[1].strip()]
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_CN.md"])
+def test_the_citation_is_the_cards(page, card):
+    citation = re.search(r"^@article.*?^}$", card, re.DOTALL | re.MULTILINE).group()
+    assert citation in (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_CN.md"])
+def test_the_cards_commands_are_in_the_readme(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert not [command for command in COMMANDS[:3] if f"\n{command}\n" not in text]
 
 
 @pytest.fixture

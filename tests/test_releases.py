@@ -33,7 +33,7 @@ def generate(model, ids, **kwargs):
 def test_the_newest_tested_release_is_the_same_everywhere():
     oldest, newest = compat.TESTED
     assert (oldest, newest) == (matrix.RELEASES[0], matrix.RELEASES[-1])
-    assert f"\ntransformers=={newest}\n" in (ROOT / "requirements.txt").read_text()
+    assert f"\ntransformers=={newest}; python_version >= " in (ROOT / "requirements.txt").read_text()
     assert re.search(rf"\| transformers \| {oldest}, .* to {newest}: ", (ROOT / "README.md").read_text())
     page = (ROOT / "docs" / "compatibility.md").read_text()
     assert f"With a release newer than {newest} " in page
