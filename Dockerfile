@@ -19,10 +19,9 @@ RUN pip install --no-cache-dir -r requirements.txt "transformers[serving]"
 COPY *.py cpp_kernels.cpp config.json generation_config.json tokenizer_config.json ./
 COPY tools/ tools/
 ENV TORCH_EXTENSIONS_DIR=/opt/kernels
-RUN python tools/build_kernels.py
+RUN python tools/build_kernels.py && useradd --create-home --uid 1000 qwen
 
-RUN useradd --create-home qwen
-USER qwen
+USER 1000
 EXPOSE 8000
 ENTRYPOINT ["python", "tools/serve.py"]
 CMD ["/checkpoint", "--host", "0.0.0.0", "--port", "8000"]

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import uuid
 
 import pytest
 import torch
@@ -35,7 +36,9 @@ def sections(name: str) -> list[tuple[str, str, str]]:
     found, group, heading = [], "", ""
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     # A comment in a block begins like a heading.
-    for part in re.split(r"^(?=#{2,3} \S)", BLOCK.sub(lambda block: block.group().replace("\n#", "\n\0#"), text), flags=re.M):
+    for part in re.split(
+        r"^(?=#{2,3} \S)", BLOCK.sub(lambda block: block.group().replace("\n#", "\n\0#"), text), flags=re.M
+    ):
         title, _, body = part.partition("\n")
         body = body.replace("\0", "")
         if title.startswith("## "):
@@ -80,8 +83,9 @@ def workshop(tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "demo", tmp_path / "CHECKPOINT", ignore=shutil.ignore_patterns("__pycache__"))
     conversation = [{"from": "user", "value": QUESTION}, {"from": "assistant", "value": ANSWER}]
-    lines = [json.dumps({"conversations": conversation * 8})] * 4
-    (tmp_path / "conversations.json").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "conversations.json").write_text(
+        json.dumps([{"conversations": conversation * 8}] * 4), encoding="utf-8"
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -90,6 +94,7 @@ def test_the_blocks_run_and_print_what_is_said(workshop, capfd, monkeypatch):
     """`python` and `bash`, in order; `shell` takes a network, a GPU or a checkpoint that is not here."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     namespace: dict = {}
+    done: set[str] = set()
     counts = {"python": 0, "bash": 0}
     for _, heading, body in ENGLISH:
         for language, block in BLOCK.findall(body):
@@ -108,7 +113,8 @@ def test_the_blocks_run_and_print_what_is_said(workshop, capfd, monkeypatch):
             exec(compile(block, heading, "exec"), namespace)
             promised = [line[2:] for line in block.splitlines() if line.startswith("# ")]
             assert capfd.readouterr().out.splitlines() == promised, heading
-    assert counts["python"] >= 20 and counts["bash"] >= 10
+    assert counts["python"] >= 20
+    assert counts["bash"] >= 10
 
 
 # --- The errors --------------------------------------------------------------------------------------------------
@@ -172,9 +178,12 @@ def warnings(caplog):
     logger.removeHandler(caplog.handler)
 
 
-def upgrade(folder, *options) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "tools" / "upgrade_checkpoint.py", folder, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def upgrade(monkeypatch):
+    """`tools/upgrade_checkpoint.py FOLDER OPTIONS`; returns the exit status."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tool = importlib.import_module("upgrade_checkpoint")
+    return lambda folder, *options: tool.main([str(folder), *options])
 
 
 def load(folder, **arguments):
@@ -192,15 +201,17 @@ def change_json(path, change) -> None:
 
 
 @shows("`transformers_stream_generator`, `tiktoken`")
-def test_code_that_needs_a_package_which_is_not_there(checkpoint, tokenizer):
+def test_code_that_needs_a_package_which_is_not_there(checkpoint, tokenizer, upgrade):
     if importlib.util.find_spec("transformers_stream_generator"):
         pytest.skip("transformers_stream_generator is installed")
     modeling = checkpoint / "modeling_qwen.py"
-    modeling.write_text("import transformers_stream_generator\n" + modeling.read_text(encoding="utf-8"), encoding="utf-8")
+    modeling.write_text(
+        "import transformers_stream_generator\n" + modeling.read_text(encoding="utf-8"), encoding="utf-8"
+    )
     text = "requires the following packages that were not found in your environment: transformers_stream_generator"
     with pytest.raises(ImportError, match=text):
         load(checkpoint)
-    assert upgrade(checkpoint, "--write").returncode == 0
+    assert upgrade(checkpoint, "--write") == 0
     assert answers(load(checkpoint), tokenizer)
 
 
@@ -228,45 +239,55 @@ def test_code_that_is_not_trusted():
 
 
 @shows("`Transformers does not recognize this architecture`")
-def test_a_configuration_without_auto_map(checkpoint, tokenizer):
+def test_a_configuration_without_auto_map(checkpoint, tokenizer, upgrade):
     change_json(checkpoint / "config.json", lambda values: values.pop("auto_map"))
-    text = "checkpoint you are trying to load has model type `qwen` but Transformers does not recognize this architecture"
+    text = (
+        "checkpoint you are trying to load has model type `qwen` but Transformers does not recognize this architecture"
+    )
     with pytest.raises(ValueError, match=text):
         load(checkpoint)
-    assert upgrade(checkpoint, "--write").returncode == 0
+    assert upgrade(checkpoint, "--write") == 0
     assert answers(load(checkpoint), tokenizer)
 
 
 @shows("`Unrecognized configuration class`, `for this kind of AutoModel")
-def test_a_configuration_without_the_bare_model(checkpoint):
+def test_a_configuration_without_the_bare_model(checkpoint, upgrade):
     change_json(checkpoint / "config.json", lambda values: values["auto_map"].pop("AutoModel"))
-    with pytest.raises(ValueError, match=r"Unrecognized configuration class[^.]*.* for this kind of AutoModel: AutoModel\."):
+    with pytest.raises(
+        ValueError, match=r"Unrecognized configuration class[^.]*.* for this kind of AutoModel: AutoModel\."
+    ):
         AutoModel.from_pretrained(checkpoint, **REMOTE)
-    assert upgrade(checkpoint, "--write").returncode == 0
+    assert upgrade(checkpoint, "--write") == 0
     assert type(AutoModel.from_pretrained(checkpoint, **REMOTE)).__name__ == "QWenModel"
 
 
 @shows("`Tokenizer class QWenTokenizer does not exist")
-def test_a_tokenizer_without_auto_map(checkpoint):
+def test_a_tokenizer_without_auto_map(checkpoint, upgrade):
     change_json(checkpoint / "tokenizer_config.json", lambda values: values.pop("auto_map"))
-    with pytest.raises(ValueError, match="Tokenizer class QWenTokenizer does not exist or is not currently imported"):
+    old, new = (
+        "Tokenizer class QWenTokenizer does not exist or is not currently imported",
+        "Couldn't instantiate the backend",
+    )
+    with pytest.raises(ValueError, match=old if numbers(transformers.__version__) < (5, 0) else new):
         AutoTokenizer.from_pretrained(checkpoint, **REMOTE)
-    assert upgrade(checkpoint, "--write").returncode == 0
+    assert upgrade(checkpoint, "--write") == 0
     assert len(AutoTokenizer.from_pretrained(checkpoint, **REMOTE)) == 4096
 
 
 @shows("`No module named 'transformers_modules.Qwen-1'`")
-def test_a_folder_with_a_point_in_its_name(checkpoint, tokenizer):
+def test_a_folder_with_a_point_in_its_name(checkpoint, tokenizer, upgrade, capsys):
     folder = checkpoint.rename(checkpoint.parent / "Qwen-1.8B-Chat")
     assert answers(load(folder), tokenizer)  # up to 4.56 it does not load
-    told = upgrade(folder).stdout
-    assert "transformers up to 4.56 can't load the code in it" in told and "Qwen-1_8B-Chat" in told
+    upgrade(folder)
+    told = capsys.readouterr().out
+    assert "transformers up to 4.56 can't load the code in it" in told
+    assert "Qwen-1_8B-Chat" in told
 
 
 @shows("`qwen.tiktoken` is not found")
 def test_a_vocabulary_that_is_not_there(checkpoint):
     (checkpoint / "qwen.tiktoken").unlink()
-    with pytest.raises(OSError, match="There is no vocabulary file .*comes with the checkpoint"):
+    with pytest.raises(OSError, match=r"There is no vocabulary file .*comes with the checkpoint"):
         AutoTokenizer.from_pretrained(checkpoint, **REMOTE)
 
 
@@ -280,29 +301,31 @@ def test_a_vocabulary_that_is_a_pointer(checkpoint):
 
 @shows("`Error while deserializing header`")
 @pytest.mark.parametrize("content", [POINTER.encode(), None], ids=["a pointer", "cut"])
-def test_weights_that_are_not_whole(checkpoint, content):
+def test_weights_that_are_not_whole(checkpoint, content, upgrade, capsys):
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100_000] if content is None else content)
-    with pytest.raises(Exception, match="[Ee]rror while deserializing header"):
+    with pytest.raises(Exception, match=r"[Ee]rror while deserializing header"):
         load(checkpoint)
-    told = upgrade(checkpoint)
-    assert told.returncode == 2 and "The weight file model.safetensors is damaged" in told.stderr
+    assert upgrade(checkpoint) == 2
+    assert "The weight file model.safetensors is damaged" in capsys.readouterr().err
 
 
 @shows("`does not fit its configuration`")
 def test_weights_that_config_json_does_not_promise(checkpoint):
     change_json(checkpoint / "config.json", lambda values: values.update(num_hidden_layers=5))
-    with pytest.raises(RuntimeError, match="does not fit its configuration: .* weights missing from it"):
+    with pytest.raises(RuntimeError, match=r"does not fit its configuration: .* weights missing from it"):
         load(checkpoint)
     assert len(load(checkpoint, strict=False).transformer.h) == 5
 
 
-@shows("`does not appear to have a file named`")
-def test_code_that_is_not_whole(checkpoint, tokenizer):
+@shows("`does not appear to have a file named")
+def test_code_that_is_not_whole(checkpoint, tokenizer, upgrade):
     (checkpoint / "qwen_ops.py").unlink()
-    with pytest.raises(OSError, match="does not appear to have a file named qwen_ops.py"):
+    # transformers keeps copies of code by the name of its folder
+    checkpoint = checkpoint.rename(checkpoint.parent / f"lacking_{uuid.uuid4().hex}")
+    with pytest.raises(OSError, match=r"No such file or directory: .*qwen_ops.py"):
         load(checkpoint)
-    assert upgrade(checkpoint, "--write").returncode == 0
+    assert upgrade(checkpoint, "--write") == 0
     assert answers(load(checkpoint), tokenizer)
 
 
@@ -343,15 +366,19 @@ except OSError as error:
 @shows("`We detect you are probably using the pretrained model")
 def test_chat_with_a_base_model(model, tokenizer):
     raw = transformers.GenerationConfig(chat_format="raw")
-    with pytest.raises(ValueError, match="chat needs a chat model, but the generation configuration has chat_format='raw'"):
+    with pytest.raises(
+        ValueError, match="chat needs a chat model, but the generation configuration has chat_format='raw'"
+    ):
         model.chat(tokenizer, QUESTION, None, generation_config=raw)
-    with pytest.raises(ValueError, match="chat needs a chat model, but the generation configuration names no chat_format"):
+    with pytest.raises(
+        ValueError, match="chat needs a chat model, but the generation configuration names no chat_format"
+    ):
         model.chat_stream(tokenizer, QUESTION, None, generation_config=transformers.GenerationConfig())
 
 
 @shows("It never stops, or goes on to ask itself questions")
-def test_a_published_chat_model_does_not_stop(checkpoint, tokenizer):
-    """As published, sequences end at <|endoftext|> only; `chat` ends all the same, and after the tool so does `generate`."""
+def test_a_published_chat_model_does_not_stop(checkpoint, tokenizer, upgrade):
+    """As published sequences end at <|endoftext|> only; `chat` ends all the same, `generate` does after the tool."""
     change_json(checkpoint / "generation_config.json", lambda values: values.update(eos_token_id=tokenizer.eod_id))
     messages = [{"role": "user", "content": QUESTION}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -362,7 +389,7 @@ def test_a_published_chat_model_does_not_stop(checkpoint, tokenizer):
         return model.generate(**inputs)[0, inputs["input_ids"].shape[1] :].tolist()
 
     assert tokenizer.im_end_id in answer()[:-1]
-    assert upgrade(checkpoint, "--write", "--end-at-im-end").returncode == 0
+    assert upgrade(checkpoint, "--write", "--end-at-im-end") == 0
     assert answer() == [*tokenizer.encode(ANSWER), tokenizer.im_end_id]
 
 
@@ -384,12 +411,15 @@ def test_chat_with_stream(model, tokenizer):
 
 @shows("It forgets what I said", "`The system prompt and the question take`")
 def test_a_window_that_is_full(model, tokenizer, monkeypatch):
-    with pytest.raises(ValueError, match="The system prompt and the question take .* more than max_window_size=20"):
+    with pytest.raises(ValueError, match=r"The system prompt and the question take .* more than max_window_size=20"):
         model.chat(tokenizer, QUESTION, None, max_window_size=20)
     seen = []
-    monkeypatch.setattr(type(model), "generate", lambda self, ids, **kwargs: seen.append(tokenizer.decode(ids[0])) or ids)
+    monkeypatch.setattr(
+        type(model), "generate", lambda self, ids, **kwargs: seen.append(tokenizer.decode(ids[0])) or ids
+    )
     model.chat(tokenizer, QUESTION, [("the first", "a"), ("the second", "b")], max_window_size=40)
-    assert "the second" in seen[0] and "the first" not in seen[0]
+    assert "the second" in seen[0]
+    assert "the first" not in seen[0]
 
 
 @shows("``probability tensor contains either")
@@ -410,7 +440,7 @@ def test_stop_words_of_another_form(model, tokenizer):
 
 @shows("`bos_id`, `eos_id`, `pad_id` not found")
 def test_the_ends_of_a_text(tokenizer):
-    assert tokenizer("") ["input_ids"] == []
+    assert tokenizer("")["input_ids"] == []
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == tokenizer.eod_id
 
 
@@ -446,19 +476,20 @@ def test_a_prompt_beyond_the_training_length(model, tokenizer, warnings):
     inputs = tokenizer("The capital of Kenya is Nairobi. " * 90, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     assert length > model.config.seq_length
-    assert "Token indices sequence length is longer than the specified maximum sequence length for this model" in warnings.text
+    assert (
+        "Token indices sequence length is longer than the specified maximum sequence length for this model"
+        in warnings.text
+    )
     assert model.generate(**inputs, max_new_tokens=1).shape[1] == length + 1
 
 
 @shows("`A decoder-only architecture is being used, but right-padding")
 def test_padding_on_the_right(model, tokenizer, warnings):
-    texts = ["The capital of Kenya is", "法国的首都是"]
+    texts = ["The capital of Kenya is", "法国"]
     text = "A decoder-only architecture is being used, but right-padding was detected!"
-    # transformers looks for a pad token that is no end.
-    settings = {"max_new_tokens": 1, "eos_token_id": tokenizer.im_end_id, "pad_token_id": tokenizer.pad_token_id}
     for side in ("left", "right"):
         assert text not in warnings.text
-        model.generate(**tokenizer(texts, padding=True, padding_side=side, return_tensors="pt"), **settings)
+        model.generate(**tokenizer(texts, padding=True, padding_side=side, return_tensors="pt"), max_new_tokens=1)
     assert text in warnings.text
 
 
@@ -466,7 +497,8 @@ def test_padding_on_the_right(model, tokenizer, warnings):
 def test_padding_out_of_the_box():
     fresh = AutoTokenizer.from_pretrained(DEMO, **REMOTE)
     rows = fresh(["a", "a b c d e"], padding=True)["input_ids"]
-    assert rows[0][-1] == fresh.eod_id and len(rows[0]) == len(rows[1])
+    assert rows[0][-1] == fresh.eod_id
+    assert len(rows[0]) == len(rows[1])
 
 
 @shows("In a batch the answers are other than alone", "`The attention mask is not set`")
@@ -481,7 +513,8 @@ def test_a_batch_with_and_without_a_mask(model, tokenizer, warnings):
         new = ids[alone["input_ids"].shape[1] :].tolist()
         assert row[batch["input_ids"].shape[1] :].tolist()[: len(new)] == new
     model.generate(batch["input_ids"][:, -8:], max_new_tokens=1)
-    assert "attention mask is not set" in warnings.text and "pad token is same as eos token" in warnings.text
+    assert "attention mask is not set" in warnings.text
+    assert "pad token is same as eos token" in warnings.text
 
 
 @shows("`attention_mask has 3 columns, but there are`")
@@ -491,27 +524,31 @@ def test_a_mask_that_is_too_short(model, tokenizer):
         model(ids, attention_mask=torch.ones(1, 3))
 
 
-@shows("I can't install flash attention", "How do I see whether flash attention is used?", "`use_flash_attn=True needs`")
-def test_flash_attention_is_not_here(warnings):
+@shows(
+    "I can't install flash attention", "How do I see whether flash attention is used?", "`use_flash_attn=True needs`"
+)
+def test_flash_attention_is_not_here():
     if importlib.util.find_spec("flash_attn"):
         pytest.skip("flash-attn is installed")
     with pytest.raises(ImportError, match="use_flash_attn=True needs the package flash-attn"):
         load(DEMO, use_flash_attn=True)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_info()
-    try:
-        assert load(DEMO).config._attn_implementation == "sdpa"
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    assert "attention by sdpa (flash_attention_2 needs the package flash-attn" in warnings.text
+    found = run(
+        f"""
+import logging, sys
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained({DEMO!r}, trust_remote_code=True)
+""",
+        ROOT,
+    )
+    assert "attention by sdpa (flash_attention_2 needs the package flash-attn" in found
 
 
 @shows("`not implemented for 'Half'`")
 def test_half_precision_on_a_cpu(tokenizer, warnings, monkeypatch):
-    class_ = type(load(DEMO, device_map="cpu"))
-    monkeypatch.setattr(sys.modules[class_.__mro__[3].__module__], "cpu_supports_fp16", lambda: False, raising=False)
-    loading = sys.modules[next(base for base in class_.__mro__ if base.__name__ == "QWenPreTrainedModel").__module__]
-    monkeypatch.setattr(loading, "cpu_supports_fp16", lambda: False)
+    kind = type(load(DEMO, device_map="cpu"))
+    loading = next(base for base in kind.__mro__ if base.__name__ == "QWenPreTrainedModel").__module__
+    monkeypatch.setattr(sys.modules[loading], "cpu_supports_fp16", lambda: False)
     half = load(DEMO, device_map="cpu", fp16=True)
     assert half.dtype == torch.float16
     assert "has no instructions for torch.float16" in warnings.text
@@ -526,7 +563,8 @@ def test_no_compiler(tmp_path):
         text=True,
         timeout=300,
     )
-    assert done.returncode == 1 and "There is no C++ compiler" in done.stdout
+    assert done.returncode == 1
+    assert "There is no C++ compiler" in done.stdout
     assert "Native CPU kernels are not in use; PyTorch computes the same, more slowly." in done.stderr
 
 
@@ -580,15 +618,28 @@ def finetune():
 def test_the_published_script_is_for_old_releases(finetune):
     with pytest.raises(ImportError, match="cannot import name 'deepspeed' from 'transformers'"):
         exec("from transformers import deepspeed")
-    known = ["--model_name_or_path", "a", "--data_path", "b", "--output_dir", "c", "--use_lora", "True", "--q_lora", "True"]
-    model_arguments, data, training, lora = finetune.parse([*known, "--bf16", "False", "--lazy_preprocess", "True"])
+    known = [
+        "--model_name_or_path",
+        "a",
+        "--data_path",
+        "b",
+        "--output_dir",
+        "c",
+        "--use_lora",
+        "True",
+        "--q_lora",
+        "True",
+    ]
+    _model_arguments, data, training, lora = finetune.parse([*known, "--bf16", "False", "--lazy_preprocess", "True"])
     assert (data.data_path, training.use_lora, lora.q_lora) == ("b", True, True)
 
 
 @shows("`Target modules {'q_proj', 'v_proj'} not found in the base model`")
 def test_names_of_other_models():
     peft = pytest.importorskip("peft")
-    with pytest.raises(ValueError, match=r"Target modules \{'(q_proj', 'v_proj|v_proj', 'q_proj)'\} not found in the base model"):
+    with pytest.raises(
+        ValueError, match=r"Target modules \{'(q_proj', 'v_proj|v_proj', 'q_proj)'\} not found in the base model"
+    ):
         peft.get_peft_model(load(DEMO), peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     body = next(body for _, heading, body in ENGLISH if heading.startswith("`Target modules"))
     ours = eval(BLOCK.search(body).group(2), {"LoraConfig": peft.LoraConfig})
@@ -599,21 +650,22 @@ def test_names_of_other_models():
 def test_checkpointing_without_gradients_of_the_inputs(tokenizer):
     peft = pytest.importorskip("peft")
 
-    def train(prepare):
-        adapted = peft.get_peft_model(
-            prepare(load(DEMO, dtype=torch.float32)), peft.LoraConfig(target_modules=["w1"], task_type="CAUSAL_LM")
-        ).train()
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    def train(reentrant, prepare=False):
+        base = load(DEMO, dtype=torch.float32)
+        if prepare:
+            base.enable_input_require_grads()
+        adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["w1"], task_type="CAUSAL_LM")).train()
+        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         inputs = tokenizer(ANSWER, return_tensors="pt")
         adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
 
-    def prepared(model):
-        model.enable_input_require_grads()
-        return model
-
-    train(prepared)
+    train(True, prepare=True)
+    train(False)
+    if numbers(transformers.__version__) >= (5, 0):
+        train(True)
+        return
     with pytest.raises(RuntimeError, match="element 0 of tensors does not require grad and does not have a grad_fn"):
-        train(lambda model: model)
+        train(True)
 
 
 @shows("`conversations are wrong`")
@@ -623,7 +675,8 @@ def test_training_does_not_begin_with_wrong_data(tmp_path):
     command = [sys.executable, ROOT / "finetune" / "finetune.py", "--model_name_or_path", DEMO, "--data_path", data]
     command += ["--output_dir", tmp_path / "out", "--use_lora", "--use_cpu", "True"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0 and "1 of 1 conversations are wrong (no. 1: message 1 has the role 'gpt'" in done.stderr
+    assert done.returncode != 0
+    assert "1 of 1 conversations are wrong (no. 1: message 1 has the role 'gpt'" in done.stderr
 
 
 @shows("`Attempting to unscale FP16 gradients.`")
@@ -639,7 +692,7 @@ def test_what_learns_is_in_float32(finetune, tokenizer, tmp_path):
         scaler.unscale_(torch.optim.SGD(parameters, lr=0.1))
 
     half = load(DEMO, fp16=True, device_map="cpu")
-    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients."):
+    with pytest.raises(ValueError, match=r"Attempting to unscale FP16 gradients."):
         unscale(half.parameters())
     arguments = ["--model_name_or_path", DEMO, "--data_path", "x", "--output_dir", str(tmp_path), "--use_lora", "True"]
     model_arguments, _, training, lora = finetune.parse([*arguments, "--use_cpu", "True"])
@@ -654,7 +707,9 @@ def test_a_model_that_is_not_served(monkeypatch):
     serve = importlib.import_module("serve")
     requests = serve.Requests(None, DEMO, ["./demo", DEMO, "demo"])
     body = {"model": "gpt-3.5-turbo", "messages": [{"role": "user", "content": "Hi"}]}
-    with pytest.raises(serve.BadRequest, match="There is no model 'gpt-3.5-turbo' here; there is ./demo or .* or demo"):
+    with pytest.raises(
+        serve.BadRequest, match=r"There is no model 'gpt-3.5-turbo' here; there is ./demo or .* or demo"
+    ):
         requests.checked("/v1/chat/completions", json.dumps(body).encode())
     assert requests.checked("/v1/chat/completions", json.dumps({**body, "model": "demo"}).encode())
 
@@ -662,5 +717,5 @@ def test_a_model_that_is_not_served(monkeypatch):
 @shows("`You tried to access openai.ChatCompletion")
 def test_the_old_interface_of_the_client():
     openai = pytest.importorskip("openai")
-    with pytest.raises(Exception, match="You tried to access openai.ChatCompletion, but this is no longer supported"):
+    with pytest.raises(Exception, match=r"You tried to access openai.ChatCompletion, but this is no longer supported"):
         openai.ChatCompletion.create(model="demo", messages=[])
