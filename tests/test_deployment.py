@@ -150,5 +150,5 @@ def test_a_hub_at_another_address_and_no_network_afterwards(tmp_path):
     finally:
         hub.shutdown()
         hub.server_close()
-    assert "/me/qwen/resolve/main/config.json" in Hub.asked
+    assert [path for path in Hub.asked if path.endswith("/config.json")]
     assert run(LOAD, tmp_path, **{**environment, "HF_HUB_OFFLINE": "1"}) == "The capital of Kenya is Nairobi."
