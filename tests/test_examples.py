@@ -15,6 +15,7 @@ import time
 
 import notebooks
 import pytest
+import screenshot
 from conftest import ROOT, lacks
 from qwen.qwen_generation_utils import make_tool_context, parse_react
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -353,10 +354,9 @@ def test_chat_in_a_browser(model, tokenizer, tmp_path, monkeypatch):
     slow = Slow(model, tokenizer)
     interface = example("web_chat").interface(slow, tokenizer)
     _, address, _ = interface.queue().launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
-    options = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--no-first-run"]
     try:
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=options)
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=screenshot.BROWSER)
             page = browser.new_page(viewport={"width": 1000, "height": 700})
             page.goto(address, wait_until="domcontentloaded")
             box, bot = page.get_by_role("textbox").first, page.get_by_test_id("bot")
