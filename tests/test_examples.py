@@ -16,7 +16,7 @@ import time
 import notebooks
 import pytest
 import screenshot
-from conftest import ROOT, lacks
+from conftest import ROOT
 from qwen.qwen_generation_utils import make_tool_context, parse_react
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -258,8 +258,6 @@ def test_several_questions_with_tools_are_one_conversation(tokenizer):
 
 @pytest.mark.parametrize("path", notebooks.NOTEBOOKS, ids=lambda path: path.name)
 def test_notebooks_print_what_they_show(path):
-    if not hasattr(importlib.import_module("transformers"), "DynamicCache"):
-        lacks("has no DynamicCache for the pages of docs/")
     notebook = notebooks.read(path)
     shown = [notebooks.recorded(cell) for cell in notebooks.code_cells(notebook)]
     assert len(shown) >= 5

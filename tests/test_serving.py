@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -81,6 +82,7 @@ an Observation."""
 # The server, with a model that calls a tool if it is offered one, and answers when it sees the result.
 SCRIPTED = f"""
 import sys
+import time
 sys.path.insert(0, "tools")
 sys.argv[0] = "tools/serve.py"
 import torch
@@ -96,6 +98,15 @@ def generate(self, input_ids, attention_mask, streamer, **kwargs):
     assert attention_mask.shape == input_ids.shape
     streamer.put(input_ids)
     prompt = written.decode(input_ids[0])
+    if "count" in prompt:
+        put = 0
+        try:
+            for put in range(400):
+                for token in written.encode(f"{{put}} "):
+                    streamer.put(torch.tensor([token]))
+                time.sleep(0.02)
+        finally:
+            print("counted to", put, flush=True)
     if "break" in prompt:
         raise RuntimeError('it said "no"\\nand ended')
     if prompt.endswith("Observation: 22\\nThought:"):
@@ -117,11 +128,15 @@ CREDENTIALS = base64.b64encode(b"user:pass:word").decode()
 
 
 @pytest.fixture(scope="module")
-def guarded(tmp_path_factory):
+def scripted_log(tmp_path_factory):
+    return tmp_path_factory.mktemp("scripted") / "log"
+
+
+@pytest.fixture(scope="module")
+def guarded(scripted_log):
     """The address of that server, started with the options of the published one."""
-    log = tmp_path_factory.mktemp("scripted") / "log"
     options = ["-c", PATH, "--disable-gc", "--api-auth", "user:pass:word"]
-    with serving(["-c", SCRIPTED, *options], log, "--server-name", "--server-port") as address:
+    with serving(["-c", SCRIPTED, *options], scripted_log, "--server-name", "--server-port") as address:
         yield address
 
 
@@ -282,7 +297,7 @@ def test_how_the_answer_is_chosen(client):
     hot = {"temperature": 50, "max_tokens": 12}
     assert say(seed=1, **hot) == say(seed=1, **hot) != likeliest
     assert say(seed=1, **hot) != say(seed=2, **hot)
-    assert say(temperature=0.001) == say(temperature=0) == say(**hot | {"max_tokens": 1024}, extra_body={"top_k": 1})
+    assert say(temperature=1e-40) == say(temperature=0) == say(**hot | {"max_tokens": 1024}, extra_body={"top_k": 1})
     assert say(temperature=0) == likeliest
     prompt = client.chat.completions.create(model="demo", messages=KENYA, max_tokens=1).usage.prompt_tokens
     answer = client.chat.completions.create(model="demo", messages=KENYA, extra_body={"max_length": prompt + 3})
@@ -432,6 +447,22 @@ def test_a_model_that_fails_is_an_error_of_the_server(scripted):
     assert raised.value.body["type"] == "server_error"
     with pytest.raises(openai.APIError, match='it said "no"\nand ended'):
         list(scripted.chat.completions.create(model="demo", messages=messages, stream=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_ends_the_computation(scripted, scripted_log, stream):
+    before = scripted_log.read_text(encoding="utf-8").count("counted to")
+    messages = [{"role": "user", "content": "count"}]
+    answer = scripted.chat.completions.create(model="demo", messages=messages, stop="7", stream=stream)
+    content = streamed(answer)[0] if stream else answer.choices[0].message.content
+    assert content == "0 1 2 3 4 5 6 "
+    for _ in range(100):
+        ended = re.findall(r"counted to (\d+)", scripted_log.read_text(encoding="utf-8"))
+        if len(ended) > before:
+            break
+        time.sleep(0.1)
+    assert len(ended) == before + 1
+    assert int(ended[-1]) < 300
 
 
 def test_the_example_of_a_client_that_calls_functions(scripted):
