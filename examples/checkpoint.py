@@ -10,13 +10,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 DEMO = str(Path(__file__).resolve().parent.parent / "demo")
 
 
-def add_arguments(parser: argparse.ArgumentParser, default: str | None = DEMO) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options for a checkpoint; the names are those of the published programs."""
-    default_text = "the demo" if default == DEMO else "none"
     parser.add_argument(
-        "-c", "--checkpoint-path", "--checkpoint", default=default, metavar="CHECKPOINT", dest="checkpoint_path",
-        help=f"a folder or a repository of the hub (default: {default_text})",
-    )  # fmt: skip
+        "-c",
+        "--checkpoint-path",
+        "--checkpoint",
+        default=DEMO,
+        metavar="CHECKPOINT",
+        help="a folder or a repository of the hub (default: the demo)",
+    )
     parser.add_argument("--cpu-only", action="store_true", help="use no GPU")
 
 
