@@ -12,8 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from checkpoint import add_arguments, load
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def answer_batch(model, tokenizer, questions: list[str], **settings) -> list[str]:
@@ -30,14 +30,13 @@ def answer_batch(model, tokenizer, questions: list[str], **settings) -> list[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Answer many questions, several at a time.")
-    demo = Path(__file__).resolve().parent.parent / "demo"
     parser.add_argument("file", help="a question a line; - for standard input")
-    parser.add_argument("--checkpoint", default=str(demo))
+    add_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=8)
     arguments = parser.parse_args()
-    path = arguments.checkpoint
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", trust_remote_code=True).eval()
+    if arguments.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, found {arguments.batch_size}")
+    model, tokenizer = load(arguments.checkpoint_path, arguments.cpu_only, padding_side="left")
     text = sys.stdin.read() if arguments.file == "-" else Path(arguments.file).read_text(encoding="utf-8")
     questions = [line.strip() for line in text.splitlines() if line.strip()]
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))  # little padding in every batch

@@ -1,88 +1,39 @@
 """
 Let a chat model call tools: it thinks, names a tool and its arguments, reads the result, and goes on until it answers.
 
-    python examples/tool_use.py CHECKPOINT "What is 17 * 23?"
+    python examples/tool_use.py CHECKPOINT "What is 17 * 23?" "And the day of the year today, times that?"
 
-The demo checkpoint is too small to call tools; take Qwen-7B-Chat or larger.
+Several questions are one conversation. The prompt is the published one (ReAct, https://arxiv.org/abs/2210.03629), as in
+the published react_demo.py. The demo checkpoint is too small to call tools; take Qwen-7B-Chat or larger.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import datetime
-import operator
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from checkpoint import load
+from toolbox import FUNCTIONS, TOOLS, call
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-TOOLS = [
-    {
-        "name": "calculator",
-        "description": "Computes with numbers, + - * / ** and parentheses. Format the arguments as a JSON object.",
-        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
-    },
-    {
-        "name": "today",
-        "description": "Tells today's date. Format the arguments as a JSON object.",
-        "parameters": {"type": "object", "properties": {}},
-    },
-]
-OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.Pow: operator.pow,
-    ast.USub: operator.neg,
-}
 
-
-def calculator(expression: str) -> str:
-    """The value of an arithmetic expression; nothing but arithmetic is executed."""
-
-    def value(node):
-        if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-            return node.value
-        if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
-            return OPERATORS[type(node.op)](value(node.operand))
-        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            left, right = value(node.left), value(node.right)
-            if isinstance(node.op, ast.Pow) and abs(right) > 100:
-                raise ValueError("the exponent is too large")
-            return OPERATORS[type(node.op)](left, right)
-        raise ValueError(f"{ast.dump(node)} is not arithmetic")
-
-    return str(value(ast.parse(expression, mode="eval").body))
-
-
-FUNCTIONS = {"calculator": calculator, "today": lambda: datetime.date.today().isoformat()}
-
-
-def answer(complete, parse, question: str, functions: dict, max_steps: int = 8):
+def answer(complete, parse, question: str, functions: dict, max_steps: int = 8, earlier: list | None = None):
     """
     Ask until there is an answer.
 
-    complete: messages to the model's next words; parse: `parse_react`; functions: the tools by their names.
-    Returns the answer and the messages that led to it. A call that fails is told to the model, which may mend it.
+    complete: messages to the model's next words; parse: `parse_react`; functions: the tools by their names; earlier:
+    the messages of the conversation so far. Returns the answer, and the conversation with the question, what led to
+    the answer, and the answer.
     Raises RuntimeError if there is no answer after `max_steps` calls.
     """
-    messages = [{"role": "user", "content": question}]
+    messages = [*(earlier or []), {"role": "user", "content": question}]
     for _ in range(max_steps):
         step = parse(complete(messages))
         if step.answer is not None:
-            return step.answer, messages
-        result = step.error
-        if result is None and step.action not in functions:
-            result = f"There is no tool {step.action!r}; there are {', '.join(functions)}."
-        if result is None:
-            try:
-                result = functions[step.action](**step.arguments)
-            except Exception as error:  # noqa: BLE001 (whatever a tool does wrong, the model is told)
-                result = f"{type(error).__name__}: {error}"
-        call = {"name": step.action, "arguments": step.written}
-        messages.append({"role": "assistant", "content": step.thought, "function_call": call})
+            return step.answer, [*messages, {"role": "assistant", "content": step.answer}]
+        made = {"name": step.action, "arguments": step.written}
+        messages.append({"role": "assistant", "content": step.thought, "function_call": made})
+        result = step.error or call(step.action, step.arguments, functions)
         messages.append({"role": "function", "name": step.action, "content": result})
     raise RuntimeError(f"There was no answer after {max_steps} calls of tools.")
 
@@ -90,31 +41,38 @@ def answer(complete, parse, question: str, functions: dict, max_steps: int = 8):
 def main() -> None:
     parser = argparse.ArgumentParser(description="Let a chat model call a calculator and a calendar.")
     parser.add_argument("checkpoint")
-    parser.add_argument("question")
+    parser.add_argument("questions", nargs="+", metavar="question")
+    parser.add_argument("--cpu-only", action="store_true", help="use no GPU")
     arguments = parser.parse_args()
     path = arguments.checkpoint
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", trust_remote_code=True).eval()
+    model, tokenizer = load(path, arguments.cpu_only)
     make_tool_context, parse_react, StopAtText = (
         get_class_from_dynamic_module(f"qwen_generation_utils.{name}", path)
         for name in ("make_tool_context", "parse_react", "StopAtText")
     )
+    window = getattr(model.generation_config, "max_window_size", 6144)
 
     def complete(messages: list) -> str:
-        _, tokens = make_tool_context(tokenizer, messages, TOOLS)
+        _, tokens = make_tool_context(tokenizer, messages, TOOLS, max_window_size=window)
         ids = torch.tensor([tokens], device=model.device)  # (1, T)
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
+            eos_token_id=[tokenizer.eod_id, tokenizer.im_end_id],  # published chat checkpoints name only the first
+            pad_token_id=tokenizer.eod_id,
             stopping_criteria=[StopAtText(tokenizer, ["Observation:"], prompt_length=len(tokens))],
         )
         return tokenizer.decode(output[0, len(tokens) :], skip_special_tokens=True)
 
-    text, messages = answer(complete, parse_react, arguments.question, FUNCTIONS)
-    for message in messages[1:]:
-        call = message.get("function_call")
-        print(f"{message['content']} [{call['name']} {call['arguments']}]" if call else f"  -> {message['content']}")
-    print(text)
+    messages: list = []
+    for question in arguments.questions:
+        known = len(messages)
+        print("user:     ", question)
+        _, messages = answer(complete, parse_react, question, FUNCTIONS, earlier=messages)
+        for message in messages[known + 1 :]:
+            made = message.get("function_call")
+            said = f"{message['content']} [{made['name']} {made['arguments']}]" if made else message["content"]
+            print(f"{message['role'] + ':':10} {said}")
 
 
 if __name__ == "__main__":

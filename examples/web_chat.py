@@ -2,17 +2,19 @@
 Chat in a web browser.
 
     pip install gradio
-    python examples/web_chat.py [CHECKPOINT] [--port 7860]    (default: the demo, on this machine only)
+    python examples/web_chat.py [CHECKPOINT] [--server-port 8000]    (default: the demo, on this machine only)
+
+Under an answer are buttons for another one and for taking the question back, above the conversation one that clears it.
+The options are those of the published web_demo.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-from pathlib import Path
 
 import gradio
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from checkpoint import add_arguments, load
 
 
 def text_of(content) -> str:
@@ -34,11 +36,20 @@ def pairs(messages: list) -> list:
     return history
 
 
+def answers(model, tokenizer, message, messages: list):
+    """The answer to a message behind gradio's messages, while it grows; each time all of it so far."""
+    try:
+        responses = model.chat_stream(tokenizer, text_of(message), pairs(messages))
+    except ValueError as error:  # such as a question that is too long: the page shows what is wrong
+        raise gradio.Error(str(error)) from None
+    # The stop button and a closed page close this generator, and with it the computation.
+    with contextlib.closing(responses):
+        yield from responses
+
+
 def interface(model, tokenizer) -> gradio.ChatInterface:
     def respond(message, messages):
-        # The stop button and a closed page close this generator, and with it the computation.
-        with contextlib.closing(model.chat_stream(tokenizer, text_of(message), pairs(messages))) as responses:
-            yield from responses
+        yield from answers(model, tokenizer, message, messages)
 
     return gradio.ChatInterface(
         respond,
@@ -52,16 +63,21 @@ def interface(model, tokenizer) -> gradio.ChatInterface:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Chat in a web browser.")
-    demo = Path(__file__).resolve().parent.parent / "demo"
-    parser.add_argument("checkpoint", nargs="?", default=str(demo))
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: for other machines too (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("checkpoint", nargs="?", help="the same as --checkpoint-path")
+    add_arguments(parser)
+    parser.add_argument("--share", action="store_true", help="let gradio make a public address for it")
+    parser.add_argument("--inbrowser", action="store_true", help="open it in the browser")
+    parser.add_argument("--server-port", "--port", type=int, default=8000, help="(default: %(default)s)")
+    parser.add_argument(
+        "--server-name", "--host", default="127.0.0.1", help="0.0.0.0: for other machines too (default: %(default)s)"
+    )
     arguments = parser.parse_args()
-    path = arguments.checkpoint
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", trust_remote_code=True).eval()
+    model, tokenizer = load(arguments.checkpoint or arguments.checkpoint_path, arguments.cpu_only)
     interface(model, tokenizer).queue(default_concurrency_limit=4).launch(
-        server_name=arguments.host, server_port=arguments.port
+        server_name=arguments.server_name,
+        server_port=arguments.server_port,
+        share=arguments.share,
+        inbrowser=arguments.inbrowser,
     )
 
 

@@ -1,8 +1,8 @@
-"""The examples as people use them: in a terminal, in a pipe, in a browser."""
+"""The examples as people use them: in a terminal, in a pipe, in a browser, as a notebook."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 import io
 import os
@@ -13,19 +13,19 @@ import sys
 import threading
 import time
 
+import notebooks
 import pytest
+import screenshot
 from conftest import ROOT
+from qwen.qwen_generation_utils import make_tool_context, parse_react
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DEMO = str(ROOT / "demo")
 QUESTIONS = ["你好", "法国的首都是哪里？", "What is the capital of Kenya?", "3 + 4 = ?", "Lima?"]
 
 
-def example(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(ROOT / "examples"))
+example = importlib.import_module
 
 
 @pytest.fixture(scope="module")
@@ -62,74 +62,259 @@ def test_batch_command(tmp_path):
 
 
 def test_chat_in_a_pipe():
-    output = run("chat.py", text="法国的首都是哪里？\n:history\n:quit\nnever asked\n")
-    assert output == "法国的首都是巴黎。\nuser: 法国的首都是哪里？\nassistant: 法国的首都是巴黎。\n"
+    lines = ["法国的首都是哪里？", ":history", ":set foo 3", "", ":seed", "法国的首都是哪里？", ":q", "never asked"]
+    output = run("chat.py", "-c", DEMO, "--cpu-only", "-s", "7", text="\n".join(lines)).splitlines()
+    assert output[:3] == ["法国的首都是巴黎。", "user: 法国的首都是哪里？", "assistant: 法国的首都是巴黎。"]
+    assert output[3] == "There is no setting 'foo'. These can be set:"
+    assert output[-2:] == ["The seed is 7.", "法国的首都是巴黎。"]
 
 
-def test_commands_of_the_chat(model, tokenizer):
-    shown: list[str] = []
-    chat = example("chat").Chat(model, tokenizer, show=shown.append)
+@pytest.fixture
+def shown():
+    return []
+
+
+@pytest.fixture
+def chat(model, tokenizer, shown):
+    return example("chat").Chat(model, tokenizer, show=shown.append)
+
+
+def test_commands_of_the_chat(chat, shown, model, tokenizer):
     answer = io.StringIO()
     assert chat.ask("What is the capital of Kenya?", answer.write) == "The capital of Kenya is Nairobi."
     assert answer.getvalue() == "The capital of Kenya is Nairobi.\n"
     expected, _ = model.chat(tokenizer, "And of Peru?", chat.history)
     assert chat.ask("And of Peru?", answer.write) == expected
     for line, words in (
-        (":help", ":seed"),
+        (":help", ":reset-conf"),
+        (":h", ":clear-his"),
         (":history", "user: And of Peru?"),
-        (":seed", "The seed is 0."),
+        (":clear", "The conversation goes on"),
+        (":his", "user: And of Peru?"),
+        (":seed", "The seed is 1234."),
         (":seed 7", "The seed is 7."),
-        (":seed seven", "found 'seven'"),
-        (":set max_new_tokens 2", "'max_new_tokens': 2"),
-        (":clear", "forgotten"),
+        (":conf", "max_new_tokens = 64   (a whole number from 1 to 32768)"),
+        (":set max_new_tokens 2", "max_new_tokens = 2"),
+        (":conf do_sample=True top_p = 0.5 temperature=1", "top_p = 0.5   (a number from 0 to 1)"),
+        (":conf", "do_sample = true   (true or false)"),
+        (":reset-conf", "do_sample = false"),
+        (":conf", "top_k = as transformers has it" if model.generation_config.top_k is None else "top_k = "),
+        (":conf", "max_new_tokens = 64"),
+        (":set max_new_tokens=2", "max_new_tokens = 2"),
+        (":clear-his", "forgotten"),
         (":history", "Nothing was said yet."),
         (":system Be brief.", "Be brief."),
         (":nonsense", "no command :nonsense"),
     ):
         shown.clear()
         assert chat.command(line)
-        assert any(words in text for text in shown)
+        assert any(words in text for text in shown), (line, shown)
     assert chat.ask("hi", answer.write) == model.chat(tokenizer, "hi", None, "Be brief.", max_new_tokens=2)[0]
-    assert not chat.command(":quit")
+    for line in (":quit", ":exit", ":q"):
+        assert not chat.command(line)
 
 
-def test_the_seed_decides_what_is_sampled(model, tokenizer):
-    chat = example("chat").Chat(model, tokenizer, show=print)
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (":set foo 3", r"no setting 'foo'.*set:\n  do_sample: true or false\n  temperature: a number from 0.01 to 100"),
+        (":conf foo=3", "no setting 'foo'"),
+        (":conf num_beams=4", "no setting 'num_beams'"),
+        (":conf top_k=1 foo=3", "no setting 'foo'"),
+        (":set temperature -1", "temperature must be a number from 0.01 to 100, found '-1'"),
+        (":conf temperature=nan", "temperature must be"),
+        (":conf temperature=inf", "temperature must be"),
+        (":conf temperature=0", "temperature must be"),
+        (":conf top_p=1.5", "top_p must be"),
+        (":conf top_k=1 top_p=x", "top_p must be"),
+        (":set max_new_tokens x", "max_new_tokens must be a whole number from 1 to 32768, found 'x'"),
+        (":conf max_new_tokens=0", "max_new_tokens must be"),
+        (":conf max_new_tokens=2.5", "max_new_tokens must be"),
+        (":conf max_new_tokens=True", "max_new_tokens must be"),
+        (":conf do_sample=1", "do_sample must be true or false"),
+        (":conf repetition_penalty=0", "repetition_penalty must be"),
+        (":conf top_k", "Write NAME=VALUE, such as temperature=0.7; found 'top_k'"),
+        (":conf top_k=1 do_sample", "found 'do_sample'"),
+        (":seed seven", "The seed must be a whole number from 0 to 4294967295, found 'seven'"),
+        (":seed -1", "The seed must be"),
+        (":seed 99999999999999999999", "The seed must be"),
+    ],
+)
+def test_what_cannot_be_set_is_refused_at_once_and_changes_nothing(chat, line, words):
+    chat.command(":conf max_new_tokens=3 top_k=5")
+    before = (dict(chat.settings), chat.seed)
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        chat.command(line)
+    assert (chat.settings, chat.seed) == before
+
+
+def test_no_setting_breaks_a_turn(chat, tokenizer):
+    """With the lowest and the highest value of each there is an answer."""
+    settings = example("chat").SETTINGS
+    for name, setting in settings.items():
+        for value in (setting.low, setting.high):
+            chat.command(":conf do_sample=true max_new_tokens=3")
+            chat.command(f":set {name} {bool(value) if setting.kind is bool else value}")
+            if name == "max_new_tokens" and value > 3:
+                chat.command(":set do_sample false")
+            assert isinstance(chat.ask("What is the capital of Kenya?", lambda text: None), str)
+            chat.command(":clear-his")
+            chat.command(":reset-conf")
+    assert chat.ask("What is the capital of Kenya?", lambda text: None) == "The capital of Kenya is Nairobi."
+
+
+def test_the_screen_is_cleared_where_there_is_one(chat, shown, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    chat.command(":clear")
+    assert len(shown) == 1
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    chat.command(":cl")
+    assert shown[1] == example("chat").CLEAR_SCREEN
+
+
+def test_the_seed_decides_what_is_sampled(chat):
     chat.settings = {"do_sample": True, "temperature": 5.0, "max_new_tokens": 12}
 
     def say(seed):
-        chat.clear()
+        chat.forget()
         chat.seed = seed
         return chat.ask("你好", lambda text: None)
 
     assert say(1) == say(1) != say(2)
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX signals")
-def test_an_answer_can_be_stopped_from_the_keyboard(model, tokenizer):
-    chat = example("chat").Chat(model, tokenizer, show=print)
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
+def test_an_answer_can_be_stopped_from_the_keyboard(chat, model, tokenizer):
+    def stopped(at_once: bool) -> tuple:
+        """The answer, and all that was written, if Ctrl-C is pressed before or after its first words."""
+        written: list[str] = []
+        pressed = threading.Event()
 
-    def slow(ids, scores):
-        time.sleep(0.05)
-        return scores
+        def press(ids, scores):
+            if not pressed.is_set() and (at_once or "".join(written)):
+                pressed.set()
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                time.sleep(0.5)  # the end comes from the keyboard, not from the model
+            time.sleep(0.05)
+            return scores
 
-    def press(*arguments):
-        raise KeyboardInterrupt
-
-    chat.settings = {"logits_processor": [slow]}
-    written: list[str] = []
-    before = signal.signal(signal.SIGALRM, press)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.4)
+        chat.settings = {"logits_processor": [press]}
         answer = chat.ask("What is the capital of Kenya?", written.append)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert "".join(written) == f"{answer} [stopped]\n"
+        chat.settings = {}
+        return answer, "".join(written)
+
+    assert stopped(at_once=True) == ("", " [stopped]\n")
+    assert chat.history == []  # nothing was said of an answer
+    answer, written = stopped(at_once=False)
+    assert written == f"{answer} [stopped]\n"
+    assert answer
     assert "The capital of Kenya is Nairobi.".startswith(answer)
-    chat.settings = {}
+    assert chat.history == [("What is the capital of Kenya?", answer)]
     expected, _ = model.chat(tokenizer, "法国的首都是哪里？", chat.history)
-    assert chat.ask("法国的首都是哪里？", written.append) == expected
+    assert chat.ask("法国的首都是哪里？", lambda text: None) == expected
+
+
+def test_several_questions_with_tools_are_one_conversation(tokenizer):
+    """The prompt of the last step is the published one: each question, its calls and results, its answer."""
+    tool_use, toolbox = example("tool_use"), example("toolbox")
+    said = iter(
+        (
+            ' I multiply.\nAction: calculator\nAction Input: {"expression": "17 * 23"}\n',
+            " I now know the final answer.\nFinal Answer: It is 391.",
+            " A date.\nAction: today\nAction Input: {}\n",
+            ' And a sum.\nAction: calculator\nAction Input: {"expression": "391 + 1"}\n',
+            " I now know the final answer.\nFinal Answer: 392.",
+        )
+    )
+    prompts: list[str] = []
+
+    def complete(messages):
+        prompts.append(make_tool_context(tokenizer, messages, toolbox.TOOLS)[0])
+        return next(said)
+
+    functions = {**toolbox.FUNCTIONS, "today": lambda: "2024-02-29"}
+    answer, messages = tool_use.answer(complete, parse_react, "What is 17 * 23?", functions)
+    assert answer == "It is 391."
+    answer, messages = tool_use.answer(complete, parse_react, "Plus 1?", functions, earlier=messages)
+    assert answer == "392."
+    assert messages[-1] == {"role": "assistant", "content": "392."}
+    assert len(prompts) == 5
+    assert "should be one of [calculator, today]\n" in prompts[-1]
+    assert prompts[-1].endswith(
+        "Begin!\n\nQuestion: Plus 1?<|im_end|>\n<|im_start|>assistant\n"
+        "Thought: A date.\nAction: today\nAction Input: {}\nObservation: 2024-02-29\n"
+        'Thought: And a sum.\nAction: calculator\nAction Input: {"expression": "391 + 1"}\n'
+        "Observation: 392\nThought:"
+    )
+    assert (
+        "user\nWhat is 17 * 23?<|im_end|>\n<|im_start|>assistant\n"
+        'Thought: I multiply.\nAction: calculator\nAction Input: {"expression": "17 * 23"}\nObservation: 391\n'
+        "Thought: I now know the final answer.\nFinal Answer: It is 391.<|im_end|>"
+    ) in prompts[-1]
+
+
+@pytest.mark.parametrize("path", notebooks.NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_print_what_they_show(path):
+    notebook = notebooks.read(path)
+    shown = [notebooks.recorded(cell) for cell in notebooks.code_cells(notebook)]
+    assert len(shown) >= 5
+    assert all(shown)
+    assert notebooks.run(notebook, ROOT / "examples") == shown
+    first = {"cells": notebooks.code_cells(notebook)[:1]}  # where the repository is, decided once
+    assert notebooks.run(first, ROOT) == shown[:1]
+
+
+def test_notebooks_are_clean():
+    assert [path.name for path in notebooks.NOTEBOOKS] == ["quickstart.ipynb", "tokenizer_showcase.ipynb"]
+    for path in notebooks.NOTEBOOKS:
+        notebook = notebooks.read(path)
+        numbers = [cell["execution_count"] for cell in notebooks.code_cells(notebook)]
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert not any(cell["metadata"] for cell in notebook["cells"])
+        assert str(ROOT) not in path.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="ends in a value, 2"):
+        notebooks.run({"cells": [{"cell_type": "code", "source": ["1 + 1"]}]}, ROOT)
+
+
+def gradio_with_buttons(monkeypatch):
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    gradio = pytest.importorskip("gradio")
+    if "buttons" not in inspect.signature(gradio.Chatbot).parameters:
+        pytest.skip("needs a newer gradio, whose Chatbot has buttons")
+    return gradio
+
+
+def test_the_web_chat_takes_the_published_options(monkeypatch):
+    gradio_with_buttons(monkeypatch)
+    web_chat = example("web_chat")
+    seen: list = []
+
+    class Interface:
+        def queue(self, **settings):
+            return self
+
+        def launch(self, **settings):
+            seen.append(settings)
+
+    def load(path, cpu_only):
+        seen.append((path, cpu_only))
+        return "model", "tokenizer"
+
+    monkeypatch.setattr(web_chat, "load", load)
+    monkeypatch.setattr(web_chat, "interface", lambda model, tokenizer: Interface())
+    options = "-c some/model --cpu-only --share --inbrowser --server-port 1234 --server-name 0.0.0.0"
+    for line in (options, "some/model", ""):
+        monkeypatch.setattr(sys, "argv", ["web_chat.py", *line.split()])
+        web_chat.main()
+    everywhere = {"server_name": "0.0.0.0", "server_port": 1234, "share": True, "inbrowser": True}
+    here = {"server_name": "127.0.0.1", "server_port": 8000, "share": False, "inbrowser": False}
+    assert seen == [("some/model", True), everywhere, ("some/model", False), here, (DEMO, False), here]
+
+
+def test_a_question_that_is_too_long_is_told_in_the_web_chat(model, tokenizer, monkeypatch):
+    gradio = gradio_with_buttons(monkeypatch)
+    with pytest.raises(gradio.Error, match="more than max_window_size=448"):
+        next(example("web_chat").answers(model, tokenizer, "very " * 500, []))
 
 
 class Slow:
@@ -139,8 +324,11 @@ class Slow:
         self.model = model
         self.ends = [tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id]
         self.patient = True
+        self.asked = 0
 
     def chat_stream(self, *arguments):
+        self.asked += 1
+
         def slow(ids, scores):
             time.sleep(0.1)
             scores[:, self.ends] = -float("inf")
@@ -152,22 +340,18 @@ class Slow:
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
 def test_chat_in_a_browser(model, tokenizer, tmp_path, monkeypatch):
-    """Type a question, see the answer grow, stop it, ask again, clear."""
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    """Type a question, see the answer grow, stop it, ask again, have it answered again, clear."""
+    gradio_with_buttons(monkeypatch)
     try:
-        import gradio
         from playwright.sync_api import sync_playwright
     except ImportError as error:
-        pytest.skip(f"needs gradio and playwright ({error})")
-    if "buttons" not in inspect.signature(gradio.Chatbot).parameters:
-        pytest.skip("needs a newer gradio, whose Chatbot has buttons")
+        pytest.skip(f"needs playwright ({error})")
     slow = Slow(model, tokenizer)
     interface = example("web_chat").interface(slow, tokenizer)
     _, address, _ = interface.queue().launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
-    options = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--no-first-run"]
     try:
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=options)
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=screenshot.BROWSER)
             page = browser.new_page(viewport={"width": 1000, "height": 700})
             page.goto(address, wait_until="domcontentloaded")
             box, bot = page.get_by_role("textbox").first, page.get_by_test_id("bot")
@@ -192,6 +376,12 @@ def test_chat_in_a_browser(model, tokenizer, tmp_path, monkeypatch):
             page.get_by_text("法国的首都是巴黎。").wait_for(timeout=60_000)
             page.screenshot(path=str(tmp_path / "chat.png"))
             assert (tmp_path / "chat.png").stat().st_size > 10_000
+            asked = slow.asked
+            page.get_by_role("button", name="Retry").last.click()
+            page.wait_for_function("() => !document.querySelector('button.stop-button')", timeout=60_000)
+            page.get_by_text("法国的首都是巴黎。").wait_for(timeout=60_000)
+            assert slow.asked == asked + 1
+            assert page.get_by_text("法国的首都是哪里？").count() == 1
             page.get_by_role("button", name="Clear").click()
             page.get_by_text("法国的首都是巴黎。").wait_for(state="detached", timeout=10_000)
             browser.close()

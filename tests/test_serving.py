@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import importlib
 import importlib.util
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, lacks, tokenization_qwen
+from hypothesis import given
+from hypothesis import strategies as st
 from qwen.qwen_generation_utils import OBSERVATION, make_context, make_tool_context, parse_react
 
 openai = pytest.importorskip("openai")
@@ -24,7 +31,7 @@ PATH = str(ROOT / "demo")
 
 
 @contextlib.contextmanager
-def serving(command: list, log: Path):
+def serving(command: list, log: Path, host: str = "--host", port_name: str = "--port"):
     """The address of a server that runs meanwhile."""
     if sys.version_info < (3, 10) or not importlib.util.find_spec("transformers.cli"):
         lacks("has no server for one checkpoint")
@@ -32,7 +39,7 @@ def serving(command: list, log: Path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, *command, host, "127.0.0.1", port_name, str(port), "--cpu-only"]
     with open(log, "wb") as file:
         server = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT)
     try:
@@ -75,6 +82,7 @@ an Observation."""
 # The server, with a model that calls a tool if it is offered one, and answers when it sees the result.
 SCRIPTED = f"""
 import sys
+import time
 sys.path.insert(0, "tools")
 sys.argv[0] = "tools/serve.py"
 import torch
@@ -90,6 +98,17 @@ def generate(self, input_ids, attention_mask, streamer, **kwargs):
     assert attention_mask.shape == input_ids.shape
     streamer.put(input_ids)
     prompt = written.decode(input_ids[0])
+    if "count" in prompt:
+        put = 0
+        try:
+            for put in range(400):
+                for token in written.encode(f"{{put}} "):
+                    streamer.put(torch.tensor([token]))
+                time.sleep(0.02)
+        finally:
+            print("counted to", put, flush=True)
+    if "break" in prompt:
+        raise RuntimeError('it said "no"\\nand ended')
     if prompt.endswith("Observation: 22\\nThought:"):
         text = {ANSWER!r}
     elif "weather: Call this tool to interact with the weather API." in prompt:
@@ -105,16 +124,25 @@ serve.main()
 """
 
 
+CREDENTIALS = base64.b64encode(b"user:pass:word").decode()
+
+
 @pytest.fixture(scope="module")
-def scripted(tmp_path_factory):
-    log = tmp_path_factory.mktemp("scripted") / "log"
-    with serving(["-c", SCRIPTED, PATH], log) as address:
-        yield openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+def scripted_log(tmp_path_factory):
+    return tmp_path_factory.mktemp("scripted") / "log"
 
 
-def command(name: str) -> str | None:
-    path = Path(sys.executable).parent / name
-    return str(path) if path.exists() else None
+@pytest.fixture(scope="module")
+def guarded(scripted_log):
+    """The address of that server, started with the options of the published one."""
+    options = ["-c", PATH, "--disable-gc", "--api-auth", "user:pass:word"]
+    with serving(["-c", SCRIPTED, *options], scripted_log, "--server-name", "--server-port") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def scripted(guarded):
+    return openai.OpenAI(base_url=f"{guarded}/v1", api_key=CREDENTIALS, max_retries=0)
 
 
 def test_the_openai_client(client):
@@ -147,8 +175,12 @@ TOOLS = [{"type": "function", "function": WEATHER}]
 def test_names_of_the_model(client):
     names = [model.id for model in client.models.list()]
     assert sorted(names) == sorted(["./demo/", PATH, "demo"])
+    assert client.models.retrieve("demo").id == "demo"
+    with pytest.raises(openai.NotFoundError, match="There is no model 'other' here"):
+        client.models.retrieve("other")
     for name in names:
         answer = client.chat.completions.create(model=name, messages=KENYA)
+        assert answer.model == name
         assert answer.choices[0].message.content == "The capital of Kenya is Nairobi."
         client.completions.create(model=name, prompt="The", max_tokens=1)
     for what in ({"messages": KENYA}, {"prompt": "a"}):
@@ -172,7 +204,21 @@ def test_completions(client):
 @pytest.mark.parametrize(
     ("body", "text"),
     [
+        ({"temperature": -1}, "temperature must be a number from 0 to 100, found -1"),
+        ({"top_p": "x"}, "top_p must be a number from 0 to 1, found 'x'"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"n": 2}, "n is not served here, found 2"),
+        ({"logprobs": True}, "logprobs is not served here"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not served here"),
+        ({"stop": ["a", ""]}, "stop must be a text or a list of texts"),
+        ({"extra_body": {"max_length": 5}}, r"The prompt has \d+ tokens, and max_length=5 leaves none"),
+        ({"extra_body": {"top_k": -1}}, "top_k must be a whole number"),
+        ({"extra_body": {"stream": "yes"}}, "stream must be true or false"),
+        ({"extra_body": {"generation_config": "{"}}, "generation_config"),
         ({"messages": []}, r"at least one message, found \[\]"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "A role must be one of .*, found 'robot'"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "at least one of the role user"),
         ({"messages": [{"content": "x"}]}, "a role and a content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
@@ -184,8 +230,83 @@ def test_completions(client):
     ],
 )
 def test_bad_requests(client, body, text):
-    with pytest.raises(openai.BadRequestError, match=text):
-        client.chat.completions.create(model="demo", **body)
+    with pytest.raises(openai.BadRequestError, match=text) as raised:
+        client.chat.completions.create(model="demo", **{"messages": KENYA, **body})
+    assert raised.value.body["type"] == "invalid_request_error"
+
+
+def asked(address: str, **headers) -> tuple:
+    """Status, headers and JSON of the answer to a request."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=60) as response:
+            return response.status, response.headers, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, json.load(error)
+
+
+def test_errors_of_the_application_are_objects_too(address, client):
+    for path, status in (("/v1/nothing", 404), ("/v1/chat/completions", 405)):
+        code, _, body = asked(address + path)
+        assert code == status
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+    with pytest.raises(openai.UnprocessableEntityError, match=r"Unexpected fields in the request: \{'colour'\}"):
+        client.chat.completions.create(model="demo", messages=KENYA, extra_body={"colour": 1})
+    with pytest.raises(openai.BadRequestError, match="prompt must be a text"):
+        client.completions.create(model="demo", prompt=[1, 2])
+
+
+NAIROBI = "The capital of Kenya is Nairobi."
+
+
+def test_stop(client):
+    """The answer ends before the first of the texts, with and without a stream; there is no word of them in it."""
+
+    def ask(stop, **arguments):
+        return client.chat.completions.create(model="demo", messages=KENYA, stop=stop, **arguments)
+
+    for stop, expected in (
+        (" Kenya", "The capital of"),
+        (["robi", "Ken", "zzz"], "The capital of "),
+        (["zzz"], NAIROBI),
+        ([], NAIROBI),
+        (".", NAIROBI[:-1]),
+    ):
+        answer = ask(stop).choices[0]
+        assert (answer.message.content, answer.finish_reason) == (expected, "stop")
+        assert streamed(ask(stop, stream=True)) == (expected, [], "stop")
+    done = client.completions.create(model="demo", prompt="The capital of Kenya is", max_tokens=20, stop="robi")
+    assert (done.choices[0].text, done.choices[0].finish_reason) == (" Nai", "stop")
+    # The server goes on with the next one.
+    assert ask(None).choices[0].message.content == NAIROBI
+
+
+def test_how_the_answer_is_chosen(client):
+    """Published fields, and a temperature: none of them asks for the likeliest token by itself."""
+
+    def say(**arguments):
+        messages = [{"role": "user", "content": "你好"}]
+        answer = client.chat.completions.create(model="demo", messages=messages, **arguments)
+        return answer.choices[0].message.content
+
+    likeliest = say()
+    hot = {"temperature": 50, "max_tokens": 12}
+    assert say(seed=1, **hot) == say(seed=1, **hot) != likeliest
+    assert say(seed=1, **hot) != say(seed=2, **hot)
+    assert say(temperature=1e-40) == say(temperature=0) == say(temperature=50, extra_body={"top_k": 1})
+    assert say(temperature=0) == likeliest
+    prompt = client.chat.completions.create(model="demo", messages=KENYA, max_tokens=1).usage.prompt_tokens
+    answer = client.chat.completions.create(model="demo", messages=KENYA, extra_body={"max_length": prompt + 3})
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (3, "length")
+
+
+def test_messages_of_other_roles(client):
+    """A developer is a system; several systems, or a name for a person, are no error."""
+
+    def tokens(role):
+        messages = [{"role": role, "content": "Be brief."}, *KENYA]
+        return client.chat.completions.create(model="demo", messages=messages).usage.prompt_tokens
+
+    assert tokens("developer") == tokens("system")
 
 
 def test_a_model_that_calls_no_tools_answers(client):
@@ -254,14 +375,40 @@ def test_tools_are_called_and_their_results_answered(scripted):
 )
 def test_what_is_written_with_tools_is_read_piece_by_piece(serve, text, shown, call):
     for size in (1, 2, 3, 100):
-        answer, seen = serve.ToolAnswer(parse_react, OBSERVATION), ""
+        until, answer, seen = serve.Until([OBSERVATION]), serve.ToolAnswer(parse_react), ""
         for i in range(0, len(text), size):
-            seen += answer.feed(text[i : i + size])
+            seen += answer.feed(until.feed(text[i : i + size]))
             assert shown.startswith(seen)
-            if answer.ended:
+            if until.ended:
                 break
+        seen += answer.feed(until.finish())
         rest, made = answer.finish()
         assert (seen + rest, made) == (shown, call)
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.integers(1, 5))
+def test_a_text_ends_before_the_stop_that_is_complete_first(serve, text, stop, size):
+    until, seen = serve.Until(stop), ""
+    for i in range(0, len(text), size):
+        seen += until.feed(text[i : i + size])
+        if until.ended:
+            break
+    seen += until.finish()
+    places = [(text.find(one) + len(one), text.find(one)) for one in stop if one in text]  # end and beginning
+    assert seen == (text[: min(places)[1]] if places else text)
+    assert until.ended == bool(places)
+
+
+def test_arguments_of_the_server(serve):
+    options = "-c model --server-name 0.0.0.0 --server-port 80 --cpu-only --disable-gc --api-auth me:a:b --compile"
+    expected = ["--compile", "--host", "0.0.0.0", "--port", "80", "--device", "cpu"]
+    assert serve.read_arguments(options.split()) == ("model", expected, base64.b64encode(b"me:a:b"))
+    ours = ["--host", "0.0.0.0", "--dtype", "float32", "--continuous-batching"]
+    assert serve.read_arguments(["model", *ours]) == ("model", ours, None)
+    assert serve.read_arguments(["--host", "model"]) == (None, ["--host", "model"], None)
+    for wrong in ("me", ":secret", ""):
+        with pytest.raises(ValueError, match="USER:PASSWORD"):
+            serve.read_arguments(["model", "--api-auth", wrong])
 
 
 @pytest.fixture(scope="module")
@@ -273,9 +420,67 @@ def serve():
         sys.path.remove(str(ROOT / "tools"))
 
 
+def test_who_may_ask(guarded, scripted):
+    for path in ("/v1/models", "/docs"):
+        for headers in ({}, {"Authorization": "Basic"}, {"Authorization": f"Basic {CREDENTIALS[:-1]}"}):
+            status, answered, body = asked(guarded + path, **headers)
+            assert (status, answered["WWW-Authenticate"]) == (401, "Basic")
+            assert body["error"]["code"] == "invalid_api_key"
+    assert asked(f"{guarded}/health")[0] == 200
+    assert asked(f"{guarded}/v1/models", Authorization=f"Basic {CREDENTIALS}")[0] == 200
+    stranger = openai.OpenAI(base_url=f"{guarded}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.AuthenticationError, match="asks for a user and a password"):
+        stranger.chat.completions.create(model="demo", messages=LIMA)
+    named = stranger.with_options(default_headers={"Authorization": f"Basic {CREDENTIALS}"})
+    assert named.chat.completions.create(model="demo", messages=LIMA).choices[0].message.content == "No tool here."
+
+
+def test_a_model_that_fails_is_an_error_of_the_server(scripted):
+    messages = [{"role": "user", "content": "break"}]
+    with pytest.raises(openai.InternalServerError, match='it said "no"') as raised:
+        scripted.chat.completions.create(model="demo", messages=messages)
+    assert raised.value.body["type"] == "server_error"
+    with pytest.raises(openai.APIError, match='it said "no"\nand ended'):
+        list(scripted.chat.completions.create(model="demo", messages=messages, stream=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_ends_the_computation(scripted, scripted_log, stream):
+    before = scripted_log.read_text(encoding="utf-8").count("counted to")
+    messages = [{"role": "user", "content": "count"}]
+    answer = scripted.chat.completions.create(model="demo", messages=messages, stop="7", stream=stream)
+    content = streamed(answer)[0] if stream else answer.choices[0].message.content
+    assert content == "0 1 2 3 4 5 6 "
+    for _ in range(100):
+        ended = re.findall(r"counted to (\d+)", scripted_log.read_text(encoding="utf-8"))
+        if len(ended) > before:
+            break
+        time.sleep(0.1)
+    assert len(ended) == before + 1
+    assert int(ended[-1]) < 300
+
+
+def test_the_example_of_a_client_that_calls_functions(scripted):
+    sys.path.insert(0, str(ROOT / "examples"))
+    function_call = importlib.import_module("function_call")
+    seen: list = []
+
+    def weather(city: str) -> str:
+        seen.append(city)
+        return "22"
+
+    messages = [*LIMA]
+    answer = function_call.answer(scripted, "demo", messages, TOOLS, {"weather": weather})
+    assert answer == messages[-1]["content"] == "In Lima it is 22 °C,\nan Observation."
+    assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
+    assert seen == ["Lima 京"]
+    with pytest.raises(RuntimeError, match="no answer after 2 calls"):
+        function_call.answer(scripted, "demo", [*LIMA], TOOLS, {"weather": lambda city: "rain"}, max_steps=2)
+
+
 def test_transformers_chat(address, tmp_path):
     done = subprocess.run(
-        [command("transformers"), "chat", PATH, address],
+        [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "chat", PATH, address],
         input="法国的首都是哪里？\n!exit\n",
         capture_output=True,
         encoding="utf-8",

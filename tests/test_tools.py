@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from qwen import qwen_generation_utils as utils
 
 RECORDED = json.loads((ROOT / "tests" / "golden" / "react.json").read_text(encoding="utf-8"))
-spec = importlib.util.spec_from_file_location("tool_use", ROOT / "examples" / "tool_use.py")
-tool_use = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool_use)
+sys.path.insert(0, str(ROOT / "examples"))
+tool_use, toolbox = map(importlib.import_module, ("tool_use", "toolbox"))
 
 CALL = {"name": "calculator", "arguments": '{"expression": "1+1"}'}
 MESSAGES = [
@@ -81,10 +80,10 @@ def test_messages_of_todays_interface(demo_tokenizer):
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
         {"role": "function", "content": "2024"},
     ]
-    expected = utils.make_tool_context(demo_tokenizer, old, tool_use.TOOLS)
-    assert utils.make_tool_context(demo_tokenizer, new, tool_use.TOOLS) == expected
+    expected = utils.make_tool_context(demo_tokenizer, old, toolbox.TOOLS)
+    assert utils.make_tool_context(demo_tokenizer, new, toolbox.TOOLS) == expected
     with pytest.raises(ValueError, match="calls that were not made: tool_call_id c"):
-        utils.make_tool_context(demo_tokenizer, [*new, {"role": "tool", "tool_call_id": "c"}], tool_use.TOOLS)
+        utils.make_tool_context(demo_tokenizer, [*new, {"role": "tool", "tool_call_id": "c"}], toolbox.TOOLS)
 
 
 def test_tools_are_named_even_if_their_turn_leaves_the_window(demo_tokenizer):
@@ -93,7 +92,7 @@ def test_tools_are_named_even_if_their_turn_leaves_the_window(demo_tokenizer):
         {"role": "assistant", "content": "x"},
         {"role": "user", "content": "And today?"},
     ]
-    text, _ = utils.make_tool_context(demo_tokenizer, messages, tool_use.TOOLS, max_window_size=300)
+    text, _ = utils.make_tool_context(demo_tokenizer, messages, toolbox.TOOLS, max_window_size=300)
     assert "long" not in text
     assert text.endswith("Begin!\n\nQuestion: And today?<|im_end|>\n<|im_start|>assistant\n")
 
@@ -127,19 +126,19 @@ def test_forms_of_tools(demo_tokenizer, tool):
 
 
 def test_braces_in_a_question_are_left_alone(demo_tokenizer):
-    text, _ = utils.make_tool_context(demo_tokenizer, [{"role": "user", "content": "{tools} {names}"}], tool_use.TOOLS)
+    text, _ = utils.make_tool_context(demo_tokenizer, [{"role": "user", "content": "{tools} {names}"}], toolbox.TOOLS)
     assert "Question: {tools} {names}<" in text
 
 
 @pytest.mark.parametrize(
     ("messages", "tools", "message"),
     [
-        ([], tool_use.TOOLS, "no message from a user"),
-        (MESSAGES[1:], tool_use.TOOLS, "role 'assistant' has no place"),
-        ([*MESSAGES[:1], MESSAGES[0]], tool_use.TOOLS, "role 'user' has no place"),
-        ([MESSAGES[0], MESSAGES[2]], tool_use.TOOLS, "role 'function' has no place"),
-        ([{"role": "system", "content": "x"}], tool_use.TOOLS, "no message from a user"),
-        ([*MESSAGES, {"role": "system", "content": "x"}], tool_use.TOOLS, "role 'system' has no place"),
+        ([], toolbox.TOOLS, "no message from a user"),
+        (MESSAGES[1:], toolbox.TOOLS, "role 'assistant' has no place"),
+        ([*MESSAGES[:1], MESSAGES[0]], toolbox.TOOLS, "role 'user' has no place"),
+        ([MESSAGES[0], MESSAGES[2]], toolbox.TOOLS, "role 'function' has no place"),
+        ([{"role": "system", "content": "x"}], toolbox.TOOLS, "no message from a user"),
+        ([*MESSAGES, {"role": "system", "content": "x"}], toolbox.TOOLS, "role 'system' has no place"),
         (MESSAGES, ["calculator"], "A tool must be a dictionary"),
         (MESSAGES, [{"description": "x"}], "A tool must be a dictionary"),
     ],
@@ -222,7 +221,7 @@ def test_the_loop_calls_tools_until_there_is_an_answer():
         ' Forbidden.\nAction: calculator\nAction Input: {"expression": "open(1)"}\n',
         " Done.\nFinal Answer: 391",
     )
-    answer, messages = tool_use.answer(complete, utils.parse_react, "What is 17 * 23?", tool_use.FUNCTIONS)
+    answer, messages = tool_use.answer(complete, utils.parse_react, "What is 17 * 23?", toolbox.FUNCTIONS)
     assert answer == "391"
     results = [message["content"] for message in messages if message["role"] == "function"]
     assert results[0] == "391"
@@ -237,15 +236,15 @@ def test_the_loop_calls_tools_until_there_is_an_answer():
 def test_the_loop_has_a_limit():
     complete, asked = scripted(*[" Again.\nAction: today\nAction Input: {}\n"] * 9)
     with pytest.raises(RuntimeError, match="no answer after 3 calls"):
-        tool_use.answer(complete, utils.parse_react, "?", tool_use.FUNCTIONS, max_steps=3)
+        tool_use.answer(complete, utils.parse_react, "?", toolbox.FUNCTIONS, max_steps=3)
     assert len(asked) == 3
 
 
 def test_the_calculator():
-    assert tool_use.calculator("2 ** 10 - (3 + 1) / 4") == "1023.0"
+    assert toolbox.calculator("2 ** 10 - (3 + 1) / 4") == "1023.0"
     for bad in ("__import__('os')", "9 ** 9999", "a", "'x' * 9"):
         with pytest.raises((ValueError, SyntaxError)):
-            tool_use.calculator(bad)
+            toolbox.calculator(bad)
 
 
 def test_the_example_runs():

@@ -1,0 +1,31 @@
+"""What the examples share: which checkpoint to load, and where."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DEMO = str(Path(__file__).resolve().parent.parent / "demo")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options for a checkpoint; the names are those of the published programs."""
+    parser.add_argument(
+        "-c",
+        "--checkpoint-path",
+        "--checkpoint",
+        default=DEMO,
+        metavar="CHECKPOINT",
+        help="a folder or a repository of the hub (default: the demo)",
+    )
+    parser.add_argument("--cpu-only", action="store_true", help="use no GPU")
+
+
+def load(path: str, cpu_only: bool = False, **tokenizer_settings):
+    """The model, ready to answer, and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, **tokenizer_settings)
+    device_map = "cpu" if cpu_only else "auto"
+    model = AutoModelForCausalLM.from_pretrained(path, device_map=device_map, trust_remote_code=True).eval()
+    return model, tokenizer
