@@ -4,20 +4,21 @@ Write a checkpoint as one GGUF file, for llama.cpp and the programs that are bui
     python tools/export_gguf.py CHECKPOINT OUT.gguf                 matrices as they are stored, codes included
     python tools/export_gguf.py CHECKPOINT OUT.gguf --type q8_0     all matrices in f32, bf16, f16 or q8_0
 
-CHECKPOINT is a folder in safetensors, in full precision, GPTQ's (Int4, Int8) or with int8 weights; it is only read, a few
-rows at a time. Needs the package gguf. The file has the weights, the vocabulary, and the chat template of a chat model.
+CHECKPOINT is a folder in safetensors, in full precision, GPTQ's (Int4, Int8) or with int8 weights; it is only read, a
+few rows at a time. The file has the weights, the vocabulary, and the chat template of a chat model. Needs the package
+gguf.
 
-Without --type no code is rounded again. GGUF has blocks of 32 neighbouring inputs of an output, with a scale d and perhaps
-a minimum m in float16:
+Without --type no code is rounded again. GGUF has blocks of 32 neighbouring inputs of an output, with a scale d and in
+one layout a minimum m, both in float16:
 
     q4_0   w = d (q - 8)     GPTQ, 4 bits, with the zero 8 (symmetric): exact
     q4_1   w = d q + m       GPTQ, 4 bits, with other zeros: m = -scale * zero is rounded
-    q8_0   w = d q           GPTQ, 8 bits, with the zero 128 (symmetric): exact. int8 weights: d = scale is rounded
+    q8_0   w = d q           GPTQ, 8 bits, with the zero 128 (symmetric): exact; int8 weights: d = scale is rounded
 
-What llama.cpp does not do: normalise text to NFC, as our tokenizer does; dynamic NTK and LogN, so that the context length
-in the file ends where they would begin.
+What llama.cpp does not do: normalise text to NFC, as our tokenizer does; dynamic NTK and LogN, so that the context
+length in the file ends where they would begin.
 
-Exit status: 0 done; 2 the checkpoint has a problem, or llama.cpp could not compute it, or OUT.gguf can't be written, and
+Exit status: 0 done; 2 the checkpoint has a problem, llama.cpp could not compute it, or OUT.gguf can't be written, and
 there is no OUT.gguf.
 """
 
@@ -256,8 +257,8 @@ def gptq_matrix(checkpoint: Checkpoint, ours: str, theirs: str, out: int, width:
     symmetric = bool((zeros(0, out) == middle).all())
     if bits == 8 and not symmetric:
         raise Problem(
-            f"{ours} has zeros other than 128, and GGUF has no layout for 8 bits with a minimum. Take --type f16, which "
-            f"rounds the weights again."
+            f"{ours} has zeros other than 128, and GGUF has no layout for 8 bits with a minimum. Take --type f16, "
+            f"which rounds the weights again."
         )
     kept = "Q8_0" if bits == 8 else "Q4_0" if symmetric else "Q4_1"
     block_group = ordered[::BLOCK]
@@ -305,9 +306,9 @@ def tensors(checkpoint: Checkpoint, type: str | None) -> Iterator[Tensor]:
         ):
             yield matrix(checkpoint, f"{ours}.{module}", f"{theirs}.{name}", out, width, type)
             bias = f"{ours}.{module}.bias"
-            if module != "attn.c_attn" and (bias in checkpoint.places or not config.no_bias):
-                if bool(checkpoint.slice(bias, out)[:].any()):  # GPTQ stores zeros
-                    raise Problem(f"{bias} is not zero, and llama.cpp adds no bias there.")
+            has_bias = module != "attn.c_attn" and (bias in checkpoint.places or not config.no_bias)
+            if has_bias and bool(checkpoint.slice(bias, out)[:].any()):  # GPTQ stores zeros
+                raise Problem(f"{bias} is not zero, and llama.cpp adds no bias there.")
     yield vector(checkpoint, "transformer.ln_f.weight", "output_norm.weight", hidden)
     head = "transformer.wte" if config.tie_word_embeddings else "lm_head"
     yield matrix(checkpoint, head, "output", config.vocab_size, hidden, type)
@@ -412,7 +413,7 @@ def describe(writer, checkpoint: Checkpoint, tokenizer, matrices: Counter) -> No
 
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A name to write under, `.NAME.new`, which becomes `target` in one step when the block is left without an error."""
+    """A name to write under, `.NAME.new`, which becomes `target` in one step when the block is left; none after errors."""
     if target.exists():
         raise Problem(f"{target} exists. Name a file that does not exist yet.")
     target.parent.mkdir(parents=True, exist_ok=True)
