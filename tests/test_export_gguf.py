@@ -606,7 +606,7 @@ def test_it_refuses_sizes_and_files(source, tmp_path, capsys):
     (empty / "qwen.tiktoken").unlink()
     before = sorted(tmp_path.iterdir())
     for folder, name, options, message in (
-        (narrow, "model.gguf", ["--type", "q8_0"], "mlp.c_proj.weight has 88 inputs, and Q8_0 holds blocks of 32"),
+        (narrow, "model.gguf", ["--type", "q8_0"], "mlp.c_proj.weight has 88 inputs, and q8_0 holds blocks of 32"),
         (small, "model.gguf", [], "groups of 16, which blocks of 32 do not fit"),
         (asymmetric, "model.gguf", [], "zeros other than 128"),
         (source, "there.gguf", [], "exists. Name a file that does not exist yet"),

@@ -182,7 +182,7 @@ def matrix(checkpoint: Checkpoint, ours: str, theirs: str, out: int, width: int,
         raise Problem(f"{name} is stored as {weight.get_dtype()}, which this tool does not read.")
     kept = type or weight.get_dtype()
     if kept == "Q8_0":
-        check_width(name, width, kept)
+        check_width(name, width, "q8_0")
     return Tensor(f"{theirs}.weight", (out, width), kept, lambda first, last: stored(name, weight[first:last], kept))
 
 
@@ -261,7 +261,7 @@ def gptq_matrix(checkpoint: Checkpoint, ours: str, theirs: str, out: int, width:
             f"which rounds the weights again."
         )
     kept = "Q8_0" if bits == 8 else "Q4_0" if symmetric else "Q4_1"
-    block_group = ordered[::BLOCK]
+    block_group = torch.arange(0, width, BLOCK) // group_size
 
     def rows(first: int, last: int) -> np.ndarray:
         q = codes(first, last).t().unflatten(1, (-1, BLOCK))  # (rows, blocks, 32)
@@ -413,7 +413,7 @@ def describe(writer, checkpoint: Checkpoint, tokenizer, matrices: Counter) -> No
 
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A name to write under, `.NAME.new`, which becomes `target` in one step when the block is left; none after errors."""
+    """A name to write under, `.NAME.new`, that becomes `target` in one step if the block is left without an error."""
     if target.exists():
         raise Problem(f"{target} exists. Name a file that does not exist yet.")
     target.parent.mkdir(parents=True, exist_ok=True)
