@@ -268,7 +268,7 @@ def gptq_matrix(checkpoint: Checkpoint, ours: str, theirs: str, out: int, width:
         scale = scales[:, first:last]
         d = scale[block_group].t()
         if bits == 8:
-            return blocks([d], (q - middle + 1).to(torch.int8))
+            return blocks([d], (q - middle).to(torch.int8))
         halves = [d]
         if not symmetric:
             exact = -scale.float() * zeros(first, last)
