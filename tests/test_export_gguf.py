@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, modeling_qwen, official_vocabulary, random_ids, tiny_model, tokenization_qwen
 from qwen.qwen_generation_utils import make_context
 from safetensors.torch import load_file, save_file
-from texts import generated_texts, without_surrogates
+from texts import KNOWN, generated_texts, without_surrogates
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
@@ -429,6 +429,7 @@ class Llama:
             parameters = api.llama_context_default_params()
             parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = 512, 1, 1
             parameters.type_k = parameters.type_v = 0  # float32
+            parameters.flash_attn_type = 0  # off: it approximates
             self.context = api.llama_init_from_model(self.model, parameters)
 
     def __del__(self):
@@ -492,6 +493,16 @@ def test_llama_cpp_does_not_normalise(vocabulary):
     assert llama.encode(unicodedata.normalize("NFC", decomposed)) == ours.encode(decomposed)
 
 
+@needs_llama
+def test_llama_cpp_knows_every_character_as_ours_does(tmp_path, demo_tokenizer):
+    """Letter, digit, white space, mark or neither: it has tables and a pattern of its own."""
+    assert tool.main([str(DEMO), str(tmp_path / "model.gguf"), "--type", "f16"]) == 0
+    llama = Llama(tmp_path / "model.gguf", vocabulary_only=True)
+    some = [unicodedata.normalize("NFC", f"{c}{c}a {c}1{c}\n'{c}!{c} <{c}") for c in KNOWN]
+    together = ["|".join(some[i : i + 40]) for i in range(0, len(some), 40)]
+    assert [llama.encode(text) for text in together] == demo_tokenizer(together)["input_ids"]
+
+
 def demo_prompts(tokenizer) -> list[list[int]]:
     card = "蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是"
     system = "You are a helpful assistant."
@@ -510,7 +521,7 @@ def test_llama_cpp_answers_as_ours(tmp_path, demo_tokenizer, type):
             expected = model(torch.tensor([ids])).logits[0, -1]
         llama.start()
         error = (llama.logits(ids) - expected).norm() / expected.norm()
-        assert error < {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2, "q8_0": 3e-2}[type]
+        assert error < {"f32": 1e-5, "f16": 5e-3, "bf16": 2e-2, "q8_0": 8e-2}[type]
         output = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, repetition_penalty=1.0)
         assert llama.greedy(ids, 24) == output[0, len(ids) :].tolist()
 
@@ -527,7 +538,9 @@ def test_llama_cpp_computes_with_the_same_codes(tmp_path, demo_tokenizer, option
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0, -1]
         llama.start()
-        assert (llama.logits(ids) - expected).norm() / expected.norm() < 0.03
+        assert (llama.logits(ids) - expected).norm() / expected.norm() < 0.08
+        output = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, repetition_penalty=1.0)
+        assert llama.greedy(ids, 24) == output[0, len(ids) :].tolist()
 
 
 @needs_llama
