@@ -26,7 +26,7 @@ import json
 import sys
 from pathlib import Path
 
-from byte_pairs import merges
+from byte_pairs import byte_alphabet, recovered_pairs
 from checkpoint_files import Problem, exit_status, new_folder, write_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -38,25 +38,11 @@ tokenization_qwen = sys.modules[QWenTokenizer.__module__]
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def byte_alphabet() -> list[str]:
-    """A printable character for each byte: itself where it is one, else the next free one from U+0100 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
 def tokenizer_json(tokenizer) -> dict:
     """The tokenizer in the form of the library `tokenizers`; everything in it is older than any supported release."""
     alphabet = byte_alphabet()
     names = {token: "".join(alphabet[byte] for byte in token) for token in tokenizer.mergeable_ranks}
-    pairs = []
-    by_rank = sorted(tokenizer.mergeable_ranks, key=tokenizer.mergeable_ranks.__getitem__)
-    for token in tqdm(by_rank, desc="recovering merges", unit="token", mininterval=1):
-        parts, pair = [bytes([byte]) for byte in token], None
-        for pair in merges(parts, tokenizer.mergeable_ranks):  # noqa: B007 (the last one is wanted)
-            pass
-        if pair is not None and len(parts) == 1:
-            pairs.append(f"{names[pair[0]]} {names[pair[1]]}")
+    pairs = [f"{names[left]} {names[right]}" for left, right in recovered_pairs(tokenizer.mergeable_ranks)]
     clash = next((token for token in tokenizer.special_tokens if token.encode() in tokenizer.mergeable_ranks), None)
     if clash is not None:
         raise Problem(
