@@ -824,13 +824,14 @@ Tensor one_block(const Tensor& input, at::TensorList norms, const c10::List<opti
 // One block after the other; the lists hold what belongs to the first, then to the second, and so on.
 Tensor decode_blocks(const Tensor& input, at::TensorList norms, const c10::List<optional<Tensor>>& matrices,
                      at::IntArrayRef formats, const Tensor& cos, const Tensor& sin, const optional<Tensor>& query_scale,
-                     at::TensorList store, int64_t position, const optional<Tensor>& mask, double eps, double scaling,
-                     bool causal) {
+                     at::TensorList store, int64_t position, const optional<Tensor>& mask, double eps,
+                     at::ArrayRef<double> scaling, bool causal) {
   const int64_t blocks = norms.size() / 2, number = store.size();
   TORCH_CHECK(blocks > 0 && norms.size() % 2 == 0 && matrices.size() == 25 * blocks && formats.size() == 15 * blocks &&
-                  number % blocks == 0,
+                  number % blocks == 0 && static_cast<int64_t>(scaling.size()) == blocks,
               "decode_blocks: ", norms.size(), " norms, ", matrices.size(), " tensors and ", formats.size(),
-              " numbers of matrices and ", number, " tensors of a store are not those of whole blocks");
+              " numbers of matrices, ", number, " tensors of a store and ", scaling.size(),
+              " scales are not those of whole blocks");
   // PyTorch's products, of many rows or other weights, have threads of their own.
   bool native = input.dim() == 3 && input.size(0) * input.size(1) <= 8;
   for (int64_t i = 0; native && i < 5 * blocks; ++i) native = formats[3 * i] != 0 || has_kernel(*matrices.get(5 * i));
@@ -840,7 +841,7 @@ Tensor decode_blocks(const Tensor& input, at::TensorList norms, const c10::List<
       c10::List<optional<Tensor>> own;
       for (int64_t j = 0; j < 25; ++j) own.push_back(matrices.get(25 * i + j));
       x = one_block(x, norms.slice(2 * i, 2), own, formats.slice(15 * i, 15), cos, sin, query_scale,
-                    store.slice(number / blocks * i, number / blocks), position, mask, eps, scaling, causal);
+                    store.slice(number / blocks * i, number / blocks), position, mask, eps, scaling[i], causal);
     }
   };
   native ? Team::with(run) : run();

@@ -140,7 +140,8 @@ def _compute(model, call: dict):
     eps = network.ln_f.eps
     weights = [[each for block in blocks for each in block[i]] for i in range(3)]  # norms, matrices, formats
     store = [tensor for layer in cache.layers for tensor in layer.room_for(T)]
-    x = decode_blocks(x, *weights, cos, sin, query_scale, store, length, mask, eps, network.h[0].attn.scaling)
+    scaling = [block.attn.scaling for block in network.h]
+    x = decode_blocks(x, *weights, cos, sin, query_scale, store, length, mask, eps, scaling)
     x = rms_norm(x, like, eps)
     if head is None:
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)

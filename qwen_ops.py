@@ -490,7 +490,7 @@ def decode_blocks(
     position: int,
     mask: torch.Tensor | None,
     eps: float,
-    scaling: float,
+    scaling: list[float],
 ) -> torch.Tensor:
     """
     Blocks of the network, one after the other, for a few new tokens behind a filled cache, without gradients.
@@ -499,21 +499,24 @@ def decode_blocks(
     of ln_1 and ln_2. matrices: weight, bias, scale, zeros and g_idx, as `times` takes them, of c_attn, attn.c_proj, w1,
     w2 and mlp.c_proj, 25 a block; formats: bits, group_size and zero_offset of each, 15. store: keys and values
     (B, nh, capacity, hd), or codes and parameters of both as `quantize_append` writes them; the new tokens' are written
-    from token `position` on. cos, sin: as of `rotary`. query_scale: float32 (B or 1, 1, T, 1) or None. mask: as of
-    `decode_attention`, for S = position + T keys. Returns (B, T, hidden) in x's dtype.
+    from token `position` on. scaling: of the scores, one a block. cos, sin: as of `rotary`. query_scale: float32
+    (B or 1, 1, T, 1) or None. mask: as of `decode_attention`, for S = position + T keys. Returns (B, T, hidden) in x's
+    dtype.
     """
     mask, causal = _check_mask(mask)
     blocks = _OPERATORS.decode_blocks if x.device.type == "cpu" and x.dtype in _FLOATS else decode_blocks_reference
     return blocks(x, norms, matrices, formats, cos, sin, query_scale, store, position, mask, eps, scaling, causal)
 
 
-def decode_blocks_reference(x, norms, matrices, formats, cos, sin, query_scale, store, *others):
-    number = len(norms) // 2
-    for i in range(number):
-        norms_, matrices_, formats_, store_ = (
-            each[len(each) // number * i : len(each) // number * (i + 1)] for each in (norms, matrices, formats, store)
-        )
-        x = _decode_block(x, norms_, matrices_, formats_, cos, sin, query_scale, store_, *others)
+def decode_blocks_reference(
+    x, norms, matrices, formats, cos, sin, query_scale, store, position, mask, eps, scaling, causal
+):
+    for i, scale in enumerate(scaling):
+        own = [
+            each[len(each) // len(scaling) * i : len(each) // len(scaling) * (i + 1)]
+            for each in (norms, matrices, formats, store)
+        ]
+        x = _decode_block(x, *own[:3], cos, sin, query_scale, own[3], position, mask, eps, scale, causal)
     return x
 
 
@@ -600,7 +603,7 @@ OPERATIONS = {
     ),
     "decode_blocks": (
         "(Tensor x, Tensor[] norms, Tensor?[] matrices, int[] formats, Tensor cos, Tensor sin, Tensor? query_scale, "
-        "Tensor(a!)[] store, int position, Tensor? mask, float eps, float scaling, bool causal) -> Tensor",
+        "Tensor(a!)[] store, int position, Tensor? mask, float eps, float[] scaling, bool causal) -> Tensor",
         decode_blocks_reference,
         lambda x, *args: x.new_empty(x.shape),
     ),

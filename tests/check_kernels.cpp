@@ -314,12 +314,14 @@ void check_team() {
       for (int call = 0; call < 20; ++call) {
         std::vector<int64_t> counts(97);
         Team::with([&] {
-          for (int stage = 0; stage < 50; ++stage)
+          for (int stage = 0; stage < 50; ++stage) {
             Team::share(counts.size(), 1 + stage % 7, [&](int64_t begin, int64_t end) {
+              for (volatile int i = 0; i < 2000; i = i + 1) {}  // who does not wait for it sees what was before
               for (int64_t i = begin; i < end; ++i) ++counts[i];
             });
+            for (int64_t count : counts) wrong += count != stage + 1;
+          }
         });
-        for (int64_t count : counts) wrong += count != 50;
         try {
           Team::share(counts.size(), 5, [](int64_t begin, int64_t) { if (begin == 50) throw std::bad_alloc(); });
           ++wrong;

@@ -155,7 +155,7 @@ def block_inputs(dtype=torch.float32, kind="float", bits=16, T=2):
     norms = [torch.rand(hidden).to(dtype) + 0.5 for _ in range(2)]
     scale = torch.rand(B, 1, T, 1) + 1
     x = torch.randn(B, T, hidden).to(dtype)
-    return x, norms, matrices, formats, angles.cos(), angles.sin(), scale, tensors, S, mask, 1e-6, hd**-0.5, True
+    return x, norms, matrices, formats, angles.cos(), angles.sin(), scale, tensors, S, mask, 1e-6, [hd**-0.5], True
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -192,7 +192,8 @@ def test_blocks_follow_each_other(native):
     x = operators.decode_blocks(*one)
     expected = operators.decode_blocks(x, *other[1:])
     fresh = [block_inputs(T=1)[7] for _ in range(2)]
-    lists = {i: one[i] + other[i] for i in (1, 2, 3)}
+    other = (*other[:11], [0.3], other[12])
+    lists = {i: one[i] + other[i] for i in (1, 2, 3, 11)}
     lists[7] = fresh[0] + fresh[1]
     both = [lists.get(i, each) for i, each in enumerate(one)]
     for blocks in (operators.decode_blocks, kernels.decode_blocks_reference):
