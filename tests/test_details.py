@@ -173,6 +173,3 @@ def test_an_input_without_tokens_says_so(demo_tokenizer, make):
                     call(ids, **arguments())
         with pytest.raises(ValueError, match="no tokens"):
             model(inputs_embeds=torch.zeros(1, 0, 64), **arguments())
-        embeds = model.transformer.wte(random_ids(1, 4))
-        found = model.generate(inputs_embeds=embeds, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert found.shape == (1, 3)
