@@ -315,7 +315,7 @@ class QWenModel(QWenPreTrainedModel):
             that are not None with `return_dict=False`.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`, or a mask too short for the cache.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, no tokens, a mask too short for the cache.
             IndexError: an id outside the vocabulary (where the device reports it).
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -329,7 +329,7 @@ class QWenModel(QWenPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = new_cache(self.config)
 
-        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, hidden)
+        x = self.embed(input_ids, inputs_embeds)  # (B, T, hidden)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         cache_position = kwargs.pop("cache_position", None)  # where in the cache the tokens go; `generate` may say it
         if cache_position is None:
@@ -376,13 +376,29 @@ class QWenModel(QWenPreTrainedModel):
             attentions=tuple(attention_weights) if output_attentions else None,
         )
 
-    def embed(self, input_ids: torch.LongTensor) -> torch.Tensor:
-        """input_ids: int64 (B, T). Returns (B, T, hidden). Raises IndexError for an id outside the vocabulary."""
+    def embed(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        input_ids: int64 (B, T), or inputs_embeds: (B, T, hidden), which is returned.
+
+        Returns (B, T, hidden). Raises IndexError for an id outside the vocabulary, ValueError if there are no tokens.
+        """
+        self.check_tokens(input_ids if inputs_embeds is None else inputs_embeds)
+        if inputs_embeds is not None:
+            return inputs_embeds
         try:
             return self.wte(input_ids)
         except IndexError:
             self.check_ids(input_ids)
             raise
+
+    @staticmethod
+    def check_tokens(tokens: torch.Tensor) -> None:
+        """Raise ValueError unless `tokens`, ids (B, T) or embeddings (B, T, hidden), hold at least one."""
+        if tokens.dim() < 2 or tokens.shape[0] == 0 or tokens.shape[1] == 0:
+            raise ValueError(
+                f"The input has no tokens: its shape is {tuple(tokens.shape)}, but (rows, tokens) are wanted, at least "
+                f"one of each. To begin without a text pass the token <|endoftext|>, tokenizer.eod_id."
+            )
 
     def check_ids(self, input_ids: torch.LongTensor) -> None:
         """Raise IndexError if one of the ids is outside the vocabulary."""

@@ -24,7 +24,7 @@ from .qwen_cuda_graph import DEVICES as GRAPH_DEVICES
 from .qwen_cuda_graph import GraphedGeneration, graphed_step, is_as_made, is_plain, is_untouched
 from .qwen_generation_utils import StopWordsLogitsProcessor
 from .qwen_ops import decode_blocks, has_decode_kernel, rms_norm, times
-from .qwen_quantization import Int8Linear, QuantizedLinear
+from .qwen_quantization import Int8Linear, QuantizedLinear, check_training
 from .transformers_compat import (
     ASSISTANTS_GENERATE,
     CACHE,
@@ -56,6 +56,8 @@ def decoding_step(forward):
     def step(self, *args, **kwargs):
         if is_compiling() or torch.jit.is_tracing():
             return forward(self, *args, **kwargs)
+        if self.training and torch.is_grad_enabled():
+            check_training(getattr(self, "transformer", self))
         call = {**dict(zip(names, args)), **kwargs}
         cache = call.get("past_key_values")
         if not hasattr(cache, "attends") or isinstance(cache, AttendingCache) or not _attends(self, cache, call):
@@ -85,7 +87,8 @@ def _attends(model, cache, call: dict) -> bool:
         return False
     if (ids is None) == (embeds is None) or not (mask is None or mask.dim() == 2 or mask.dtype == torch.bool):
         return False
-    return cache.attends((ids if embeds is None else embeds).shape[1])
+    new = ids if embeds is None else embeds
+    return new.dim() > 1 and cache.attends(new.shape[1])
 
 
 # What a call may ask for without being more than a plain one; everything else that is not None is more.
@@ -123,12 +126,14 @@ def _compute(model, call: dict):
         return None
 
     T, length = new.shape[1], cache.get_seq_length()
-    x = network.embed(ids) if x is None else x  # (B, T, hidden)
+    x = network.embed(ids, x)  # (B, T, hidden)
     if x.dtype != like.dtype:
         return None
     mask, position_ids = call.get("attention_mask"), call.get("position_ids")
     if position_ids is None:
-        position_ids = network.positions(mask, torch.arange(length, length + T, device=x.device), length)
+        places = call.get("cache_position")
+        places = torch.arange(length, length + T, device=x.device) if places is None else places
+        position_ids = network.positions(mask, places, length)
     if head is not None and ids is not None and T == 1 and ids.device.type in GRAPH_DEVICES and is_plain(model):
         logits = graphed_step(model, cache, ids, position_ids, mask)
         if logits is not None:
@@ -184,8 +189,8 @@ def _matrix(module: nn.Module, like: torch.Tensor):
     plain = None, None, 0, 0, 0
     if type(module) is nn.Linear and _is_weight(module.weight, like):
         return (module.weight, module.bias, None, *plain)
-    if type(module) is Int8Linear and module.weight.device == like.device:
-        return (module.weight, module.bias, module.weight_scale, *plain)
+    if type(module) is Int8Linear and module.codes.device == like.device:
+        return (module.codes, module.bias, module.weight_scale, *plain)
     if type(module) is QuantizedLinear and module.qweight.device == like.device:
         qweight, qzeros, scales, g_idx, *format = module.tensors()
         return (qweight, module.bias, scales, qzeros, g_idx, *format)
@@ -219,15 +224,17 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
         assistant_model: also a Qwen whose embedding has fewer rows, as Qwen-1.8B's has beside Qwen-72B's, without
         tokenizers.
 
-        Raises IndexError for ids outside the vocabulary, ValueError for stop words that are not lists of ids and for
-        contradictions about the cache.
+        Raises IndexError for ids outside the vocabulary, ValueError for a prompt without tokens, for stop words that
+        are not lists of ids and for contradictions about the cache.
         """
         settings = self.generation_config if generation_config is None else generation_config
         kwargs = self._with_cache(generation_config, kwargs, cache_bits)
         if stop_words_ids is None:
             stop_words_ids = getattr(settings, "stop_words_ids", None)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if torch.is_tensor(ids) and ids.numel():
+        if torch.is_tensor(ids):
+            if kwargs.get("inputs_embeds") is None:
+                self.transformer.check_tokens(ids)
             self.transformer.check_ids(ids)
         prompt_length = 0 if ids is None else ids.shape[1]
         if logits_processor is not None:

@@ -117,6 +117,47 @@ def is_bitsandbytes(config: dict) -> bool:
 # --- Modules -----------------------------------------------------------------------------------------------------
 
 
+_ADVICE = (
+    "Tune the checkpoint in full precision that this one was made from, or merge adapters into that, and quantise the "
+    "result with tools/quantize_weights.py. LoRA that stays unmerged can be trained over quantised matrices."
+)
+_NO_WEIGHT = (
+    f"A quantised matrix has codes in place of a weight: its numbers can't be read, changed or learned. {_ADVICE}"
+)
+
+
+class _NoWeight(nn.Parameter):
+    """
+    What there is to know about the weight of a quantised matrix: shape, data type of its codes, device.
+
+    Everything else that is asked of it raises ValueError: adapters would take codes for the weight's values, and write
+    rounded numbers back.
+    """
+
+    ANSWERED = {
+        *(
+            getattr(torch.Tensor, name).__get__
+            for name in ("shape", "ndim", "dtype", "device", "requires_grad", "grad")
+        ),
+        *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.data_ptr, torch.Tensor.is_contiguous),
+    }
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func not in cls.ANSWERED:
+            raise ValueError(_NO_WEIGHT)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    def to(self, device, **kwargs) -> torch.Tensor:
+        """The codes on another device, as accelerate moves them; they are not cast."""
+        if isinstance(device, torch.dtype):
+            raise ValueError(_NO_WEIGHT)
+        return super().__torch_function__(torch.Tensor.to, (type(self),), (self, device), kwargs)
+
+    def __repr__(self) -> str:
+        return f"no weight, but {self.dtype} codes for {tuple(self.shape)} on {self.device}"
+
+
 class _Quantized(nn.Linear):
     """An `nn.Linear`, which adapters look for, with codes for a weight. Its scales keep their precision in a cast."""
 
@@ -126,6 +167,19 @@ class _Quantized(nn.Linear):
     def __init__(self, in_features: int, out_features: int):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
+
+    @property
+    def weight(self) -> _NoWeight:
+        codes = self.codes.detach()
+        if codes.shape != (self.out_features, self.in_features):  # packed
+            codes = codes[:1, :1].expand(self.out_features, self.in_features)
+        return torch.Tensor._make_subclass(_NoWeight, codes, False)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name != "weight":
+            super().register_parameter(name, param)
+        elif not isinstance(param, _NoWeight):  # which adapters put back where they had it from
+            raise ValueError(_NO_WEIGHT)
 
     def _apply(self, fn, *args, **kwargs):
         scales = getattr(self, self.SCALES)
@@ -227,27 +281,13 @@ class QuantizedLinear(_Quantized):
         return torch.arange(self.in_features, dtype=torch.int32, device=device) // self.group_size
 
     @property
-    def weight(self):
-        """What adapters ask about a weight; its values can't be had, and so can't be changed."""
-        return _NoWeight(self)
+    def codes(self) -> nn.Parameter:
+        return self.qweight
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.format.bits}, "
             f"group_size={self.group_size}, bias={self.bias is not None}"
-        )
-
-
-class _NoWeight:
-    def __init__(self, module: QuantizedLinear):
-        self.shape = torch.Size((module.out_features, module.in_features))
-        self.dtype, self.device = module.qweight.dtype, module.qweight.device
-
-    def __getattr__(self, name):
-        raise AttributeError(
-            "A matrix quantised by GPTQ has no weight that could be changed: dequantize() computes what it stands for. "
-            "To merge adapters, merge them into the checkpoint in full precision that this one was made from, and "
-            "quantise the result with tools/quantize_weights.py."
         )
 
 
@@ -265,22 +305,64 @@ class _FrozenProduct(torch.autograd.Function):
         return (sum(grad[..., where] @ weight.t() for where, weight in blocks), *[None] * len(ctx.tensors))
 
 
+class _Codes(nn.Parameter):
+    """Whole numbers, which can't learn; asked to, they say what to do."""
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False):
+        return torch.Tensor._make_subclass(cls, data.detach(), False)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        if requires_grad:
+            raise ValueError(_NO_WEIGHT)
+        return self
+
+
 class Int8Linear(_Quantized):
-    """`nn.Linear` with an int8 weight (out, in), constant, which is multiplied by weight_scale, float32 (out,)."""
+    """
+    `nn.Linear` with an int8 weight (out, in), constant, which is multiplied by weight_scale, float32 (out,).
+
+    A checkpoint has it under the name `weight`; here it is `codes`.
+    """
 
     SCALES = "weight_scale"
 
     def __init__(self, in_features: int, out_features: int, bias: bool, device=None, dtype=None):
         super().__init__(in_features, out_features)
-        codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.zeros(out_features, in_features, dtype=torch.int8, device=device), requires_grad=False
+        )
         self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         )
 
+    @property
+    def codes(self) -> torch.Tensor:
+        return self._parameters["weight"].detach()  # kernels take no subclasses
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As inherited; codes, int8, may be put in the place of the weight, as loading does."""
+        if name != "weight" or param is None or param.dtype != torch.int8 or isinstance(param, _NoWeight):
+            super().register_parameter(name, param)
+            return
+        codes = _Codes(param)
+        vars(codes).update(vars(param))  # loading notes there what it has done
+        self._parameters.setdefault(name, None)  # PyTorch refuses the name of an attribute that is no parameter
+        nn.Linear.register_parameter(self, name, codes)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (linear_reference if is_compiling() else linear)(x, self.weight, self.bias, self.weight_scale)
+        return (linear_reference if is_compiling() else linear)(x, self.codes, self.bias, self.weight_scale)
+
+
+def check_training(network) -> None:
+    """
+    Raise ValueError if a model with quantised matrices is about to be trained whole, all but its matrices that is.
+
+    network: `QWenModel`. Where adapters or chosen layers learn, its embedding or its last norm is frozen.
+    """
+    learns = network.wte.weight.requires_grad and network.ln_f.weight.requires_grad
+    if learns and any(getattr(module, "HOLDS_CODES", False) for module in network.h.modules()):
+        raise ValueError(f"This model has quantised matrices, which can't learn, and nothing is frozen. {_ADVICE}")
 
 
 # --- Loading -----------------------------------------------------------------------------------------------------

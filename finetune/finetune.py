@@ -128,6 +128,12 @@ def load_model(arguments, training, lora):
     path = arguments.model_name_or_path
     common = {"cache_dir": training.cache_dir, "trust_remote_code": True}
     config = AutoConfig.from_pretrained(path, **common)
+    quantised = getattr(config, "quantization_config", None) is not None or getattr(config, "int8_weights", False)
+    if quantised and not training.use_lora:
+        raise Problem(
+            f"{path} is quantised, and its matrices can't learn. Pass --use_lora to learn an adapter over them, or "
+            f"name the checkpoint in full precision that it was made from."
+        )
     half = compute_dtype(training)
     options = {"dtype": half if training.use_lora or training.deepspeed else torch.float32}
     if arguments.attn_implementation is not None:
@@ -141,7 +147,7 @@ def load_model(arguments, training, lora):
         options["attn_implementation"] = "flash_attention_2"
     if lora.q_lora:
         options["device_map"] = {"": training.device}
-        if getattr(config, "quantization_config", None) is None:
+        if not quantised:
             if importlib.util.find_spec("bitsandbytes") is None:
                 raise Problem(
                     f"{path} is in full precision; --q_lora makes it 4-bit with bitsandbytes, which is not installed. "

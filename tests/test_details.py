@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -149,3 +150,26 @@ def test_answers_with_stop_texts_and_prompt_look_up(demo_tokenizer):
         for drafts in (2, 10):
             answer, _ = model.chat(demo_tokenizer, "hi", None, stop=stop, prompt_lookup_num_tokens=drafts)
             assert answer == expected
+
+
+@pytest.mark.parametrize("make", [None, compat.DynamicCache, QWenCache], ids=lambda make: getattr(make, "__name__", ""))
+def test_an_input_without_tokens_says_so(demo_tokenizer, make):
+    model = tiny_model()
+    nothing = demo_tokenizer("", return_tensors="pt").input_ids
+    assert nothing.shape == (1, 0)
+
+    def arguments():
+        if make is None:
+            return {}
+        cache = make()
+        model(random_ids(1, 5), past_key_values=cache)
+        return {"past_key_values": cache}
+
+    with torch.no_grad():
+        for ids in (nothing, nothing.long(), random_ids(0, 3), random_ids(4)):
+            shape = re.escape(str(tuple(ids.shape)))
+            for call in (model, model.transformer, model.generate):
+                with pytest.raises(ValueError, match=f"no tokens: its shape is {shape}.*tokenizer.eod_id"):
+                    call(ids, **arguments())
+        with pytest.raises(ValueError, match="no tokens"):
+            model(inputs_embeds=torch.zeros(1, 0, 64), **arguments())

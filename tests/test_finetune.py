@@ -310,6 +310,17 @@ def test_scripts_start_the_program_with_arguments_that_it_knows(tiny, script, tm
 # Q-LoRA
 
 
+@pytest.mark.parametrize(
+    "change", [{"int8_weights": True}, {"quantization_config": {"quant_method": "gptq", "bits": 4}}]
+)
+def test_full_tuning_of_a_quantised_checkpoint_is_refused(tiny, tmp_path, change):
+    shutil.copytree(tiny, tmp_path / "quantised")
+    config = json.loads((tiny / "config.json").read_text())
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(finetune.Problem, match=r"quantised is quantised.*--use_lora.*full precision"):
+        tune(tmp_path / "quantised", tmp_path / "out")
+
+
 def test_a_matrix_in_full_precision_is_refused(tiny):
     with pytest.raises(finetune.Problem, match="10 matrices of the blocks are in full precision"):
         finetune.check_quantized(loaded(tiny))

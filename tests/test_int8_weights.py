@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import json
@@ -127,6 +128,121 @@ def test_what_does_not_go_with_it_says_so(checkpoints):
     assert ours.resize_token_embeddings() is ours.get_input_embeddings()
     with pytest.raises(RuntimeError, match=r"missing.*weight_scale"):
         QWenLMHeadModel.from_pretrained(folder / "whole", int8_weights=True)
+
+
+# --- Adapters, and what can't learn --------------------------------------------------------------------------------
+
+MATRICES = ["c_attn", "c_proj", "w1", "w2", "lm_head"]
+FULL_PRECISION = "in full precision that this one was made from"
+
+
+@pytest.fixture
+def int8(checkpoints):
+    _, folder = checkpoints
+    return QWenLMHeadModel.from_pretrained(folder / "int8", fp32=True).eval()
+
+
+def codes_of(model) -> list[torch.Tensor]:
+    codes = [parameter.clone() for parameter in model.parameters() if parameter.dtype == torch.int8]
+    assert len(codes) == 5 * 3 + 1
+    return codes
+
+
+def lora(model, **settings):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(**{"r": 4, "target_modules": MATRICES, "init_lora_weights": False, **settings})
+    return peft.get_peft_model(model, config)
+
+
+def test_lora_is_trained_and_taken_off_again(int8):
+    ids = random_ids(4, 16)
+    with torch.no_grad():
+        before = int8(ids).logits
+    codes = codes_of(int8)
+    torch.manual_seed(0)
+    adapted = lora(int8, init_lora_weights=True).train()
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = adapted(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(map(torch.equal, codes_of(int8), codes))
+    restored = adapted.unload().eval()
+    with torch.no_grad():
+        assert torch.equal(restored(ids).logits, before)
+
+
+def ia3(model):
+    peft = pytest.importorskip("peft")
+    config = peft.IA3Config(
+        target_modules=MATRICES, feedforward_modules=["w1", "w2"], init_ia3_weights=False, task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(model, config)
+
+
+WRITERS = {
+    "LoRA": lambda model: lora(model).merge_and_unload(),
+    "LoRA, safely": lambda model: lora(model).merge_and_unload(safe_merge=True),
+    "LoRA, for a while": lambda model: lora(model).merge_adapter(),
+    "DoRA": lambda model: lora(model, use_dora=True).merge_and_unload(),
+    "IA3": lambda model: ia3(model).merge_and_unload(),
+    "IA3, safely": lambda model: ia3(model).merge_and_unload(safe_merge=True),
+    "modules_to_save": lambda model: lora(model, target_modules=["c_attn"], modules_to_save=["lm_head"]),
+    "requires_grad_": lambda model: model.requires_grad_(True),
+    "data": lambda model: model.lm_head.weight.data.zero_(),
+    "in place": lambda model: model.lm_head.weight.add_(1),
+    "product": lambda model: model.lm_head.weight @ torch.ones(64),
+    "a cast": lambda model: model.lm_head.weight.to(torch.float32),
+    "another weight": lambda model: setattr(model.lm_head, "weight", torch.nn.Parameter(torch.ones(320, 64))),
+}
+
+
+@pytest.mark.parametrize("way", WRITERS)
+def test_who_wants_weights_is_told_which_checkpoint_has_them(int8, way):
+    codes = codes_of(int8)
+    with pytest.raises(ValueError, match=FULL_PRECISION):
+        WRITERS[way](int8)
+    assert all(map(torch.equal, codes_of(int8), codes))
+
+
+def test_what_there_is_to_know_about_a_weight(int8):
+    weight = int8.lm_head.weight
+    assert (weight.shape, weight.dtype, weight.device.type) == ((320, 64), torch.int8, "cpu")
+    assert not weight.requires_grad
+    assert "torch.int8 codes for (320, 64) on cpu" in repr(weight)
+    assert "Int8Linear" in repr(int8.lm_head)
+
+
+def test_training_all_of_it_is_refused(int8):
+    ids = random_ids(2, 6)
+    int8.train()
+    for network in (int8, int8.transformer):
+        with pytest.raises(ValueError, match=f"nothing is frozen.*{FULL_PRECISION}"):
+            network(ids)
+        with torch.no_grad():
+            network(ids)
+    int8.requires_grad_(False)
+    int8.get_input_embeddings().requires_grad_(True)
+    int8(ids, labels=ids).loss.backward()
+    assert int8.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_codes_that_are_offloaded(int8, tmp_path):
+    accelerate = importlib.import_module("accelerate")
+    ids = random_ids(1, 5)
+    with torch.no_grad():
+        expected = int8(ids).logits
+        for offloaded in (
+            accelerate.cpu_offload(copy.deepcopy(int8), execution_device=torch.device("cpu")),
+            accelerate.disk_offload(copy.deepcopy(int8), tmp_path, execution_device=torch.device("cpu")),
+        ):
+            assert offloaded.lm_head.weight.device.type == "meta"
+            assert torch.equal(offloaded(ids).logits, expected)
 
 
 # --- The tool -----------------------------------------------------------------------------------------------------

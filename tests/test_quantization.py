@@ -558,8 +558,25 @@ def test_adapters_train_and_merging_says_what_to_do_instead(published):
     assert losses[-1] < 0.7 * losses[0]
     after = {name.replace("base_layer.", ""): p for name, p in adapted.get_base_model().named_parameters()}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    with pytest.raises(AttributeError, match="merge them into the checkpoint in full precision"):
+    with pytest.raises(ValueError, match=r"codes in place of a weight.*the checkpoint in full precision"):
         adapted.merge_and_unload()
+    restored = adapted.unload()
+    assert all(torch.equal(p, before[name]) for name, p in restored.named_parameters())
+
+
+def test_adapters_that_want_the_weight_are_told_where_it_is(published):
+    folder, _ = published
+    peft = pytest.importorskip("peft")
+    model = QWenLMHeadModel.from_pretrained(folder, fp32=True)
+    with pytest.raises(ValueError, match="the checkpoint in full precision"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], use_dora=True))
+
+
+def test_training_all_but_the_matrices_is_refused(published):
+    folder, _ = published
+    model = QWenLMHeadModel.from_pretrained(folder, fp32=True).train()
+    with pytest.raises(ValueError, match=r"nothing is frozen.*the checkpoint in full precision"):
+        model(random_ids(2, 6))
 
 
 # --- The kernels --------------------------------------------------------------------------------------------------

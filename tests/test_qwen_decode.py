@@ -126,6 +126,24 @@ def test_masks_positions_and_what_is_kept():
         assert output.past_key_values is caches[0]
 
 
+def test_the_place_in_the_cache_is_a_position():
+    """What `generate` of releases up to 4.57 says, and Qwen2 there counts positions from."""
+    model, ids = tiny_model(**NTK_LOGN), random_ids(2, 27)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for padded in ({}, {"attention_mask": mask}):
+        places = torch.tensor([20 if padded else 31])
+        caches = [filled(model, make, ids[:, :26]) for make in (QWenCache, DynamicCache)]
+        with torch.no_grad():
+            with without_layers():
+                found = model(ids[:, 26:], past_key_values=caches[0], cache_position=places, **padded).logits
+            rows = (mask.cumsum(-1) - 1)[:, places] if padded else places[None]
+            expected = model(ids[:, 26:], past_key_values=caches[1], position_ids=rows, **padded).logits
+            other = model(ids[:, 26:], past_key_values=filled(model, QWenCache, ids[:, :26]), **padded).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert (found - other).abs().max() > 0.01
+
+
 def test_the_network_without_its_head():
     model = tiny_model(**NTK_LOGN).transformer
     ids = random_ids(2, 30)

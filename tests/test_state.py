@@ -66,6 +66,22 @@ def test_the_ntk_scale_follows_the_rows_of_a_cache(make, way):
         torch.testing.assert_close(logits[i : i + 1], alone(model, row, ids, new[i : i + 1]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("make", [DynamicCache, QWenCache])
+def test_contrastive_search_of_padded_rows(make):
+    """It repeats and selects the rows of its cache at every step."""
+    if not any(hasattr(transformers.GenerationMixin, name) for name in ("contrastive_search", "_contrastive_search")):
+        lacks("has no contrastive search of its own")
+    if make is QWenCache and not compat.DRAFTS_CROP_CACHES:
+        lacks("slices the tensors of a cache itself in contrastive search")
+    model, (ids, mask) = tiny_model(**NTK_LOGN), padded_prompt()
+    settings = {"max_new_tokens": 6, "penalty_alpha": 0.6, "top_k": 3, "eos_token_id": None, "pad_token_id": 0}
+    together = model.generate(ids, attention_mask=mask, past_key_values=make(), **settings)
+    for row, length in enumerate(LENGTHS):
+        single = ids[row : row + 1, -length:]
+        found = model.generate(single, attention_mask=torch.ones_like(single), past_key_values=make(), **settings)
+        assert together[row, ids.shape[1] :].tolist() == found[0, length:].tolist()
+
+
 def test_packed_rows_have_scales_of_their_own():
     """As DataCollatorWithFlattening tells them: by positions alone."""
     if compat.masking_utils is None:
