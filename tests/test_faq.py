@@ -501,7 +501,7 @@ def test_padding_out_of_the_box():
     assert len(rows[0]) == len(rows[1])
 
 
-@shows("In a batch the answers are other than alone", "`The attention mask is not set`")
+@shows("Answers in a batch differ from answers one by one", "`The attention mask is not set`")
 def test_a_batch_with_and_without_a_mask(model, tokenizer, warnings):
     texts = ["The capital of Kenya is", "法国的首都是", "The capital of Kenya is Nairobi. " * 90]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
