@@ -125,6 +125,7 @@ UNTESTED = {
     "`Expected all tensors to be on the same device`": "a GPU",
     "`CUDA out of memory` while tuning": "a GPU",
     "`QWenLMHeadModel was supported in vLLM": "vLLM; tests/serve_with_vllm.py",
+    "`There is no model 'gpt-3.5-turbo' here`": "a server; tests/test_deployment.py",
     "`transformers serve` does not load it": "a server; tests/test_serving.py has that of tools/serve.py",
 }
 SHOWN: dict[str, str] = {}
@@ -699,19 +700,6 @@ def test_what_learns_is_in_float32(finetune, tokenizer, tmp_path):
     tuned = finetune.add_adapter(half, model_arguments, training, lora)
     unscale(tuned.parameters())
     assert {parameter.dtype for parameter in tuned.parameters() if parameter.requires_grad} == {torch.float32}
-
-
-@shows("`There is no model 'gpt-3.5-turbo' here`")
-def test_a_model_that_is_not_served(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    serve = importlib.import_module("serve")
-    requests = serve.Requests(None, DEMO, ["./demo", DEMO, "demo"])
-    body = {"model": "gpt-3.5-turbo", "messages": [{"role": "user", "content": "Hi"}]}
-    with pytest.raises(
-        serve.BadRequest, match=r"There is no model 'gpt-3.5-turbo' here; there is ./demo or .* or demo"
-    ):
-        requests.checked("/v1/chat/completions", json.dumps(body).encode())
-    assert requests.checked("/v1/chat/completions", json.dumps({**body, "model": "demo"}).encode())
 
 
 @shows("`You tried to access openai.ChatCompletion")
