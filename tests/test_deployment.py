@@ -89,6 +89,15 @@ def test_the_clients(address, capfd):
         assert message["content"] == "The capital of Kenya is Nairobi."
 
 
+def test_a_model_that_is_not_served(address):
+    """An entry of docs/faq.md."""
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.NotFoundError, match=r"There is no model 'gpt-3.5-turbo' here"):
+        client.chat.completions.create(model="gpt-3.5-turbo", messages=[{"role": "user", "content": "Hi"}])
+    assert "CHECKPOINT" in [model.id for model in client.models.list()]
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of a hub as downloads need: files of one repository at one revision."""
 

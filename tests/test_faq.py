@@ -125,6 +125,7 @@ UNTESTED = {
     "`Expected all tensors to be on the same device`": "a GPU",
     "`CUDA out of memory` while tuning": "a GPU",
     "`QWenLMHeadModel was supported in vLLM": "vLLM; tests/serve_with_vllm.py",
+    "`There is no model 'gpt-3.5-turbo' here`": "a server; tests/test_deployment.py",
     "`transformers serve` does not load it": "a server; tests/test_serving.py has that of tools/serve.py",
 }
 SHOWN: dict[str, str] = {}
@@ -501,7 +502,7 @@ def test_padding_out_of_the_box():
     assert len(rows[0]) == len(rows[1])
 
 
-@shows("In a batch the answers are other than alone", "`The attention mask is not set`")
+@shows("Answers in a batch differ from answers one by one", "`The attention mask is not set`")
 def test_a_batch_with_and_without_a_mask(model, tokenizer, warnings):
     texts = ["The capital of Kenya is", "法国的首都是", "The capital of Kenya is Nairobi. " * 90]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
@@ -699,19 +700,6 @@ def test_what_learns_is_in_float32(finetune, tokenizer, tmp_path):
     tuned = finetune.add_adapter(half, model_arguments, training, lora)
     unscale(tuned.parameters())
     assert {parameter.dtype for parameter in tuned.parameters() if parameter.requires_grad} == {torch.float32}
-
-
-@shows("`There is no model 'gpt-3.5-turbo' here`")
-def test_a_model_that_is_not_served(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    serve = importlib.import_module("serve")
-    requests = serve.Requests(None, DEMO, ["./demo", DEMO, "demo"])
-    body = {"model": "gpt-3.5-turbo", "messages": [{"role": "user", "content": "Hi"}]}
-    with pytest.raises(
-        serve.BadRequest, match=r"There is no model 'gpt-3.5-turbo' here; there is ./demo or .* or demo"
-    ):
-        requests.checked("/v1/chat/completions", json.dumps(body).encode())
-    assert requests.checked("/v1/chat/completions", json.dumps({**body, "model": "demo"}).encode())
 
 
 @shows("`You tried to access openai.ChatCompletion")
