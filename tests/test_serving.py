@@ -224,6 +224,7 @@ def test_completions(client):
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "parts of the type text",
         ),
+        ({"messages": [*KENYA, {"role": "assistant", "tool_calls": ["x"]}]}, "messages or tools can't be read"),
         ({"messages": KENYA, "tools": [{"x": 1}]}, "A tool must be a dictionary with a name"),
         ({"messages": KENYA + KENYA, "tools": TOOLS}, "role 'user' has no place"),
         ({"messages": KENYA, "tools": TOOLS, "tool_choice": "required"}, "choose auto or none"),
@@ -350,6 +351,7 @@ def test_tools_are_called_and_their_results_answered(scripted):
     assert streamed(ask(LIMA, tools=TOOLS, tool_choice="none", stream=True)) == ("No tool here.", [], "stop")
 
     # The interface of the published server.
+    assert ask(LIMA, tools=TOOLS, functions=None).choices[0].finish_reason == "tool_calls"
     answer = ask(LIMA, functions=[WEATHER]).choices[0]
     assert answer.finish_reason == "function_call"
     assert (answer.message.function_call.name, answer.message.function_call.arguments) == call

@@ -141,9 +141,14 @@ class Requests:
         return {**scope, "headers": [*headers, (b"content-length", b"%d" % len(body))]}, replay
 
 
+def is_published(body: dict) -> bool:
+    """Whether a request offers `functions`, as the published server has them, and not `tools`."""
+    return body.get("functions") is not None
+
+
 def offered_tools(body: dict) -> list:
     """The tools that the model may call; BadRequest if it is to be made to call one."""
-    legacy = "functions" in body
+    legacy = is_published(body)
     choice = body.get("function_call" if legacy else "tool_choice") or "auto"
     if choice not in ("auto", "none"):
         raise BadRequest(f"A model can't be made to call a tool: choose auto or none, found {choice!r}.")
@@ -168,7 +173,7 @@ def reader_of_chats(make_tool_context, parse_react, observation: str):
                 return list(encoded["input_ids"]), [], PlainAnswer()
             window = getattr(model.generation_config, "max_window_size", None) or 6144
             _, tokens = make_tool_context(tokenizer, messages, tools, max_window_size=window)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadRequest(f"The messages or tools can't be read: {error}") from None
         return tokens, [observation], ToolAnswer(parse_react)
 
@@ -234,14 +239,14 @@ def answering(path: str, chat: bool, read, check_stop):
             return {**about, "choices": [{"index": 0, **said, "finish_reason": reason}]}
 
         def call_fields(call: dict) -> dict:
-            if "functions" in body:
+            if is_published(body):
                 return {"function_call": call}
             return {"tool_calls": [{"index": 0, "id": f"{request_id}_0", "type": "function", "function": call}]}
 
         def ending(call: dict | None, is_whole: bool) -> dict:
             reason = "stop"
             if call:
-                reason = "function_call" if "functions" in body else "tool_calls"
+                reason = "function_call" if is_published(body) else "tool_calls"
             elif not is_whole and streamer.total_tokens >= (config.max_new_tokens or float("inf")):
                 reason = "length"
             usage = {"prompt_tokens": len(tokens), "completion_tokens": streamer.total_tokens}
