@@ -1,5 +1,6 @@
 """
-The operations on caches for GPUs, in Triton; qwen_ops.py says what they compute and describes the format.
+The operations on caches and products of few rows for GPUs, in Triton; qwen_ops.py says what they compute and describes
+the format.
 
 qwen_ops.py imports this module when the first tensor on a GPU comes. One kernel attends: every program takes one
 query and a share of the keys, so that a single sequence fills the card; a second one puts the shares together. It has
