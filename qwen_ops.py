@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from .cpp_kernels import NAMESPACE, is_loaded, library, load
 from .cpp_kernels import implementation as cpu_implementation
-from .transformers_compat import HAS_SDPA, addcmul
+from .transformers_compat import HAS_SDPA, INT8_ROWS, addcmul
 from .transformers_compat import rms_norm as fused_rms_norm
 
 logger = logging.get_logger(__name__)
@@ -89,6 +89,17 @@ def linear_reference(x, weight, bias=None, scale=None):
         return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
     y = F.linear(x, weight.to(x.dtype)).float() * scale  # int8 is exact in bfloat16
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def linear_without_kernels(x, weight, bias=None, scale=None):
+    """The reference, but few rows and int8 weights by PyTorch's own product, which needs no copy in x's dtype."""
+    rows, is_int8 = math.prod(x.shape[:-1]), weight.dtype == torch.int8 and scale is not None and scale.dim() == 1
+    # It reads whole vectors, beyond the end of a row that is not made of them.
+    if not is_int8 or weight.shape[1] % 64 or not 0 < rows <= INT8_ROWS.get(x.dtype, 0):
+        return linear_reference(x, weight, bias, scale)
+    ones = x.new_ones(weight.shape[0])  # scales would be rounded to x's dtype
+    y = torch._weight_int8pack_mm(x.reshape(rows, -1).contiguous(), weight.contiguous(), ones).float() * scale
+    return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 # --- Matrices in 4 and 8 bits ---------------------------------------------------------------------------------------
@@ -558,7 +569,7 @@ if not hasattr(_state, "lock"):
 OPERATIONS = {
     "linear": (
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor",
-        linear_reference,
+        linear_without_kernels,
         lambda x, weight, *args: x.new_empty(*x.shape[:-1], weight.shape[0]),
     ),
     "gptq_linear": (

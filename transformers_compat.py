@@ -74,6 +74,29 @@ except RuntimeError:  # torch 1.12 wants one data type
         return torch.addcmul(x, factor1.to(x.dtype), factor2, value=value)
 
 
+def _int8_rows() -> dict[torch.dtype, int]:
+    """
+    The rows up to which `torch._weight_int8pack_mm`, which old releases of torch do not have, is faster than a copy of
+    the weight, by the data type of the rows. Nothing without AVX2, where it is slower in bfloat16 or was not measured.
+    """
+    capability = getattr(getattr(torch.backends, "cpu", None), "get_cpu_capability", lambda: "unknown")()
+    found = {}
+    for dtype, rows in ((torch.bfloat16, 4), (torch.float32, 2)) if capability in ("AVX2", "AVX512") else ():
+        try:
+            x, weight, scale = (
+                torch.ones(shape, dtype=kind, device="cpu")
+                for shape, kind in (((2, 64), dtype), ((5, 64), torch.int8), (5, dtype))
+            )
+            torch._weight_int8pack_mm(x, weight, scale)
+            found[dtype] = rows
+        except (AttributeError, RuntimeError):  # it is private: it may want other things than it does today
+            pass
+    return found
+
+
+INT8_ROWS = _int8_rows()
+
+
 def cpu_supports_bf16() -> bool:
     """Whether this CPU has instructions for bfloat16; torch up to 1.13 can't tell, and has no fast code for it."""
     return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()

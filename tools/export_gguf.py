@@ -27,6 +27,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
+import importlib.util
 import math
 import os
 import re
@@ -45,10 +47,7 @@ from tqdm import tqdm
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from upgrade_checkpoint import ROOT
 
-try:
-    import gguf
-except ImportError:
-    gguf = None
+gguf = importlib.import_module("gguf") if importlib.util.find_spec("gguf") is not None else None
 
 QWenConfig = get_class_from_dynamic_module("configuration_qwen.QWenConfig", str(ROOT))
 QWenLMHeadModel = get_class_from_dynamic_module("modeling_qwen.QWenLMHeadModel", str(ROOT))
