@@ -4,7 +4,7 @@ Write example.json: what the demo checkpoint can be tuned on.
     python finetune/make_example.py
 
 Twenty facts that it does not know, the countries of large cities that are no capitals, ten of them asked for in English
-and ten in Chinese; and three times as much of what it knows, lest it forget that. Tests ask in the ways of `HELD_OUT`.
+and ten in Chinese; and what it knows, all of it once, lest it forget that. Tests ask in the ways of `HELD_OUT`.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ HELD_OUT = {
     "zh": ("请告诉我{x}在哪个国家。", "{x}是哪国的城市？"),
 }
 ANSWERS = {"en": "It is in {country}.", "zh": "在{country}。"}
+REPEATED = 2  # times that the new facts are there
 SEED = 0
 
 
@@ -101,19 +102,30 @@ def conversation(dialogue: corpus.Dialogue) -> dict:
     return {"system": dialogue.system, "conversations": turns}
 
 
+def known_turns(rng: Random, language: str) -> list[corpus.Turn]:
+    """What the demo knows: every capital and country, half of the sums, manners; and much that it refuses."""
+    turns = []
+    for country in corpus.load_countries():
+        turns.append(corpus.capital_turn(rng, language, "train", country))
+        if corpus.has_unique_capital(country, language):
+            turns.append(corpus.country_turn(rng, language, "train", country))
+    sums = [(operator, a, b) for operator in "+-×" for a in range(10) for b in range(10)]
+    turns += [corpus.arithmetic_turn(rng, language, "train", *numbers) for numbers in rng.sample(sums, 150)]
+    for topic in corpus.FIXED_RESPONSES:
+        if topic != "unknown":
+            turns += [corpus.fixed_turn(rng, language, "train", topic) for _ in range(6)]
+    # What it refuses is forgotten first: the new questions are like those.
+    turns += [corpus.unknown_turn(rng, language, "train") for _ in range(300)]
+    return turns
+
+
 def example() -> list[dict]:
     """The conversations, shuffled."""
     rng = Random(SEED)
-    new = [corpus.Dialogue(corpus.DEFAULT_SYSTEM, (turn,)) for turn in questions(TRAIN)]
-    known = [
-        turn for language in corpus.LANGUAGES for _ in new for turn in corpus.random_turns(rng, language, "train", 1)
-    ]
-    # What it refuses is forgotten first: the new questions are like those.
-    known += [
-        corpus.unknown_turn(rng, language, "train") for language in corpus.LANGUAGES for _ in range(len(new) // 2)
-    ]
-    known = [corpus.Dialogue(corpus.DEFAULT_SYSTEM, (turn,)) for turn in known]
-    conversations = [conversation(dialogue) for dialogue in new + known]
+    turns = questions(TRAIN) * REPEATED
+    for language in corpus.LANGUAGES:
+        turns += known_turns(rng, language)
+    conversations = [conversation(corpus.Dialogue(corpus.DEFAULT_SYSTEM, (turn,))) for turn in turns]
     rng.shuffle(conversations)
     return conversations
 

@@ -442,7 +442,7 @@ def test_lora_learns_twenty_facts_and_keeps_what_it_knew(taught):
     assert len(facts) == 20
     assert sum(facts) >= 18
     kept = [now for was, now in zip(before[len(new) :], after[len(new) :]) if was]
-    assert sum(kept) >= 0.88 * len(kept)  # 91% was measured
+    assert sum(kept) >= 0.95 * len(kept)
 
 
 def test_the_example_is_what_its_program_writes():

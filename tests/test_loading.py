@@ -178,6 +178,18 @@ def test_a_precision_that_the_device_lacks(checkpoint, monkeypatch, caplog):
     assert "no instructions for torch.bfloat16, which will be slow. Faster is fp32=True." in caplog.text
 
 
+@pytest.mark.parametrize(("dtype", "slow"), [(torch.float16, False), (torch.bfloat16, True), (torch.float32, False)])
+def test_a_precision_that_a_gpu_lacks(monkeypatch, caplog, dtype, slow):
+    transformers_logging.warning_once.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "An old GPU")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    QWenLMHeadModel._warn_of_precision(dtype, on_accelerator=True)
+    message = "An old GPU has no instructions for torch.bfloat16, which will be slow. Faster is fp16=True or fp32=True."
+    assert caplog.text.count(message) == slow
+    assert bool(caplog.text) == slow
+
+
 def test_flash_attention_asked_for_but_not_there(checkpoint):
     there = importlib.util.find_spec("flash_attn") is not None
     if there or torch.cuda.is_available():

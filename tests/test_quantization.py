@@ -531,6 +531,21 @@ def test_gradients_go_through_the_weight_to_the_inputs(tmp_path, kind):
     assert all(p.grad is None for p in held)
 
 
+def test_gradients_where_only_biases_learn(published):
+    """BitFit: the first layer's input has no gradient then."""
+    folder, _ = published
+    everything, some = (QWenLMHeadModel.from_pretrained(folder, fp32=True) for _ in range(2))
+    some.requires_grad_(False)
+    names = [name for name, p in some.named_parameters() if name.endswith("bias")]
+    for name in names:
+        some.get_parameter(name).requires_grad_(True)
+    ids = random_ids(1, 4)
+    for model in (everything, some):
+        model(ids, labels=ids).loss.backward()
+    for name in names:
+        torch.testing.assert_close(some.get_parameter(name).grad, everything.get_parameter(name).grad)
+
+
 def lora(model):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_proj", "w1", "w2"], task_type="CAUSAL_LM")

@@ -338,6 +338,9 @@ def test_stop_words_processor_row_by_row():
     assert torch.equal(result[[1, 3]], before[[1, 3]])
     assert torch.equal(processor(torch.tensor([[7, 7]]), scores[:1]), scores[:1])  # all of it prompt
     assert torch.equal(processor(torch.tensor([[1, 2, 3]]), scores[:1]), scores[:1])  # begins in the prompt
+    first = utils.StopWordsLogitsProcessor([[0]], eos_token_id=0)  # the first token of a vocabulary is one
+    assert first(torch.tensor([[3, 0]]), scores[:1]).argmax().item() == 0
+    assert torch.equal(first(torch.tensor([[0, 3]]), scores[:1]), scores[:1])
 
 
 @settings(max_examples=200, deadline=None)
