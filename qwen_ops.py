@@ -111,7 +111,7 @@ def gptq_linear(
     """
     x (..., in) times a quantised matrix: (..., out) in x's dtype.
 
-    At the speed of memory for few rows of x, accumulated in float32: up to 8 on a CPU, up to 64 on a GPU and without
+    At the speed of memory for few rows of x, accumulated in float32: up to 8 on a CPU, up to 16 on a GPU and without
     g_idx. More rows are multiplied by blocks of the matrix that are dequantised to x's dtype on the way.
     """
     if (

@@ -1,5 +1,6 @@
 """
-The operations on caches for GPUs, in Triton; qwen_ops.py says what they compute and describes the format.
+The operations on caches and products of few rows for GPUs, in Triton; qwen_ops.py says what they compute and describes
+the format.
 
 qwen_ops.py imports this module when the first tensor on a GPU comes. One kernel attends: every program takes one
 query and a share of the keys, so that a single sequence fills the card; a second one puts the shares together. It has
@@ -825,17 +826,22 @@ def attend(q, base, bits, table, slot, starts, scaling, launch=None):
 # `QuantizedLinear` in qwen_quantization.py describes the tensors. N are outputs, K inputs; a word is an int32 of
 # qweight, which is of CODES inputs for one output, and neighbouring words are of neighbouring outputs.
 #
-# One row: every thread has a few words under each other, INTS, of one group. A slot is INTS * CODES inputs, a program
-# goes over all inputs of BN outputs, SLOTS slots at a time, so that the inputs are shared out to its warps. It
-# multiplies in float32. A code needs one instruction to become a float: left where it lies in the lower half of a word,
-# the rest masked out, it is a denormal number, which inputs times 2^100 make up for.
+# One row in half precision: a slot is 32 inputs of one group for one output, the words of which lie under each other.
+# A program goes over all inputs of BN outputs, SLOTS slots at a time, so that the inputs are shared out to its warps.
+# It multiplies in float32. A code needs one instruction to become a float: left where it lies in the lower half of a
+# word, the rest masked out, it is a denormal number, which inputs times 2^100 make up for.
 #
-# Several rows are multiplied by tensor cores: codes, which are exact in half precision, are summed up over blocks of
+# Everything else is multiplied by tensor cores: codes, which are exact in half precision, are summed up over blocks of
 # 128 inputs before they are scaled; in smaller groups they are scaled and rounded before. The inputs are shared out to
-# SPLITS programs if the outputs alone don't fill the card; a second kernel adds their sums up, in their order.
-GPTQ_ROW = {"BN": 32, "SLOTS": 64, "INTS": 4, "num_warps": 8, "STAGES": 1}
-GPTQ_ROWS = {"BN": 64, "num_warps": 4, "STAGES": 3, "programs": 4}  # programs for each multiprocessor
-GPTQ_MAX_ROWS = 64  # more are multiplied by the library, and the matrix is dequantised for it
+# several programs if the outputs alone don't fill the card; a second kernel adds their sums up, in their order.
+#
+# Measured on an H200. One row: by whether there are two programs for every multiprocessor.
+GPTQ_ROW = {
+    False: {"BN": 32, "SLOTS": 128, "num_warps": 8},
+    True: {"BN": 32, "SLOTS": 32, "num_warps": 4},
+}
+GPTQ_ROWS = {"BN": 128, "num_warps": 4, "STAGES": 3, "programs": 2}  # programs for each multiprocessor
+GPTQ_MAX_ROWS = 16  # more are multiplied by the library, and the matrix is dequantised for it
 
 
 @triton.jit
@@ -867,60 +873,115 @@ def _denormal(words, AT: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _add_scaled(total, part, sums, scales, qzeros, group, n, mask, N, BITS: tl.constexpr, OFFSET: tl.constexpr,
-                EVEN: tl.constexpr):  # fmt: skip
-    """total plus the products `part` of inputs times 2^100 and denormal codes, less zeros, scaled; (SLOTS, BN)."""
-    scale = _scale(scales, group, n, mask, N, EVEN)
-    zero = _zero(qzeros, group, n, mask, N, BITS, OFFSET, EVEN).to(tl.float32, bitcast=True)
-    return total + scale * 2.0**49 * (part - zero * (sums * 2.0**100)[:, None])
+def _four(pointers, step, mask, EVEN: tl.constexpr, POLICY: tl.constexpr):
+    return (
+        _load(pointers, mask, EVEN, POLICY),
+        _load(pointers + step, mask, EVEN, POLICY),
+        _load(pointers + 2 * step, mask, EVEN, POLICY),
+        _load(pointers + 3 * step, mask, EVEN, POLICY),
+    )
+
+
+@triton.jit
+def _element(four, i: tl.constexpr, like):
+    """In float32 element i of the four numbers in half precision, as `like` points to, that are an int64."""
+    return (four >> 16 * i).to(tl.int16).to(like.dtype.element_ty, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _add_four(
+    sums, words, gate_words, inputs, factors, x,
+    FIRST: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """
+    Adds four inputs times codes, from code FIRST of the words on. sums: float32 (SLOTS, BN) of the products, and of
+    those with the gate; (SLOTS) of the inputs, and of their squares before they were multiplied by the norm's factors.
+    """
+    part, gate_part, total, squares = sums
+    for i in tl.static_range(4):
+        value = _element(inputs, i, x)
+        if NORM:
+            squares += value * value
+            value *= _element(factors, i, x)
+        total += value
+        value = (value * 2.0 ** (100 - BITS * (FIRST + i) % 16))[:, None]
+        part += _denormal(words, BITS * (FIRST + i), BITS) * value
+        if GATE:
+            gate_part += _denormal(gate_words, BITS * (FIRST + i), BITS) * value
+    return part, gate_part, total, squares
+
+
+@triton.jit
+def _scaled(part, sums, scale, zero):
+    """The products of inputs times 2^100 and denormal codes, less zeros, scaled."""
+    return scale * 2.0**49 * (part - zero.to(tl.float32, bitcast=True) * (sums * 2.0**100)[:, None])
 
 
 @triton.jit
 def _gptq_row_kernel(
     x, norm, qweight, qzeros, scales, gate_qweight, gate_qzeros, gate_scales, bias, gate_bias, residual, y, words, N,
     eps, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
-    INTS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    EVEN: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """As `_product_kernel`, of x (K)."""
-    CODES: tl.constexpr = 32 // BITS
+    """As `_product_kernel`, of x (K) in half precision; slots are whole and of one group."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    slots = tl.arange(0, SLOTS) * INTS
+    slots = tl.arange(0, SLOTS)
+    inputs, factors = x.to(tl.pointer_type(tl.int64)), norm.to(tl.pointer_type(tl.int64))
     total = tl.zeros((SLOTS, BN), tl.float32)
     gate_total = tl.zeros((SLOTS, BN), tl.float32)
     squares = tl.zeros((SLOTS,), tl.float32)
-    for start in tl.range(0, words, SLOTS * INTS, num_stages=STAGES):
-        part = tl.zeros((SLOTS, BN), tl.float32)
-        gate_part = tl.zeros((SLOTS, BN), tl.float32)
-        sums = tl.zeros((SLOTS,), tl.float32)
-        for i in tl.static_range(INTS):
-            row = start + slots + i
-            inside = row < words
-            there = inside[:, None] & (n < N)[None, :]
-            at = row[:, None] * N + n[None, :]
-            codes = _load(qweight + at, there, EVEN, "evict_first")
-            if GATE:
-                gate_codes = _load(gate_qweight + at, there, EVEN, "evict_first")
-            for j in tl.static_range(CODES):
-                value = _load(x + row * CODES + j, inside, EVEN, "").to(tl.float32)
-                if NORM:
-                    squares += value * value
-                    value *= _load(norm + row * CODES + j, inside, EVEN, "").to(tl.float32)
-                sums += value
-                value = (value * 2.0 ** (100 - BITS * j % 16))[:, None]
-                part += _denormal(codes, BITS * j, BITS) * value
-                if GATE:
-                    gate_part += _denormal(gate_codes, BITS * j, BITS) * value
-        group = (start + slots) * CODES // GROUP
-        there = (start + slots < words)[:, None] & (n < N)[None, :]
-        total = _add_scaled(total, part, sums, scales, qzeros, group, n, there, N, BITS, OFFSET, EVEN)
+    for start in tl.range(0, words // BITS, SLOTS, num_stages=1):
+        slot = start + slots
+        inside = slot < words // BITS
+        there = inside[:, None] & (n < N)[None, :]
+        at = slot[:, None] * (BITS * N) + n[None, :]
+        a, b, c, d = _four(qweight + at, N, there, EVEN, "evict_first")
+        ga, gb, gc, gd = a, b, c, d
         if GATE:
-            gate_total = _add_scaled(
-                gate_total, gate_part, sums, gate_scales, gate_qzeros, group, n, there, N, BITS, OFFSET, EVEN
-            )
+            ga, gb, gc, gd = _four(gate_qweight + at, N, there, EVEN, "evict_first")
+        if BITS == 8:
+            e, f, g, h = _four(qweight + at + 4 * N, N, there, EVEN, "evict_first")
+            ge, gf, gg, gh = e, f, g, h
+            if GATE:
+                ge, gf, gg, gh = _four(gate_qweight + at + 4 * N, N, there, EVEN, "evict_first")
+        i0, i1, i2, i3 = _four(inputs + slot * 8, 1, inside, EVEN, "")
+        i4, i5, i6, i7 = _four(inputs + slot * 8 + 4, 1, inside, EVEN, "")
+        f0, f1, f2, f3, f4, f5, f6, f7 = i0, i1, i2, i3, i4, i5, i6, i7
+        if NORM:
+            f0, f1, f2, f3 = _four(factors + slot * 8, 1, inside, EVEN, "")
+            f4, f5, f6, f7 = _four(factors + slot * 8 + 4, 1, inside, EVEN, "")
+        group = slot * 32 // GROUP
+        scale = _scale(scales, group, n, there, N, EVEN)
+        zero = _zero(qzeros, group, n, there, N, BITS, OFFSET, EVEN)
+        if GATE:
+            gate_scale = _scale(gate_scales, group, n, there, N, EVEN)
+            gate_zero = _zero(gate_qzeros, group, n, there, N, BITS, OFFSET, EVEN)
+        none = tl.zeros((SLOTS, BN), tl.float32)
+        sums = none, none, tl.zeros((SLOTS,), tl.float32), squares
+        sums = _add_four(sums, a, ga, i0, f0, x, 0, BITS, NORM, GATE)
+        if BITS == 4:
+            sums = _add_four(sums, a, ga, i1, f1, x, 4, BITS, NORM, GATE)
+            sums = _add_four(sums, b, gb, i2, f2, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, b, gb, i3, f3, x, 4, BITS, NORM, GATE)
+            sums = _add_four(sums, c, gc, i4, f4, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, c, gc, i5, f5, x, 4, BITS, NORM, GATE)
+            sums = _add_four(sums, d, gd, i6, f6, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, d, gd, i7, f7, x, 4, BITS, NORM, GATE)
+        else:
+            sums = _add_four(sums, b, gb, i1, f1, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, c, gc, i2, f2, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, d, gd, i3, f3, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, e, ge, i4, f4, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, f, gf, i5, f5, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, g, gg, i6, f6, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, h, gh, i7, f7, x, 0, BITS, NORM, GATE)
+        part, gate_part, of_inputs, squares = sums
+        total += _scaled(part, of_inputs, scale, zero)
+        if GATE:
+            gate_total += _scaled(gate_part, of_inputs, gate_scale, gate_zero)
     total, gate_total = tl.sum(total, 0), tl.sum(gate_total, 0)
     if NORM:
-        factor = tl.rsqrt(tl.sum(squares, 0) / (words * CODES) + eps)
+        factor = tl.rsqrt(tl.sum(squares, 0) / (words * (32 // BITS)) + eps)
         total, gate_total = total * factor, gate_total * factor
     _finish(total, gate_total, n, n, n < N, bias, gate_bias, residual, y, N, GATE, BIAS, RESIDUAL)
 
@@ -1013,27 +1074,25 @@ def gptq_product(
     """
     `product` with matrices of GPTQ, `QuantizedLinear.tensors()`, that `takes_gptq`, both of one format and contiguous.
 
-    x: (M, K), contiguous, M at most `GPTQ_MAX_ROWS`, 1 with `norm`. tuning: as `GPTQ_ROW` or `GPTQ_ROWS`.
+    x: (M, K), contiguous, M at most `GPTQ_MAX_ROWS`, 1 with `norm`. tuning: as an entry of `GPTQ_ROW`, or `GPTQ_ROWS`.
     """
     qweight, qzeros, scales, _, bits, group, offset = matrix
     (M, K), (words, N) = x.shape, qweight.shape
-    codes = 32 // bits
     group = min(group, K)
     y = x.new_empty(M, N)
     ends = [x if t is None else t for t in (bias, gate_bias, residual)]
     asked = {"GATE": gate is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None}
     format = {"BITS": bits, "GROUP": group, "OFFSET": offset}
-    if M == 1:
-        tuning = dict(tuning or GPTQ_ROW)
-        while group < K and group % (tuning["INTS"] * codes):
-            tuning["INTS"] //= 2
-        even = N % tuning["BN"] == 0 and words % (tuning["SLOTS"] * tuning["INTS"]) == 0
+    if M == 1 and x.element_size() == 2 and K % 32 == 0 and (group == K or group % 32 == 0):
+        tuning = tuning or GPTQ_ROW[_multiprocessors(x.device) * 64 <= N]
+        even = N % tuning["BN"] == 0 and K % (32 * tuning["SLOTS"]) == 0
         _gptq_row_kernel[(triton.cdiv(N, tuning["BN"]),)](
             x, x if norm is None else norm, qweight, qzeros, scales, *(matrix if gate is None else gate)[:3], *ends, y,
             words, N, eps, EVEN=even, NORM=norm is not None, **format, **asked, **tuning,
         )  # fmt: skip
         return y
-    tuning = dict(tuning or GPTQ_ROWS)
+    x = x if norm is None else rms_norm(x, norm, eps)
+    tuning = dict(tuning if tuning and M > 1 else GPTQ_ROWS)
     programs, across = tuning.pop("programs"), triton.cdiv(N, tuning["BN"])
     blocks = triton.cdiv(K, 128)
     blocks_each = triton.cdiv(blocks, max(1, min(_multiprocessors(x.device) * programs // across, blocks)))

@@ -140,12 +140,10 @@ def products(sizes, rows, tune: bool, bandwidth: float) -> None:
 def gptq_launches(rows: int):
     """Sensible entries of `triton_kernels.GPTQ_ROW`, or of `GPTQ_ROWS`."""
     if rows == 1:
-        found = [(32, 64, 4, 8, 1), (32, 32, 4, 8, 1), (32, 32, 4, 4, 1), (16, 64, 4, 8, 1), (16, 64, 4, 4, 1)]
-        found += [(64, 32, 4, 8, 1), (64, 16, 4, 4, 1), (32, 32, 8, 4, 1), (32, 16, 16, 4, 1), (64, 16, 8, 4, 1)]
-        found += [(32, 128, 4, 16, 1), (32, 64, 4, 8, 2), (16, 32, 8, 4, 1), (32, 64, 2, 8, 1), (16, 64, 8, 8, 1)]
-        return [dict(zip(("BN", "SLOTS", "INTS", "num_warps", "STAGES"), launch)) for launch in found]
-    found = [(64, 4, 3, 4), (64, 4, 4, 2), (64, 4, 1, 4), (32, 2, 4, 4), (32, 4, 3, 4), (128, 4, 3, 2), (128, 8, 3, 4)]
-    found += [(64, 2, 3, 4), (32, 1, 4, 8)]
+        found = [(32, 32, 4), (32, 32, 8), (32, 64, 8), (32, 128, 16), (32, 128, 8), (16, 128, 8), (16, 128, 16)]
+        found += [(16, 64, 8), (16, 64, 4), (32, 64, 16), (64, 64, 16), (64, 32, 8), (16, 32, 4)]
+        return [dict(zip(("BN", "SLOTS", "num_warps"), launch)) for launch in found]
+    found = [(64, 4, 3, 4), (64, 4, 4, 2), (64, 4, 1, 4), (128, 4, 3, 2), (128, 8, 3, 4), (64, 2, 3, 4), (256, 8, 3, 2)]
     return [dict(zip(("BN", "num_warps", "STAGES", "programs"), launch)) for launch in found]
 
 

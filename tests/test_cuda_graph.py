@@ -44,8 +44,6 @@ def on_any_device(monkeypatch):
     if DEVICE == "cpu":
         for entry in triton_kernels.PRODUCT.values():
             monkeypatch.setitem(entry, "BN", 64)
-        monkeypatch.setitem(triton_kernels.GPTQ_ROW, "SLOTS", 2)
-        monkeypatch.setitem(triton_kernels.GPTQ_ROW, "BN", 64)
         for entry in triton_kernels.TUNING.values():
             monkeypatch.setitem(entry, "programs", 2)
 

@@ -165,19 +165,21 @@ def test_kernels_that_do_not_run_are_not_taken(monkeypatch):
 # --- Matrices of GPTQ --------------------------------------------------------------------------------------------
 
 # Several rounds and programs of small matrices; None: as they are launched
-ONE_ROW = {"BN": 64, "SLOTS": 4, "INTS": 4, "num_warps": 1, "STAGES": 1}
+ONE_ROW = {"BN": 64, "SLOTS": 4, "num_warps": 1}
 ROWS = {"BN": 64, "num_warps": 2, "STAGES": 1, "programs": 2}
-# shape, dtype, rows, launch
+# shape, dtype, rows, launch; Triton's interpreter takes matrices of bfloat16 for integers
 PRODUCTS = [
-    (shape, torch.float32, *launch) for shape in SHAPES for launch in ((1, ONE_ROW), (3, ROWS))
-    if shape not in ("groups that fill no integer", "any order", "any order, int8")
-]  # fmt: skip
-PRODUCTS += [
     (shape, dtype, *launch)
+    for shape in SHAPES
+    if shape not in ("groups that fill no integer", "any order", "any order, int8")
+    for dtype, *launch in ((torch.float16, 1, ONE_ROW), (torch.float32, 1, None), (torch.float32, 3, ROWS))
+]
+PRODUCTS += [
+    (shape, dtype, rows, None)
     for shape in ("whole tiles", "short groups", "int8")
     for dtype in (torch.float16, torch.bfloat16)
-    for launch in ((1, None), (20, None))
-    if DEVICE != "cpu" or dtype != torch.bfloat16 or launch[0] == 1  # the interpreter takes its matrices for integers
+    for rows in (1, 16)
+    if DEVICE != "cpu" or dtype != torch.bfloat16 or rows == 1
 ]
 
 
@@ -203,7 +205,7 @@ def test_products_with_matrices_of_gptq(shape, dtype, rows, tuning):
     x, residual, bias, gate_bias, norm = (
         torch.randn(size, generator=generator).to(dtype) for size in ((rows, K), (rows, N), (N,), (N,), (K,))
     )
-    share = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}[dtype]
+    share = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1.2e-3}[dtype]
     if DEVICE == "cpu" and dtype == torch.bfloat16:
         share *= 3  # the interpreter cuts digits off
 

@@ -6,10 +6,12 @@ import contextlib
 import doctest
 import importlib
 import io
+import itertools
 import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import sys
@@ -254,35 +256,54 @@ def test_a_kill_at_random_moments_leaves_no_broken_folder(checkpoint, tmp_path, 
         return any(path.name.startswith((".", "partial_")) for path in (*tmp_path.iterdir(), *work.iterdir()))
 
     def start():
-        """A process that does it as soon as it is told to: until fork returns here it could be through."""
+        """
+        A process that does it as soon as it is told to (until fork returns here it could be through), then tells and
+        waits to be killed: how long a process takes to end has nothing to do with the command.
+        """
         ready, go = os.pipe()
+        over, through = os.pipe()
         pid = os.fork()
         if pid == 0:
-            os.read(ready, 1)
-            command()
-            os._exit(0)
+            try:
+                os.read(ready, 1)
+                command()
+                os.write(through, b"1")
+                signal.pause()
+            finally:
+                traceback.print_exc()
+                os._exit(1)
         os.write(go, b"1")
-        os.close(ready)
-        os.close(go)
-        return pid, time.monotonic()
+        for end_of_pipe in (ready, go, through):
+            os.close(end_of_pipe)
+        return pid, over, time.monotonic()
+
+    def kill(pid, over):
+        """Whether it was killed before it was through."""
+        os.kill(pid, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])  # else the command had failed
+        early = not os.read(over, 1)
+        os.close(over)
+        return early
 
     duration = 60.0
     for _ in range(3):
         shutil.copytree(beginning, work)
-        pid, began = start()
-        assert os.waitpid(pid, 0)[1] == 0
+        pid, over, began = start()
+        assert select.select([over], [], [], 60)[0]
         duration = min(duration, time.monotonic() - began)
+        assert not kill(pid, over)
         shutil.rmtree(work)
         shutil.rmtree(target, ignore_errors=True)
     chance, states, killed = random.Random(0), set(), 0
-    for i in range(KILLS):
+    for i in itertools.count():
+        if i >= KILLS and (killed or i == 20 * KILLS):
+            break
         shutil.copytree(beginning, work)
-        pid, began = start()
+        pid, over, began = start()
         while i % 2 and not has_begun() and time.monotonic() < began + 2 * duration:
             pass
         time.sleep(chance.uniform(0, duration / 10 if i % 2 else duration))
-        os.kill(pid, signal.SIGKILL)
-        killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        killed += kill(pid, over)
         if action == "--copy-to":
             assert contents(work) == before
             assert not target.exists() or is_whole(target)
@@ -307,7 +328,7 @@ def test_a_kill_at_random_moments_leaves_no_broken_folder(checkpoint, tmp_path, 
         assert not has_begun()
         shutil.rmtree(work)
         shutil.rmtree(target, ignore_errors=True)
-    print(f"{action}: {killed} of {KILLS} killed in up to {duration:.2f} s, {len(states)} states")
+    print(f"{action}: {killed} of {i} killed in up to {duration:.2f} s, {len(states)} states")
     assert killed
 
 
