@@ -114,8 +114,9 @@ def load() -> bool:
 
 def kernels_in_use() -> dict:
     """
-    What runs on a CPU: "native" (bool), "instructions" ("avx512_bf16", "avx512", "avx2", "portable" or None),
-    "library" (path or None) and "reason" (why not native, or None). Builds if nothing was built yet.
+    What runs on a CPU: "native" (bool), "instructions" ("avx512_bf16", "avx512", "avx2" or "portable", on ARM
+    "neon_bf16" or "neon", or None), "library" (path or None) and "reason" (why not native, or None). Builds if nothing
+    was built yet.
     """
     native = load()
     return {
