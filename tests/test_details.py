@@ -91,9 +91,12 @@ CACHES = {"ours": QWenCache, "int8": lambda: QWenQuantizedCache(8), "dynamic": c
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("surplus", [0, 1])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_mask_longer_than_the_keys(cache, surplus, padded):
+@pytest.mark.parametrize("hooked", [False, True])  # a step then goes through the layers
+def test_a_mask_longer_than_the_keys(cache, surplus, padded, hooked):
     """Columns for tokens that are still to come mean nothing."""
     model = tiny_model(use_dynamic_ntk=True, use_logn_attn=True)
+    if hooked:
+        model.transformer.h[1].register_forward_hook(lambda *args: None)
     ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
     if padded:
         mask[0, :4] = 0
