@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from conftest import compat, lacks, modeling_qwen, needs_sdpa, random_ids, tiny_config, tiny_model, transformers
-from qwen import qwen_attention
+from qwen import qwen_attention, qwen_ops
 from qwen import qwen_generation_utils as utils
 from qwen.qwen_cache import QWenCache, QWenQuantizedCache
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,9 +91,12 @@ CACHES = {"ours": QWenCache, "int8": lambda: QWenQuantizedCache(8), "dynamic": c
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("surplus", [0, 1])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_mask_longer_than_the_keys(cache, surplus, padded):
+@pytest.mark.parametrize("hooked", [False, True])  # a step then goes through the layers
+def test_a_mask_longer_than_the_keys(cache, surplus, padded, hooked):
     """Columns for tokens that are still to come mean nothing."""
     model = tiny_model(use_dynamic_ntk=True, use_logn_attn=True)
+    if hooked:
+        model.transformer.h[1].register_forward_hook(lambda *args: None)
     ids, mask = random_ids(2, 12), torch.ones(2, 12, dtype=torch.long)
     if padded:
         mask[0, :4] = 0
@@ -173,3 +176,15 @@ def test_an_input_without_tokens_says_so(demo_tokenizer, make):
                     call(ids, **arguments())
         with pytest.raises(ValueError, match="no tokens"):
             model(inputs_embeds=torch.zeros(1, 0, 64), **arguments())
+
+
+def test_a_mask_of_four_dimensions_decides_alone_in_the_reference_too():
+    """A new token may see a later one then."""
+    q, k, v = (torch.randn(1, 2, n, 16, generator=torch.Generator().manual_seed(n)) for n in (3, 7, 8))
+    v = v[:, :, :7]
+    mask = torch.ones(1, 1, 3, 7, dtype=torch.bool)
+    mask[..., 1, :2] = False
+    scores = (q.double() @ k.double().transpose(2, 3) * 0.25).masked_fill(~mask, -float("inf"))
+    expected = (scores.softmax(-1) @ v.double()).transpose(1, 2)  # (B, T, nh, hd)
+    for attention in (qwen_ops.decode_attention, lambda *x: qwen_ops.decode_attention_reference(*x, causal=False)):
+        torch.testing.assert_close(attention(q, k, v, mask, 0.25).double(), expected, rtol=1e-5, atol=1e-5)

@@ -67,6 +67,27 @@ def test_the_ntk_scale_follows_the_rows_of_a_cache(make, way):
 
 
 @pytest.mark.parametrize("make", [DynamicCache, QWenCache])
+@pytest.mark.parametrize("emptied", ["reset", "crop"])
+def test_an_emptied_cache_has_no_scale(make, emptied):
+    """A prompt of 40 tokens, then one of 12: scales 7 and 1."""
+    if emptied == "reset" and not hasattr(make, "reset"):
+        lacks("has no reset of caches")
+    model, cache = tiny_model(**NTK_LOGN), make()
+    ids = random_ids(1, 40)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        if emptied == "crop":
+            compat.crop_cache(cache, 0)
+        else:
+            cache.reset()
+            if cache.get_seq_length():
+                lacks("keeps the length of a cache that was reset")
+        for part, expected in zip(ids[:, :14].split((12, 2), 1), model(ids[:, :14]).logits.split((12, 2), 1)):
+            found = model(part, past_key_values=cache).logits
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, QWenCache])
 def test_contrastive_search_of_padded_rows(make):
     """It repeats and selects the rows of its cache at every step."""
     if not any(hasattr(transformers.GenerationMixin, name) for name in ("contrastive_search", "_contrastive_search")):
