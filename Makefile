@@ -37,7 +37,7 @@ finetune: $(VENV)/finetune.stamp
 		"What is the capital of Kenya?"
 
 test: $(VENV)/dev.stamp
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 docs: $(VENV)/dev.stamp
 	$(PY) -m pytest $(DOCUMENTS)

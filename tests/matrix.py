@@ -69,12 +69,13 @@ ACCEPTANCE = tuple(
         *("generation", "chat", "qwen_generation_utils", "tokenization_qwen", "releases"),
     )
 )
-# What knows nothing of transformers, and what is for the release of requirements.txt: tuning, evaluation, graphs.
+# What knows nothing of transformers, and what is for the release of requirements.txt: tuning, evaluation, graphs,
+# export, questions and deployment.
 INDEPENDENT = tuple(
     f"--ignore=tests/test_{name}.py"
     for name in (
-        *("code", "cpp_kernels", "triton_kernels", "demo_facts", "cuda_graph"),
-        *("finetune", "finetune_data", "evaluation", "lm_eval", "gptq", "tool_files"),
+        *("code", "cpp_kernels", "check_kernels", "triton_kernels", "demo_facts", "cuda_graph", "faq", "deployment"),
+        *("finetune", "finetune_data", "evaluation", "lm_eval", "gptq", "tool_files", "export_gguf"),
     )
 )
 

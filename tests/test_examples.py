@@ -199,7 +199,11 @@ def test_an_answer_can_be_stopped_from_the_keyboard(chat, model, tokenizer):
             return scores
 
         chat.settings = {"logits_processor": [press]}
-        answer = chat.ask("What is the capital of Kenya?", written.append)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+        try:
+            answer = chat.ask("What is the capital of Kenya?", written.append)
+        finally:
+            signal.signal(signal.SIGINT, before)
         chat.settings = {}
         return answer, "".join(written)
 
