@@ -175,6 +175,8 @@ def demo_tokenizer():
 
 def pytest_configure(config):
     """Stop if the release under test is not the one that was asked for."""
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would begin the longest files, of few tests, last
+        config.option.loadscopereorder = False
     expected = os.environ.get("QWEN_EXPECT_TRANSFORMERS", transformers.__version__)
     if transformers.__version__ != expected:
         raise pytest.UsageError(f"asked for transformers {expected}, found {transformers.__version__}")

@@ -382,6 +382,10 @@ def test_chat_in_a_browser(model, tokenizer, tmp_path, monkeypatch):
             assert (tmp_path / "chat.png").stat().st_size > 10_000
             asked = slow.asked
             page.get_by_role("button", name="Retry").last.click()
+            began = time.monotonic()
+            while slow.asked == asked:
+                assert time.monotonic() - began < 60, "nothing is asked again"
+                time.sleep(0.1)
             page.wait_for_function("() => !document.querySelector('button.stop-button')", timeout=60_000)
             page.get_by_text("法国的首都是巴黎。").wait_for(timeout=60_000)
             assert slow.asked == asked + 1

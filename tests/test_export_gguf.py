@@ -203,7 +203,7 @@ def test_quantised_weights_in_another_type(source, tmp_path, options):
     found = weights_of(tmp_path / "model.gguf")
     for name, module in matrices_of(QWenLMHeadModel.from_pretrained(small, fp32=True)):
         is_int8 = hasattr(module, "weight_scale")
-        weight = module.weight.float() * module.weight_scale[:, None] if is_int8 else module.dequantize()
+        weight = module.codes.float() * module.weight_scale[:, None] if is_int8 else module.dequantize()
         assert torch.equal(found[theirs(f"{name}.weight")], weight)
 
 
