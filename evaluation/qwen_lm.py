@@ -63,6 +63,21 @@ class QWenLM(HFLM):
         ends = [self.tokenizer.eod_id, self.tokenizer.im_end_id]
         self.model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=self.tokenizer.eod_id)
 
+    def _create_model(self, *args, **kwargs):
+        """HFLM passes on what config.json says of quantised weights, as if other software were asked to read them."""
+        auto = self.AUTO_MODEL_CLASS
+
+        class Loader:
+            @staticmethod
+            def from_pretrained(*args, quantization_config=None, **kwargs):
+                return auto.from_pretrained(*args, **kwargs)
+
+        self.AUTO_MODEL_CLASS = Loader
+        try:
+            super()._create_model(*args, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = auto
+
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         """As in HFLM: (log-likelihood of the continuation, whether greedy decoding gives it) for each request."""
         if self.model.config._attn_implementation not in ("sdpa", "eager"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import json
 import logging
@@ -50,6 +51,16 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def lm():
     return QWenLM(DEMO, dtype="float32", device="cpu", batch_size=8)
+
+
+def test_quantised_weights_are_read_by_this_code(tmp_path):
+    """Stock HFLM passes their description on, and so asks for other packages."""
+    sys.path.append(str(ROOT / "tools"))
+    tool = importlib.import_module("quantize_weights")
+    assert tool.main([DEMO, str(tmp_path / "int4"), "--bits", "4", "--method", "rtn"]) == 0
+    model = QWenLM(str(tmp_path / "int4"), dtype="float32", device="cpu").model
+    held = [type(module).__name__ for module in model.transformer.h.modules() if hasattr(module, "qweight")]
+    assert held == ["QuantizedLinear"] * 20
 
 
 def command(monkeypatch, *arguments) -> None:

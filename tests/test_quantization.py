@@ -234,7 +234,8 @@ def test_the_memory_is_that_of_the_file(published):
 @pytest.mark.parametrize("kind", ["as published", "desc_act, asymmetric int8", "version 2", "without needless biases"])
 def test_it_is_saved_as_it_was(tmp_path, kind):
     make(tmp_path / "made", files=3, **KINDS[kind])
-    model = QWenLMHeadModel.from_pretrained(tmp_path / "made", fp16=True)
+    settings = {"fp16": True, "attn_implementation": "eager"}  # 4.46 would choose anew for what it has saved
+    model = QWenLMHeadModel.from_pretrained(tmp_path / "made", **settings)
     model(random_ids(1, 3)), model(random_ids(3, 20))  # nothing that they do may change what is saved
     model.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
@@ -246,7 +247,7 @@ def test_it_is_saved_as_it_was(tmp_path, kind):
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("made", "saved")]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
     assert not any(key.startswith("_gptq") for key in configs[1])
-    again = QWenLMHeadModel.from_pretrained(tmp_path / "saved", fp16=True)
+    again = QWenLMHeadModel.from_pretrained(tmp_path / "saved", **settings)
     with torch.no_grad():
         assert torch.equal(again(random_ids(1, 9)).logits, model(random_ids(1, 9)).logits)
 
