@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from .cpp_kernels import NAMESPACE, is_loaded, library, load
 from .cpp_kernels import implementation as cpu_implementation
-from .transformers_compat import HAS_SDPA, INT8_ROWS, addcmul
+from .transformers_compat import HAS_SDPA, INT8_ROWS, addcmul, int8_product
 from .transformers_compat import rms_norm as fused_rms_norm
 
 logger = logging.get_logger(__name__)
@@ -97,8 +97,7 @@ def linear_without_kernels(x, weight, bias=None, scale=None):
     # It reads whole vectors, beyond the end of a row that is not made of them.
     if not is_int8 or weight.shape[1] % 64 or not 0 < rows <= INT8_ROWS.get(x.dtype, 0):
         return linear_reference(x, weight, bias, scale)
-    ones = x.new_ones(weight.shape[0])  # scales would be rounded to x's dtype
-    y = torch._weight_int8pack_mm(x.reshape(rows, -1).contiguous(), weight.contiguous(), ones).float() * scale
+    y = int8_product(x.reshape(rows, -1), weight).float() * scale
     return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
 
 

@@ -173,7 +173,7 @@ class _Quantized(nn.Linear):
         codes = self.codes.detach()
         if codes.shape != (self.out_features, self.in_features):  # packed
             codes = codes[:1, :1].expand(self.out_features, self.in_features)
-        return torch.Tensor._make_subclass(_NoWeight, codes, False)
+        return codes.as_subclass(_NoWeight)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name != "weight":
@@ -309,7 +309,7 @@ class _Codes(nn.Parameter):
     """Whole numbers, which can't learn; asked to, they say what to do."""
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False):
-        return torch.Tensor._make_subclass(cls, data.detach(), False)
+        return data.detach().as_subclass(cls)
 
     def requires_grad_(self, requires_grad: bool = True):
         if requires_grad:

@@ -97,6 +97,12 @@ def _int8_rows() -> dict[torch.dtype, int]:
 INT8_ROWS = _int8_rows()
 
 
+def int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (rows, in), weight int8 (out, in): their product (rows, out) in x's dtype, where `INT8_ROWS` has that dtype."""
+    ones = x.new_ones(weight.shape[0])  # scales would be rounded to x's dtype
+    return torch._weight_int8pack_mm(x.contiguous(), weight.contiguous(), ones)
+
+
 def cpu_supports_bf16() -> bool:
     """Whether this CPU has instructions for bfloat16; torch up to 1.13 can't tell, and has no fast code for it."""
     return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
