@@ -126,12 +126,16 @@ class _Layer:
     def batch_size(self) -> int:
         return self.keys.tensors[0].shape[0]
 
+    def storages(self) -> list[torch.Tensor]:
+        """The tensors of keys, then those of values, each (B, nh, capacity, width)."""
+        return [*self.keys.tensors, *self.values.tensors]
+
     def room_for(self, new_tokens: int) -> list[torch.Tensor]:
         """The tensors of keys and values with room for more tokens behind what they hold; they count as written."""
         for store in (self.keys, self.values):
             store.grow(store.length + new_tokens)
             store.length += new_tokens
-        return [*self.keys.tensors, *self.values.tensors]
+        return self.storages()
 
     def crop(self, length: int) -> None:
         for store in (self.keys, self.values):
@@ -184,7 +188,7 @@ class QWenCache(LayeredCache):
 
     def storages(self) -> list[torch.Tensor]:
         """Of every layer the tensors of keys, then those of values, each (B, nh, capacity, width)."""
-        return [tensor for store in self._stores() for tensor in store.tensors]
+        return [tensor for layer in self.layers for tensor in layer.storages()]
 
     def make_room(self, new_tokens: int) -> None:
         """Storage for so many tokens more, for who writes them there itself and then calls `advance`."""

@@ -7,7 +7,10 @@ lengths, positions, NTK scales and the addresses of keys and values from tensors
 cache of so many rows, and storage that grows. It belongs to one generation at a time, and to the weights it was
 captured with: before every step it is compared where the model has them now.
 
-In the shapes below B is the batch, T the new tokens, nh the heads and hd the width of one.
+On several GPUs there is a graph on each. With `device_map` each has consecutive blocks, and hidden states go from one
+to the next. With `tp_plan` each process has a share of every matrix, and the sums over the processes are in its graph.
+
+In the shapes below B is the batch, T the new tokens, nh the heads (of this process) and hd the width of one.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import itertools
 import math
 import sys
 import threading
@@ -28,7 +32,15 @@ from transformers.utils import logging
 from .qwen_cache import QWenCache
 from .qwen_ops import GPU_HEAD_SIZES, gptq_linear
 from .qwen_quantization import QuantizedLinear
-from .transformers_compat import CACHE, GenerateDecoderOnlyOutput, is_compiling, prefill
+from .transformers_compat import (
+    CACHE,
+    GenerateDecoderOnlyOutput,
+    is_compiling,
+    is_only_moved,
+    local_tensor,
+    parallel_style,
+    prefill,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -63,10 +75,18 @@ def _norms(model) -> list[nn.Module]:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether calling the module is calling the forward that its class was written with, and that alone."""
+    """
+    Whether calling the module is calling the forward that its class was written with, and that alone, but for
+    accelerate's moving of what goes in to the module's device.
+    """
+    return _has_no_hooks(module) and ("forward" not in vars(module) or is_only_moved(module))
+
+
+def _has_no_hooks(module: nn.Module) -> bool:
+    """Whether the class's forward is the one it was written with, and PyTorch calls nothing around a module's."""
     kind = type(module)
     is_hooked = module._forward_hooks or module._forward_pre_hooks or _hooks_of_all[0] or _hooks_of_all[1]
-    return not (is_hooked or "forward" in vars(module)) and kind.forward.__module__ == kind.__module__
+    return not is_hooked and kind.forward.__module__ == kind.__module__
 
 
 _hooks_of_all = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
@@ -100,10 +120,46 @@ def is_as_made(network) -> bool:
     return True
 
 
+def _styles(model) -> list[str]:
+    """How tensor parallelism splits the embedding and every matrix by the model's own plan."""
+    of_block = ["colwise_fused_heads", "rowwise", "colwise", "colwise", "rowwise"]
+    return ["embedding_rowwise", *of_block * len(model.transformer.h), "colwise_gather_output"]
+
+
+def processes(model):
+    """
+    The group of processes that a model is split over by tensor parallelism, None for a whole model.
+
+    Raises ValueError for a model that is neither: other than by its own plan, or with something else around a matrix.
+    """
+    modules = [model.transformer.wte, *_linears(model)]
+    if all(map(is_untouched, modules)):
+        return None
+    found = [parallel_style(module) if _has_no_hooks(module) else None for module in modules]
+    if None in found or [style for style, _ in found] != _styles(model) or len({group for _, group in found}) > 1:
+        raise ValueError("The matrices of this model are neither whole nor split by its own plan.")
+    return found[0][1]
+
+
+def stations(model) -> list[nn.Module]:
+    """What a step goes through, in its order, each on one device: the embedding, blocks, the last norm, the head."""
+    transformer = model.transformer
+    return [transformer.wte, *transformer.h, transformer.ln_f, model.lm_head]
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    """The weights below a module, what this process has of them."""
+    return [local_tensor(t) for t in itertools.chain(module.parameters(), module.buffers())]
+
+
+def device_of(station: nn.Module) -> torch.device:
+    return next(itertools.chain(station.parameters(), station.buffers())).device
+
+
 def is_plain(model) -> bool:
     """
     Whether a step may be computed from the weights alone: matrices of exactly the network's types, in one precision or
-    GPTQ's, on one GPU, no hooks, adapters, training or compilation.
+    GPTQ's, every block on one GPU, no hooks, adapters, training or compilation.
     """
     differentiated = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     if model.training or is_compiling() or differentiated:
@@ -111,41 +167,54 @@ def is_plain(model) -> bool:
     network = model.transformer
     if type(model).__module__ != type(network).__module__ or not is_as_made(network):
         return False
-    linears, others = _linears(model), (model, network, network.wte, network.rotary_emb)
+    linears = _linears(model)
     if not (
         all(type(module) in (nn.Linear, QuantizedLinear) for module in linears)
         and type(network.wte) is nn.Embedding
-        and all(map(is_untouched, (*linears, *others)))
+        and all(map(is_untouched, (model, network, network.rotary_emb)))
     ):
+        return False
+    try:
+        group = processes(model)
+    except ValueError:
         return False
     quantised = [module for module in linears if type(module) is QuantizedLinear]
     codes = [t for module in quantised for t in (module.qweight, module.qzeros, module.scales, module.g_idx)]
     floats = [m.weight for m in (*linears, *_norms(model), network.wte) if type(m) is not QuantizedLinear]
     floats += [module.bias for module in linears if module.bias is not None]
+    floats = [local_tensor(t) for t in floats]
     first = network.ln_f.weight
     return (
-        first.device.type in DEVICES
-        and first.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        first.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and all(type(t) in (nn.Parameter, torch.Tensor) and t.is_contiguous() for t in floats + codes)
-        and all(t.device == first.device for t in floats + codes)
         and all(t.dtype == first.dtype for t in floats)
+        and all(device_of(s).type in DEVICES for s in stations(model))
+        and all(t.device == device_of(s) for s in stations(model) for t in _tensors(s))
+        and (group is None or _is_split_evenly(model, group))
         and _kernels() is not None
         and model.config.kv_channels in GPU_HEAD_SIZES
     )
 
 
+def _is_split_evenly(model, group) -> bool:
+    shares = [local_tensor(module.weight).shape[0] for module in (model.transformer.wte, model.lm_head)]
+    return all(share * group.size() == model.config.vocab_size for share in shares)
+
+
 def takes(model, cache, rows: int) -> bool:
     """Whether steps of `rows` new tokens behind this cache, once it is filled, are for a graph of a plain model."""
-    weight = model.transformer.ln_f.weight
+    dtype, devices = model.transformer.ln_f.weight.dtype, [device_of(block) for block in model.transformer.h]
     return (
         isinstance(cache, QWenCache)
         and cache.kernel
         and not getattr(cache, "has_no_room_for_graphs", False)
-        and weight.device.type in DEVICES
+        and all(device.type in DEVICES for device in devices)
         and 0 < rows <= MAX_ROWS
-        and (cache.device is None or torch.device(cache.device) == weight.device)
+        and (cache.device is None or {torch.device(cache.device)} == set(devices))
         and all(
-            t.device == weight.device and (cache.bits is not None or t.dtype == weight.dtype) for t in cache.storages()
+            t.device == device and (cache.bits is not None or t.dtype == dtype)
+            for layer, device in zip(cache.layers, devices)
+            for t in layer.storages()
         )
     )
 
@@ -162,7 +231,7 @@ class _Places:
         ]
         modules = [*_linears(model), *_norms(model), transformer.wte]
         self._tensors = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None]
-        tensors = [parameters[name] for parameters, name in self._tensors]
+        tensors = [local_tensor(parameters[name]) for parameters, name in self._tensors]
         settings = [norm.eps for norm in _norms(model)]
         settings += [(m.format, m.group_size, m.is_ordered) for m in _linears(model) if type(m) is QuantizedLinear]
         self.signature = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in tensors], settings
@@ -171,7 +240,7 @@ class _Places:
     def unchanged(self) -> bool:
         """Whether all of them are where they were; what is written in place needs no attention."""
         return all(modules.get(name) is module for modules, name, module in self._links) and self._addresses == [
-            parameters[name].data_ptr() for parameters, name in self._tensors
+            local_tensor(parameters[name]).data_ptr() for parameters, name in self._tensors
         ]
 
 
@@ -180,7 +249,11 @@ class _Places:
 
 def _weight(linear):
     """As `product` or `gptq_product` of triton_kernels.py takes it."""
-    return linear.tensors() if type(linear) is QuantizedLinear else linear.weight
+    return linear.tensors() if type(linear) is QuantizedLinear else local_tensor(linear.weight)
+
+
+def _bias(linear):
+    return None if linear.bias is None else local_tensor(linear.bias)
 
 
 def _kernel_of(linear, gate, rows: int):
@@ -197,44 +270,58 @@ def _kernel_of(linear, gate, rows: int):
     return kernels.gptq_product
 
 
-def _library_product(x, linear):
+def _library_product(x, linear, bias):
     if type(linear) is QuantizedLinear:
-        return gptq_linear(x, *linear.tensors(), linear.bias)
-    return F.linear(x, linear.weight, linear.bias)
+        return gptq_linear(x, *linear.tensors(), bias)
+    return F.linear(x, _weight(linear), bias)
 
 
-class GraphedSteps:
+def parts_of(model) -> list[tuple[torch.device, slice]]:
+    """The stations of a model that follow each other on one device, as slices of `stations`, with that device."""
+    parts, end = [], 0
+    for device, group in itertools.groupby(stations(model), device_of):
+        begin, end = end, end + len(list(group))
+        parts.append((device, slice(begin, end)))
+    return parts
+
+
+class _Part:
     """
-    Steps of B rows and T tokens behind caches of so many bits (16 or 32: full precision) for one model.
+    Stations of a step on one device, and their graph.
 
-    Buffers that a step reads: `ids`, `positions` int64 (B, T), `starts` int64 (B), the first key of a row that is not
-    padding, `inverse_frequencies` float32 (B, rotated / 2), and a table of lengths and addresses (triton_kernels.py).
+    Buffers that it reads: `input`, token ids, int64 (B, T), or the hidden states (B * T, hidden) of the part before;
+    `positions` int64 (B, T); `starts` int64 (B), the first key of a row that is not padding; `inverse_frequencies`
+    float32 (B, rotated / 2); and a table of lengths and addresses (triton_kernels.py).
     """
 
-    def __init__(self, model, B: int, T: int, bits: int):
-        config, weight = model.config, model.transformer.ln_f.weight
-        self.bits = bits
-        self._config = config
-        self._nh = config.num_attention_heads
+    def __init__(self, model, device: torch.device, place: slice, B: int, T: int, bits: int):
+        config, dtype = model.config, model.transformer.ln_f.weight.dtype
+        self._config, self._place, self._bits, self._group = config, place, bits, processes(model)
+        self._size, self._rank = (1, 0) if self._group is None else (self._group.size(), self._group.rank())
+        self._nh = config.num_attention_heads // self._size
         rotary = model.transformer.rotary_emb
         self._rotary = rotary.dim, rotary.base
         self._slots = 2 if bits >= 16 else 4
+        first, end = (min(max(n - 1, 0), config.num_hidden_layers) for n in (place.start, place.stop))  # of its blocks
+        self._storages = slice(first * self._slots, end * self._slots)
         self._slots_of_bind: list[int] | None = None
-        self.graph = None
-        self.logits = None
+        self.graph = self.output = None
         self.used = None  # an event behind the last step
-        device = weight.device
         with torch.inference_mode(False):
-            self.ids = torch.zeros(B, T, dtype=torch.int64, device=device)
+            self.input = torch.zeros(B, T, dtype=torch.int64, device=device)
+            if place.start:
+                self.input = torch.zeros(B * T, config.hidden_size, dtype=dtype, device=device)
             self.positions = torch.zeros(B, T, dtype=torch.int64, device=device)
             self.starts = torch.zeros(B, dtype=torch.int64, device=device)
             self.inverse_frequencies = torch.zeros(B, rotary.dim // 2, device=device)
-            size = _kernels().HEADER + self._slots * config.num_hidden_layers
+            size = _kernels().HEADER + self._slots * (end - first)
             self._table = torch.zeros(size, dtype=torch.int64, device=device)
-            self._base = torch.zeros(1, dtype=weight.dtype if bits >= 16 else torch.uint8, device=device)
+            self._base = torch.zeros(1, dtype=dtype if bits >= 16 else torch.uint8, device=device)
 
     def bind(self, starts: torch.Tensor | None, alpha: torch.Tensor | None) -> None:
-        """For a generation: starts int64 (B) or None, no padding; alpha float32 (B or 1), NTK scales, or None."""
+        """As of `GraphedSteps`."""
+        if self.used is not None:
+            self.used.wait(torch.cuda.current_stream(self.input.device))
         self.starts.zero_() if starts is None else self.starts.copy_(starts)
         dim, base = self._rotary
         exponents = torch.arange(0, dim, 2, device=self.starts.device, dtype=torch.float32) / dim
@@ -242,35 +329,39 @@ class GraphedSteps:
             base = base * alpha.to(exponents.device)[:, None] ** (dim / (dim - 2))  # (B or 1, 1)
         self.inverse_frequencies.copy_(1.0 / base**exponents)
 
-    def step(self, model, cache, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """
-        Append the tokens `input_ids` (B, T) at `positions` (B, T) to the cache.
+    def give_back(self) -> None:
+        """Whoever binds it next, on another stream, waits for the steps of this one."""
+        if self.input.is_cuda:
+            self.used = torch.cuda.Event()
+            self.used.record(torch.cuda.current_stream(self.input.device))
 
-        Returns logits (B, T, vocab) in a buffer that the next step overwrites.
+    def step(self, model, x: torch.Tensor, positions: torch.Tensor, storages: list, length: int) -> torch.Tensor:
         """
-        T = input_ids.shape[1]
-        cache.make_room(T)
-        storages = cache.storages()
+        The output for an input x of another device or this one, in a buffer that the next step overwrites.
+
+        positions: int64 (B, T). storages: of all layers. length: tokens in them after this step.
+        """
+        storages = storages[self._storages]
         base, size = self._base.data_ptr(), self._base.element_size()
-        slots = [storages[0].shape[2], *((t.data_ptr() - base) // size for t in storages)]
+        slots = [t.shape[2] for t in storages[:1]] + [(t.data_ptr() - base) // size for t in storages]
         if slots != self._slots_of_bind:
-            self._table[1:].copy_(torch.tensor(slots))
+            self._table[1 : 1 + len(slots)].copy_(torch.tensor(slots, dtype=torch.int64))
             self._slots_of_bind = slots
-        self._table[:1].fill_(cache.get_seq_length() + T)
-        self.ids.copy_(input_ids)
-        self.positions.copy_(positions)
-        if self.ids.device.type != "cuda":
-            self.logits = self._compute(model)
+        self._table[:1].fill_(length)
+        # From another GPU these are copies by the driver, which the streams of both wait for, and the host does not.
+        self.input.copy_(x, non_blocking=True)
+        self.positions.copy_(positions, non_blocking=True)
+        if not self.input.is_cuda:
+            self.output = self._compute(model)
         else:
             if self.graph is None:
                 self._capture(model)
             self.graph.replay()
-        cache.advance(T)
-        return self.logits
+        return self.output
 
     def _capture(self, model) -> None:
-        current = torch.cuda.current_stream(self.ids.device)
-        stream = torch.cuda.Stream(self.ids.device)
+        current = torch.cuda.current_stream(self.input.device)
+        stream = torch.cuda.Stream(self.input.device)
         stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         with _CAPTURE, torch.cuda.stream(stream):
@@ -280,57 +371,124 @@ class GraphedSteps:
             stream.synchronize()
             graph.capture_begin(capture_error_mode="thread_local")
             try:
-                logits = self._compute(model)
+                output = self._compute(model)
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # of a capture that has broken off
                     graph.capture_end()
                 raise
             graph.capture_end()
         current.wait_stream(stream)
-        self.graph, self.logits = graph, logits
+        self.graph, self.output = graph, output
 
     @torch.no_grad()
     def _compute(self, model) -> torch.Tensor:
         kernels, config, transformer = _kernels(), self._config, model.transformer
-        B, T = self.ids.shape
-        with torch.cuda.device_of(self.ids), torch.inference_mode():
+        B, T = self.positions.shape
+        with torch.cuda.device_of(self.input), torch.inference_mode():
             angles = self.positions[:, :, None].float() * self.inverse_frequencies[:, None]  # (B, T, rotated / 2)
             cos, sin, scale = angles.cos(), angles.sin(), None
             if config.use_logn_attn:
                 scale = ((self.positions + 1).float().log() / math.log(config.seq_length)).clamp(min=1)  # (B, T)
 
-            def product(x, linear, norm=None, gate=None, residual=None):
-                """As `kernels.product`, of modules, for any number of rows."""
+            def product(x, linear, norm=None, gate=None, residual=None, bias=True):
+                """As `kernels.product`, of modules, for any number of rows; with a bias if the module has one."""
                 kernel = _kernel_of(linear, gate, B * T)
+                bias = _bias(linear) if bias else None
                 if norm is not None and not (kernel and B * T == 1):
                     x, norm = kernels.rms_norm(x, norm.weight, norm.eps), None
                 if kernel is not None:
                     return kernel(
                         x,
                         _weight(linear),
-                        linear.bias,
+                        bias,
                         norm=None if norm is None else norm.weight,
                         eps=0.0 if norm is None else norm.eps,
                         gate=None if gate is None else _weight(gate),
-                        gate_bias=None if gate is None else gate.bias,
+                        gate_bias=None if gate is None else _bias(gate),
                         residual=residual,
                     )
-                y = _library_product(x, linear)
+                y = _library_product(x, linear, bias)
                 if gate is not None:
-                    y *= F.silu(_library_product(x, gate))
+                    y *= F.silu(_library_product(x, gate, _bias(gate)))
                 return y if residual is None else y.add_(residual)
 
-            x = F.embedding(self.ids.view(-1), transformer.wte.weight)  # (B * T, hidden)
-            for i, block in enumerate(transformer.h):
-                qkv = product(x, block.attn.c_attn, norm=block.ln_1).view(B, T, -1)  # (B, T, 3 nh hd)
-                slot = kernels.HEADER + self._slots * i
-                q = kernels.rotary_append(qkv, cos, sin, scale, self._base, self.bits, self._table, slot, self._nh)
-                scaling = block.attn.scaling
-                y = kernels.attend(q, self._base, self.bits, self._table, slot, self.starts, scaling)  # (B, T, nh, hd)
-                x = product(y.view(B * T, -1), block.attn.c_proj, residual=x)
-                y = product(x, block.mlp.w1, norm=block.ln_2, gate=block.mlp.w2)
-                x = product(y, block.mlp.c_proj, residual=x)
-            return product(x, model.lm_head, norm=transformer.ln_f).view(B, T, -1)
+            def sum_of_products(x, linear, residual):
+                """`residual + linear(x)`, where each process has a share of the inputs and the first adds the rest."""
+                is_first = self._rank == 0
+                return self._sum(product(x, linear, residual=residual if is_first else None, bias=is_first))
+
+            x, norm, slot = self.input, None, kernels.HEADER
+            for station in stations(model)[self._place]:
+                if station is transformer.wte:
+                    x = self._embed(x.view(-1), local_tensor(station.weight))  # (B * T, hidden)
+                elif station is transformer.ln_f:
+                    norm = station  # of the product behind it
+                elif station is model.lm_head:
+                    x, norm = self._gather(product(x, station, norm=norm)), None  # (B * T, vocab)
+                else:
+                    attn, mlp = station.attn, station.mlp
+                    qkv = product(x, attn.c_attn, norm=station.ln_1).view(B, T, -1)  # (B, T, 3 nh hd)
+                    table = self._base, self._bits, self._table, slot
+                    q = kernels.rotary_append(qkv, cos, sin, scale, *table, self._nh)
+                    y = kernels.attend(q, *table, self.starts, attn.scaling)  # (B, T, nh, hd)
+                    x = sum_of_products(y.view(B * T, -1), attn.c_proj, x)
+                    y = product(x, mlp.w1, norm=station.ln_2, gate=mlp.w2)
+                    x = sum_of_products(y, mlp.c_proj, x)
+                    slot += self._slots
+            return x if norm is None else kernels.rms_norm(x, norm.weight, norm.eps)
+
+    # What processes have to tell each other, where there are several.
+
+    def _sum(self, x: torch.Tensor) -> torch.Tensor:
+        if self._group is not None:
+            torch.distributed.all_reduce(x, group=self._group)
+        return x
+
+    def _embed(self, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding, of which each process has as many neighbouring ones."""
+        if self._group is None:
+            return F.embedding(ids, weight)
+        ids = ids - self._rank * weight.shape[0]
+        elsewhere = (ids < 0) | (ids >= weight.shape[0])
+        return self._sum(F.embedding(ids.masked_fill(elsewhere, 0), weight).masked_fill_(elsewhere[:, None], 0))
+
+    def _gather(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of neighbouring shares of the vocabulary: (rows, vocab)."""
+        if self._group is None:
+            return logits
+        shares = logits.new_empty(self._size, *logits.shape)
+        torch.distributed.all_gather_into_tensor(shares, logits, group=self._group)
+        return shares.transpose(0, 1).reshape(logits.shape[0], -1)
+
+
+class GraphedSteps:
+    """Steps of B rows and T tokens behind caches of so many bits (16 or 32: full precision) for one model."""
+
+    def __init__(self, model, B: int, T: int, bits: int):
+        self.parts = [_Part(model, *part, B, T, bits) for part in parts_of(model)]
+
+    def bind(self, starts: torch.Tensor | None, alpha: torch.Tensor | None) -> None:
+        """For a generation: starts int64 (B) or None, no padding; alpha float32 (B or 1), NTK scales, or None."""
+        for part in self.parts:
+            part.bind(starts, alpha)
+
+    def give_back(self) -> None:
+        for part in self.parts:
+            part.give_back()
+
+    def step(self, model, cache, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """
+        Append the tokens `input_ids` (B, T) at `positions` (B, T) to the cache.
+
+        Returns logits (B, T, vocab) on their device, in a buffer that the next step may overwrite.
+        """
+        B, T = input_ids.shape
+        cache.make_room(T)
+        storages, length, x = cache.storages(), cache.get_seq_length() + T, input_ids
+        for part in self.parts:
+            x = part.step(model, x, positions, storages, length)
+        cache.advance(T)
+        return x.view(B, T, -1).to(input_ids.device)
 
 
 _CAPTURE = threading.Lock()
@@ -366,8 +524,6 @@ def graphed_steps(model, cache, B: int, T: int):
             if steps is None:
                 steps = GraphedSteps(model, *kind)
             if bound is None:
-                if steps.used is not None:
-                    steps.used.wait()
                 steps.bind(starts, alpha)
                 bound = True
             return steps.step(model, cache, input_ids, positions)
@@ -380,9 +536,7 @@ def graphed_steps(model, cache, B: int, T: int):
         yield step
     finally:
         if steps is not None and not broken:
-            if steps.ids.is_cuda:
-                steps.used = torch.cuda.Event()
-                steps.used.record()
+            steps.give_back()
             with _LOCK:
                 now, free = _FREE.get(model, (None, None))
                 if now == places.signature:
@@ -472,7 +626,7 @@ class GraphedGeneration:
             and not (settings.output_attentions or settings.output_hidden_states)
             and not getattr(settings, "is_assistant", False)
             and getattr(settings, "prefill_chunk_size", None) is None
-            and input_ids.device == self.transformer.ln_f.weight.device
+            and input_ids.device == device_of(self.transformer.wte)
             and takes(self, cache, input_ids.shape[0])
             and is_plain(self)
         )
@@ -515,6 +669,7 @@ class GraphedGeneration:
             positions = positions[:, -1:].expand(B, 1) + 1
         alpha = getattr(cache, "ntk_alpha", None)
         takes_graph = known and takes(self, cache, B) and (alpha is not None or not self.config.use_dynamic_ntk)
+        agree = _agreement(self)
         ahead = False  # a step is computed that may turn out not to be wanted
         with contextlib.ExitStack() as stack:
             graphed = stack.enter_context(graphed_steps(self, cache, B, 1)) if takes_graph else None
@@ -551,10 +706,12 @@ class GraphedGeneration:
                         tokens = torch.multinomial(wanted.softmax(-1), num_samples=1).squeeze(1)
                     else:
                         tokens = wanted.argmax(-1)
+                    agree(tokens)
                     if has_ends:
                         tokens = tokens * unfinished + pad * (1 - unfinished)
                     input_ids = torch.cat([input_ids, tokens[:, None]], -1)
                     unfinished = unfinished & ~stopping_criteria(input_ids, scores)
+                    agree(unfinished)
                     reads.reverse()
                     reads[0].begin(unfinished, tokens)
                     if max_length is None or input_ids.shape[1] < max_length:
@@ -576,6 +733,17 @@ class GraphedGeneration:
         return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=raw_logits, **{CACHE: cache})
 
 
+def _agreement(model):
+    """
+    A function that gives the processes of tensor parallelism what the first of them has, in place: the tokens, which
+    each may have drawn by a random state of its own, and who has ended, which may depend on a clock.
+    """
+    group = processes(model)
+    if group is None:
+        return lambda x: None
+    return functools.partial(torch.distributed.broadcast, src=torch.distributed.get_global_rank(group, 0), group=group)
+
+
 class _Reading:
     """Brings to the host whether all rows have ended, and their tokens if wanted, while the GPU goes on."""
 
@@ -584,6 +752,7 @@ class _Reading:
         self._left = torch.zeros((), dtype=torch.int64, pin_memory=cuda)
         self._tokens = torch.zeros(B, dtype=torch.int64, pin_memory=cuda) if with_tokens else None
         self._event = torch.cuda.Event() if cuda else None
+        self._device = device
 
     def begin(self, unfinished: torch.Tensor, tokens: torch.Tensor) -> None:
         """unfinished, tokens: int64 (B)."""
@@ -591,7 +760,7 @@ class _Reading:
         if self._tokens is not None:
             self._tokens.copy_(tokens, non_blocking=True)
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(self._device))
 
     def end(self):
         if self._event is not None:

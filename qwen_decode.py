@@ -109,37 +109,36 @@ def _compute(model, call: dict):
     if not is_as_made(network) or (network is not model and not is_untouched(network)):
         return None
     cache = call["past_key_values"]
-    like = network.ln_f.weight  # in device and precision
-    head = None if network is model else _matrix(model.lm_head, like)
-    if head is None and network is not model:
-        return None
-    blocks = _weights(network, cache, like)
-    if blocks is None:
-        return None
     ids, x = call.get("input_ids"), call.get("inputs_embeds")
     new = ids if x is None else x
-    if (
-        new.shape[0] != cache.layers[0].batch_size
-        or new.device != like.device
-        or (x is not None and (x.dtype != like.dtype or type(x) is not torch.Tensor))
-    ):
+    if new.shape[0] != cache.layers[0].batch_size:
         return None
-
     T, length = new.shape[1], cache.get_seq_length()
-    x = network.embed(ids, x)  # (B, T, hidden)
-    if x.dtype != like.dtype:
-        return None
     mask, position_ids = call.get("attention_mask"), call.get("position_ids")
     if position_ids is None:
         places = call.get("cache_position")
-        places = torch.arange(length, length + T, device=x.device) if places is None else places
+        places = torch.arange(length, length + T, device=new.device) if places is None else places
         position_ids = network.positions(mask, places, length)
-    if head is not None and ids is not None and T == 1 and ids.device.type in GRAPH_DEVICES and is_plain(model):
+    has_head = network is not model
+    if has_head and ids is not None and T == 1 and ids.device.type in GRAPH_DEVICES and is_plain(model):
         logits = graphed_step(model, cache, ids, position_ids, mask)
         if logits is not None:
             kept = call.get("logits_to_keep", 0)
             kept = slice(-kept, None) if isinstance(kept, int) else kept
             return CausalLMOutputWithPast(logits=logits[:, kept], past_key_values=cache)
+
+    like = network.ln_f.weight  # in device and precision
+    head = _matrix(model.lm_head, like) if has_head else None
+    if head is None and has_head:
+        return None
+    blocks = _weights(network, cache, like)
+    if blocks is None or new.device != like.device:
+        return None
+    if x is not None and (x.dtype != like.dtype or type(x) is not torch.Tensor):
+        return None
+    x = network.embed(ids, x)  # (B, T, hidden)
+    if x.dtype != like.dtype:
+        return None
     cos, sin, query_scale = network.rotation(position_ids, cache, length, call.get("ntk_alpha"))
     mask = None if mask is None else mask[..., : length + T].bool()
     eps = network.ln_f.eps

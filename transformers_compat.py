@@ -591,6 +591,21 @@ def input_device(model) -> torch.device:
     return torch.device(device) if device is not None else embedding.weight.device
 
 
+def is_only_moved(module: nn.Module) -> bool:
+    """
+    Whether the forward that a module has of its own is that of its class, before which accelerate moves what comes in
+    to the module's device (`device_map`). False where the weights are moved too, or something else was put around it.
+    """
+    hook, forward = vars(module).get("_hf_hook"), vars(module).get("forward")
+    return (
+        type(hook).__name__ == "AlignDevicesHook"
+        and type(hook).__module__ == "accelerate.hooks"
+        and not hook.offload
+        and getattr(getattr(forward, "func", None), "__module__", None) == "accelerate.hooks"
+        and getattr(vars(module).get("_old_forward"), "__func__", None) is type(module).forward
+    )
+
+
 # --- Tensor parallelism ------------------------------------------------------------------------------------------
 
 try:
@@ -663,6 +678,27 @@ elif HAS_TENSOR_PARALLEL:
             size = third // processes
             starts = [i * third + rank * size for i in range(3)]
             return torch.cat([param[start : start + size] for start in starts])
+
+
+def parallel_style(module: nn.Module):
+    """
+    The style by which tensor parallelism splits a module, and the group of processes; None where its forward is not
+    just the class's inside of what the style needs. Up to 5.10, where hooks do that, always None.
+    """
+    forward = vars(module).get("forward")
+    if not KEEPS_FUSED_HEADS or getattr(forward, "__module__", None) != tensor_parallel.__name__:
+        return None
+    around = dict(zip(forward.__code__.co_freevars, (cell.cell_contents for cell in forward.__closure__ or ())))
+    name = next((name for name, style in _STYLES.items() if style is around.get("self")), None)
+    if name is None or getattr(around.get("original_forward"), "__func__", None) is not type(module).forward:
+        return None
+    mesh = around["mesh"]
+    return name, mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a parameter that may be split."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def tensor_parallel_plan(plan: dict) -> dict | None:
