@@ -456,9 +456,10 @@ class _Part:
         """Of neighbouring shares of the vocabulary: (rows, vocab)."""
         if self._group is None:
             return logits
-        shares = logits.new_empty(self._size, *logits.shape)
+        rows, share = logits.shape
+        shares = logits.new_empty(self._size * rows, share)
         torch.distributed.all_gather_into_tensor(shares, logits, group=self._group)
-        return shares.transpose(0, 1).reshape(logits.shape[0], -1)
+        return shares.view(self._size, rows, share).transpose(0, 1).reshape(rows, -1)
 
 
 class GraphedSteps:
@@ -652,7 +653,7 @@ class GraphedGeneration:
         pad = None if pad is None else pad.to(device)
         max_length = stopping_criteria.max_length
         unfinished = torch.ones(B, dtype=torch.int64, device=device)
-        reads = [_Reading(B, device, streamer is not None) for _ in range(2)]
+        reads = [_Reading(unfinished, streamer is not None) for _ in range(2)]
 
         outputs = prefill(self, input_ids, settings, kwargs)
         logits = outputs.logits
@@ -747,12 +748,11 @@ def _agreement(model):
 class _Reading:
     """Brings to the host whether all rows have ended, and their tokens if wanted, while the GPU goes on."""
 
-    def __init__(self, B: int, device: torch.device, with_tokens: bool):
-        cuda = device.type == "cuda"
-        self._left = torch.zeros((), dtype=torch.int64, pin_memory=cuda)
-        self._tokens = torch.zeros(B, dtype=torch.int64, pin_memory=cuda) if with_tokens else None
-        self._event = torch.cuda.Event() if cuda else None
-        self._device = device
+    def __init__(self, like: torch.Tensor, with_tokens: bool):
+        """like: int64 (B), on the GPU."""
+        self._left = torch.zeros((), dtype=torch.int64, pin_memory=like.is_cuda)
+        self._tokens = torch.zeros(len(like), dtype=torch.int64, pin_memory=like.is_cuda) if with_tokens else None
+        self._event = torch.cuda.Event() if like.is_cuda else None
 
     def begin(self, unfinished: torch.Tensor, tokens: torch.Tensor) -> None:
         """unfinished, tokens: int64 (B)."""
@@ -760,7 +760,7 @@ class _Reading:
         if self._tokens is not None:
             self._tokens.copy_(tokens, non_blocking=True)
         if self._event is not None:
-            self._event.record(torch.cuda.current_stream(self._device))
+            self._event.record(torch.cuda.current_stream(unfinished.device))
 
     def end(self):
         if self._event is not None:

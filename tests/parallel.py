@@ -6,6 +6,7 @@ One process imports what is needed and forks the others, which saves their impor
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import sys
@@ -78,6 +79,64 @@ def tensor(path: str, folder: str) -> dict:
         model.save_pretrained(folder)
     except NotImplementedError as error:
         found["not saved"] = str(error)
+    return found
+
+
+class EndsAfter(transformers.StoppingCriteria):
+    """All rows, at another length in every process, as a clock would have it."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full(input_ids.shape[:1], input_ids.shape[1] >= IDS.shape[1] + 5 - 2 * distributed.get_rank())
+
+
+def graphs(path: str, folder: str) -> dict:
+    """Steps as a graph computes them, in Triton's interpreter, and those of the network."""
+    model = load(path, tp_plan="auto")
+    home = type(model).__module__.rpartition(".")[0]
+    steps, caches, kernels = (
+        importlib.import_module(f"{home}.{name}") for name in ("qwen_cuda_graph", "qwen_cache", "triton_kernels")
+    )
+    for entry in kernels.PRODUCT.values():  # few large programs are faster there
+        entry["BN"] = 64
+    for entry in kernels.TUNING.values():
+        entry["programs"] = 2
+    taken, step = [], steps.GraphedSteps.step
+
+    def counting(self, *args):
+        taken.append(1)
+        return step(self, *args)
+
+    steps.GraphedSteps.step = counting
+
+    def run(devices, cache=None, rows=2, **settings):
+        steps.DEVICES = devices
+        kwargs = {
+            "output_logits": True,
+            "return_dict_in_generate": True,
+            "past_key_values": cache or caches.QWenCache(),
+        }
+        output = model.generate(IDS[:rows], attention_mask=MASK[:rows], **{**GREEDY, **kwargs, **settings})
+        return {"ids": output.sequences, "logits": torch.stack(output.logits)}
+
+    found = {}
+    for name, settings in {
+        "rows": {},
+        "row": {"rows": 1},
+        "int8": {"cache": caches.QWenQuantizedCache, "max_new_tokens": 3},
+    }.items():
+        makes = settings.pop("cache", caches.QWenCache)
+        settings = {"max_new_tokens": 4, **settings}
+        found[name] = run(("cpu",), makes(), **settings), run((), makes(), **settings)
+    torch.manual_seed(distributed.get_rank())
+    found["drawn"] = run(("cpu",), do_sample=True, max_new_tokens=4)["ids"]
+    found["ended"] = run(("cpu",), stopping_criteria=[EndsAfter()])["ids"]
+    found["steps"] = len(taken)
+    w1 = model.transformer.h[1].mlp.w1
+    forward = w1.forward
+    with torch.no_grad():
+        plain = [steps.is_plain(model)]
+        w1.forward = lambda *args: forward(*args)  # something else around it
+        found["plain"] = [*plain, steps.is_plain(model)]
     return found
 
 

@@ -10,12 +10,15 @@ import os
 import random
 import threading
 
+import accelerate
 import pytest
 import torch
 import transformers
 from conftest import TRITON_DEVICE as DEVICE
 from conftest import random_ids, tiny_model
+from test_placement import pretended, spread  # noqa: F401 (a fixture)
 from test_quantization import with_codes
+from torch.utils._pytree import tree_flatten
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
@@ -205,6 +208,91 @@ def test_many_rows_leave_products_to_the_library(model, monkeypatch, steps_taken
     ids, mask = padded(9, 12)
     assert torch.equal(generate(model, ids, mask, max_new_tokens=3), ordinary(model, ids, mask, max_new_tokens=3))
     assert steps_taken[0] == 2
+
+
+# --- Several devices ---------------------------------------------------------------------------------------------
+
+
+@needs_loop
+@pytest.mark.parametrize(("bits", "cuts"), [(16, [2]), (8, [2]), (16, [1, 2, 3, 4])])
+def test_a_step_in_parts_is_a_step(model, bits, cuts, monkeypatch, steps_taken):
+    """Cut anywhere between embedding, blocks, norm and head."""
+    whole = graphs.parts_of(model)
+    assert [part for _, part in whole] == [slice(0, 5)]
+    slices = [(whole[0][0], slice(*ends)) for ends in zip([0, *cuts], [*cuts, 5])]
+    monkeypatch.setattr(graphs, "parts_of", lambda model: slices)
+    monkeypatch.setattr(graphs, "_FREE", {})
+    ids, mask = padded(30, 5)
+    settings = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    ours, theirs = (run(model, ids, mask, **settings, past_key_values=CACHES[bits]()) for run in (generate, ordinary))
+    assert torch.equal(ours.sequences, theirs.sequences)
+    near(torch.stack(ours.logits), torch.stack(theirs.logits), 1e-5 if bits == 16 else 2e-3)
+    assert steps_taken[0] == 2
+    assert len(graphs._FREE[model][1][0][1].parts) == len(slices)
+
+
+@pytest.fixture
+def placed_kernels(pretended, monkeypatch):  # noqa: F811
+    """Kernels on pretended devices: what they take must be on one, and there is what they give."""
+
+    def placed(kernel):
+        def run(*args, **kwargs):
+            tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+            (device,) = {pretended.device_of(t) for t in tensors}
+            with torch._C.DisableTorchFunction():
+                return pretended.put(kernel(*args, **kwargs), device)
+
+        return run
+
+    for name in ("rms_norm", "product", "rotary_append", "attend"):
+        monkeypatch.setattr(triton_kernels, name, placed(getattr(triton_kernels, name)))
+    return pretended
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="pretends to have GPUs")
+@needs_loop
+@pytest.mark.parametrize("head", [-1, 0])
+@pytest.mark.parametrize("lengths", [(21,), (21, 7)])
+def test_generation_over_devices_moves_one_hidden_state_a_boundary(placed_kernels, head, lengths, steps_taken):
+    """As `device_map` places a model, norm and head with the last blocks, or with the first."""
+    model = small_model(num_hidden_layers=4)
+    ids, mask = padded(*lengths)
+    settings = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    expected = ordinary(model, ids, mask, **settings, past_key_values=caches.QWenCache())
+    spread(model, placed_kernels, 2, head)
+    before = []
+    with placed_kernels:
+        ids, mask = placed_kernels.put((ids, mask), "cuda:0")
+        streamer = Streamer()
+        streamer.put = lambda value: before.append(len(placed_kernels.moves))
+        found = generate(model, ids, mask, **settings, streamer=streamer, past_key_values=caches.QWenCache())
+        stored = [str(t.device) for t in found.past_key_values.storages()]
+    assert torch.equal(found.sequences, expected.sequences)
+    near(torch.stack(found.logits), torch.stack(expected.logits), 1e-5)
+    assert steps_taken[0] == 3
+    assert stored == ["cuda:0"] * 4 + ["cuda:1"] * 4
+    B, (hidden, vocab) = len(lengths), (model.config.hidden_size, model.config.vocab_size)
+    there = [((B, hidden), "cuda:0", "cuda:1"), ((B, 1), "cuda:0", "cuda:1")]
+    back = [((B, hidden), "cuda:1", "cuda:0")] if head == 0 else [((B, 1, vocab), "cuda:1", "cuda:0")]
+    # The prompt was put first; a step is launched before the token behind the one before is read.
+    assert placed_kernels.moves[before[2] : before[3]] == there + back
+
+
+def test_hooks_that_only_move_are_seen_through():
+    model = small_model(num_hidden_layers=1)
+    with torch.no_grad():
+        moved = accelerate.dispatch_model(copy.deepcopy(model), {"": DEVICE}, force_hooks=True)
+        assert hasattr(moved.lm_head, "_hf_hook")
+        assert graphs.is_plain(moved)
+        assert not graphs.is_plain(accelerate.cpu_offload(copy.deepcopy(model), execution_device=DEVICE))
+        for module in (moved.lm_head, moved.transformer.h[0].mlp, moved.transformer.h[0].ln_1):
+            forward = module.forward
+            module.forward = lambda x, forward=forward: forward(x) * 2
+            assert not graphs.is_plain(moved)
+            module.forward = forward
+        assert graphs.is_plain(moved)
+        accelerate.hooks.add_hook_to_module(moved.lm_head, accelerate.hooks.ModelHook(), append=True)
+        assert not graphs.is_plain(moved)
 
 
 # --- generate ----------------------------------------------------------------------------------------------------
@@ -517,6 +605,6 @@ def test_calls_of_forward_step_by_graphs(steps_taken):
 def test_a_graph_serves_several_generations():
     model = small_model()
     generate(model, padded(9)[0])
-    graph = graphs._FREE[model][1][0][1].graph
+    graph = graphs._FREE[model][1][0][1].parts[0].graph
     generate(model, padded(300)[0])
-    assert [steps.graph for _, steps in graphs._FREE[model][1]] == [graph]
+    assert [part.graph for _, steps in graphs._FREE[model][1] for part in steps.parts] == [graph]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -26,11 +27,17 @@ HAS_FSDP2 = (
     and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 )
 SHARDS_AT_LOADING = hasattr(compat.PreTrainedModel, "fsdp_plan")
+HAS_GRAPHS = compat.KEEPS_FUSED_HEADS and importlib.util.find_spec("triton") is not None
 
 
-def new_model():
+def new_model(**changes):
     """Every linear layer has a bias: one that is split or added twice shows."""
-    return tiny_model(no_bias=False, initializer_range=0.1, use_dynamic_ntk=True, use_logn_attn=True)
+    return tiny_model(no_bias=False, initializer_range=0.1, use_dynamic_ntk=True, use_logn_attn=True, **changes)
+
+
+def wide_model():
+    """Of heads as wide as kernels for GPUs take them."""
+    return new_model(kv_channels=32)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +50,17 @@ def folder(tmp_path_factory):
         tasks += ["tensor", "2", "tensor", "4"]
     if HAS_FSDP2 and SHARDS_AT_LOADING:
         tasks += ["sharded_at_loading", "2"]
+    compute(folder, "checkpoint", *tasks)
+    return folder
+
+
+def compute(folder, checkpoint: str, *tasks: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", Path(parallel.__file__), folder / "checkpoint", folder, *tasks],
-        env={**os.environ, "HF_MODULES_CACHE": str(folder / "modules")},
+        [sys.executable, "-W", "ignore", Path(parallel.__file__), folder / checkpoint, folder, *tasks],
+        env={**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "TRITON_INTERPRET": "1"},
         capture_output=True, encoding="utf-8", timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return folder
 
 
 def found(folder, task: str, processes: int) -> list[dict]:
@@ -85,6 +96,38 @@ def test_every_process_has_its_heads_of_queries_keys_and_values_and_its_share_of
         assert torch.equal(result["gate"], block.mlp.w2.weight.detach().chunk(len(tensor))[rank])
         if "key shape" in result:
             assert result["key shape"] == (2, heads, 40, 16)
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    if not HAS_GRAPHS:
+        lacks("splits no matrices that the steps of graphs can be computed from")
+    folder = tmp_path_factory.mktemp("graphs")
+    wide_model().save_pretrained(folder / "checkpoint")
+    compute(folder, "checkpoint", "graphs", "2")
+    return found(folder, "graphs", 2)
+
+
+def test_steps_of_graphs_are_those_of_the_network_in_every_process(graphs):
+    """The kernels and sums of a graph, uncaptured, with a share of the weights each."""
+    expected = wide_model().generate(parallel.IDS, attention_mask=parallel.MASK, **parallel.GREEDY)
+    for result in graphs:
+        assert result["plain"] == [True, False]
+        assert result["steps"] == 3 + 3 + 2 + 3 + 5  # one too many where only a criterion knows the end
+        for name in ("rows", "row", "int8"):
+            ours, theirs = result[name]
+            assert torch.equal(ours["ids"], theirs["ids"])
+            torch.testing.assert_close(ours["logits"], theirs["logits"], rtol=0, atol=1e-4)
+        assert torch.equal(result["rows"][0]["ids"], expected[:, :44])
+
+
+def test_processes_draw_the_same_and_end_together(graphs):
+    """Though each has another random state, and another opinion of the end: the first of them decides."""
+    first, second = graphs
+    assert torch.equal(first["drawn"], second["drawn"])
+    assert not torch.equal(first["drawn"], first["rows"][0]["ids"])
+    assert first["ended"].shape == second["ended"].shape == (2, 45)
+    assert torch.equal(first["ended"], second["ended"])
 
 
 def test_tensor_parallel_training_and_saving(tensor, folder):

@@ -33,7 +33,7 @@ class PretendedDevices(TorchFunctionMode or object):
     Computes on the CPU, and has tensors say that they are on other devices.
 
     Results are where the operands are; operands on different devices are an error, as on GPUs. `moves` lists what
-    `.to` moved: (shape, from, to).
+    `.to` and `copy_` moved: (shape, from, to).
     """
 
     def __init__(self):
@@ -44,6 +44,11 @@ class PretendedDevices(TorchFunctionMode or object):
         kwargs = dict(kwargs or {})
         if func == torch.Tensor.device.__get__:
             return self.device_of(args[0])
+        if func == torch.Tensor.copy_:
+            here, there = map(self.device_of, args[:2])
+            if CPU not in (here, there) and here != there:
+                self.moves.append((tuple(args[1].shape), str(there), str(here)))
+            return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
         devices = {self.device_of(t) for t in tensors if t.dim() or self.device_of(t) != CPU}
         assert len(devices) < 2, f"{func} of tensors on {devices}"
@@ -86,13 +91,16 @@ def pretended(monkeypatch):
     return mode
 
 
-def spread(model, mode, devices: int) -> list[str]:
-    """Put a model's blocks on so many devices as `device_map` does; the device of every block."""
+def spread(model, mode, devices: int, head: int = -1) -> list[str]:
+    """
+    Put a model's blocks on so many devices as `device_map` does, norm and head on that of block `head`; the device of
+    every block.
+    """
     number = len(model.transformer.h)
     of_block = [f"cuda:{i * devices // number}" for i in range(number)]
     first = dict.fromkeys(("transformer.wte", "transformer.drop", "transformer.rotary_emb"), of_block[0])
     device_map = {**first, **{f"transformer.h.{i}": device for i, device in enumerate(of_block)}}
-    device_map.update(dict.fromkeys(("transformer.ln_f", "lm_head"), of_block[-1]))
+    device_map.update(dict.fromkeys(("transformer.ln_f", "lm_head"), of_block[head]))
     skipped = model._skip_keys_device_placement
     with mode:
         accelerate.dispatch_model(model, device_map, main_device=of_block[0], skip_keys=skipped)
