@@ -1,0 +1,314 @@
+"""
+Speed of Qwen on several GPUs: whole blocks on each (`device_map`), or a share of every matrix (`tp_plan`).
+
+    python benchmarks/cards.py make FOLDER [--size 72B]
+    python benchmarks/cards.py run FOLDER [--seconds 500] [--out results.jsonl]
+    torchrun --nproc-per-node 2 benchmarks/cards.py run FOLDER [--seconds 280] [--out results.jsonl]
+
+`make` writes a checkpoint of zeros that takes no disk (sparse files); `run` loads it by `from_pretrained`, by torchrun
+with tensor parallelism, and makes the weights random in place. Results are JSON lines, written as they come, so that a
+run may be stopped. What would begin after --seconds is left out, and so are cases that do not fit into the memory that
+is free; both are said. `--size small --fp32` is the check: there greedy ids must be those of the ordinary path.
+
+A token is the mean between the first new one and the last; the first call of as many rows, which captures the graph,
+is timed apart. Its share of the bandwidth counts the weights, keys and values that it reads against what a sum over
+4 GB reads: of one card if blocks follow each other, of all of them under tensor parallelism. `parts` are the graphs of
+the cards alone, replayed without the loop around them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import shutil
+import statistics
+import struct
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from gpu import CUDA, GREEDY, SIZES, cached_bytes, config_of, read_bandwidth, seconds, synchronize, weight_bytes
+from kv_cache import modeling
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES["small"] = (1024, 8, 8, 4096, 32000)
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+PARALLEL = "RANK" in os.environ
+CASES = ["1x2048", "16x2048", "1x32000", "64x2048", "16x32000", "64x32000"]
+
+
+def make(folder: Path, size: str) -> None:
+    """A checkpoint of zeros in bfloat16, a file for each block, in files without contents."""
+    folder.mkdir(parents=True, exist_ok=True)
+    code = [*ROOT.glob("*.py"), ROOT / "cpp_kernels.cpp"]
+    for path in code:
+        shutil.copy(path, folder)
+    config = config_of(size)
+    config.auto_map = json.loads((ROOT / "config.json").read_text())["auto_map"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in modeling.QWenLMHeadModel(config).named_parameters()}
+    files, index, total = {}, {}, 0
+    for name, shape in shapes.items():
+        block = name.split(".")[2] if name.startswith("transformer.h.") else name.rpartition(".")[0]
+        files.setdefault(f"model-{block}.safetensors", {})[name] = shape
+    for file, tensors in files.items():
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for name, shape in tensors.items():
+            end = offset + 2 * shape.numel()
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+            offset, index[name] = end, file
+        text = json.dumps(header).encode()
+        with open(folder / file, "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            out.truncate(8 + len(text) + offset)
+        total += offset
+    index = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    print(json.dumps({"made": size, "GB": total / 1e9}))
+
+
+class Report:
+    """JSON lines, of the first process."""
+
+    def __init__(self, path: str | None):
+        self._out = open(path, "a") if path and RANK == 0 else None  # noqa: SIM115 (as long as the process)
+
+    def __call__(self, **values) -> None:
+        line = json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in values.items()})
+        if RANK == 0:
+            print(line, flush=True)
+        if self._out is not None:
+            self._out.write(line + "\n")
+            self._out.flush()
+
+
+def of_all(value) -> list:
+    """What every process has."""
+    if not PARALLEL:
+        return [value]
+    found = [None] * PROCESSES
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def agreed(value):
+    """What the first process has."""
+    return of_all(value)[0]
+
+
+def devices() -> list[int]:
+    """The cards of this process."""
+    return [torch.cuda.current_device()] if PARALLEL else list(range(torch.cuda.device_count()))
+
+
+def peaks() -> list[float]:
+    """Gigabytes at the highest, of every card."""
+    own = [round(torch.cuda.max_memory_allocated(i) / 1e9, 2) for i in devices() if CUDA]
+    return [peak for process in of_all(own) for peak in process]
+
+
+@torch.no_grad()
+def randomize(model) -> None:
+    """In place: what is whole in every process must be the same there, and those are norms."""
+    torch.manual_seed(RANK)
+    for name, parameter in model.named_parameters():
+        own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        own.fill_(1) if "ln_" in name else own.normal_(std=0.02)
+
+
+class Clock:
+    """A streamer that notes when tokens come."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, value) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        synchronize()
+
+
+def generate(model, rows: int, length: int, tokens: int, **settings):
+    """The output, milliseconds of the prompt with its first token, and of a token behind it."""
+    ids = torch.randint(0, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(length))
+    ids = ids.to(next(model.parameters()).device)
+    clock = Clock()
+    synchronize()
+    began = time.perf_counter()
+    kwargs = {"max_new_tokens": tokens, "min_new_tokens": tokens, "return_dict_in_generate": True, **settings}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **kwargs)
+    first, last = clock.times[1], clock.times[-1]  # before them is the prompt's
+    return output, 1e3 * (first - began), 1e3 * (last - first) / max(tokens - 1, 1)
+
+
+def fits(model, rows: int, tokens: int) -> bool:
+    """Whether keys, values and a prompt's intermediate results fit into every card, by an estimate."""
+    if not CUDA:
+        return True
+    config, share = model.config, 1 / PROCESSES
+    blocks = [next(block.parameters()).device.index for block in model.transformer.h]
+    width = config.intermediate_size // 2
+    prompt = 2 * rows * tokens * (3 * max(width, 3 * config.hidden_size) * share + 6 * config.hidden_size)
+    gc.collect()
+    torch.cuda.empty_cache()
+    for i in devices():
+        needed = prompt + share * cached_bytes(config, rows, tokens + 256) * blocks.count(i) / len(blocks)
+        if needed + 1e9 > torch.cuda.mem_get_info(i)[0]:
+            return False
+    return True
+
+
+def check(model, graphs, report: Report, rows: int, length: int, tokens: int) -> None:
+    """Greedy ids and logits of graphs beside those of the network, up to the first id that differs."""
+    outputs, chosen = [], graphs.DEVICES
+    for places in (chosen, ()):
+        graphs.DEVICES = places
+        outputs.append(generate(model, rows, length, tokens, output_logits=True)[0])
+    graphs.DEVICES = chosen
+    ours, theirs = (output.sequences[:, length:].cpu() for output in outputs)
+    same = (ours == theirs).all(0).long().cumprod(0).sum().item()
+    logits = [torch.stack(output.logits[: same + 1]).float().cpu() for output in outputs]
+    error = ((logits[0] - logits[1]).norm() / logits[1].norm()).item()
+    found = of_all(ours.tolist())
+    report(
+        what="check", rows=rows, behind=length, ids_equal=same == tokens, first_difference=same, of=tokens,
+        logits_error=f"{error:.1e}", equal_in_all_processes=all(ids == found[0] for ids in found),
+    )  # fmt: skip
+
+
+def replayed(model, graphs, rows: int) -> list[float]:
+    """Milliseconds of the graph of every part, by itself, behind the caches that it was last used with."""
+    found = graphs._FREE.get(model, (None, []))[1]
+    steps = next((steps for kind, steps in reversed(found) if kind[0] == rows), None)
+    if steps is None or steps.parts[0].graph is None:
+        return []
+    return [1e3 * statistics.median(seconds(part.graph.replay) for _ in range(5)) for part in steps.parts]
+
+
+def measure(model, graphs, report: Report, rows: int, length: int, tokens: int, bandwidth: float) -> None:
+    name = {"what": "generate", "rows": rows, "behind": length}
+    if not all(of_all(fits(model, rows, length))):
+        report(**name, left_out="does not fit into the memory that is free")
+        return
+    for i in devices() if CUDA else ():
+        torch.cuda.reset_peak_memory_stats(i)
+    began = time.perf_counter()
+    generate(model, rows, 16, 3)
+    cold = time.perf_counter() - began
+    output, prompt_ms, token_ms = generate(model, rows, length, tokens)
+    read = weight_bytes(model) + cached_bytes(model.config, rows, length + tokens / 2)
+    share = read / (token_ms / 1e3) / (bandwidth * PROCESSES)
+    report(
+        **name, ms_a_token=token_ms, tokens_a_second=1e3 * rows / token_ms, of_the_bandwidth=share, prompt_ms=prompt_ms,
+        first_call_s=cold, peak_GB=peaks(), parts_ms=of_all([round(ms, 3) for ms in replayed(model, graphs, rows)]),
+    )  # fmt: skip
+    del output
+
+
+def sums(hidden: int, rows: int, report: Report) -> None:
+    """Microseconds of one of 160 sums over the processes in a graph, NCCL's and PyTorch's over peer memory."""
+    x = torch.zeros(rows, hidden, dtype=torch.bfloat16, device="cuda")
+    name = torch.distributed.group.WORLD.group_name
+
+    def peer_memory():
+        shared = torch.distributed._symmetric_memory
+        buffer = shared.empty(x.shape, dtype=x.dtype, device=x.device)
+        shared.rendezvous(buffer, name)
+        return lambda: torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", name)
+
+    for kind, prepare in (("nccl", lambda: lambda: torch.distributed.all_reduce(x)), ("one shot", peer_memory)):
+        try:
+            run, graph, stream = prepare(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                run()
+                stream.synchronize()
+                graph.capture_begin(capture_error_mode="thread_local")
+                for _ in range(160):
+                    run()
+                graph.capture_end()
+            took = statistics.median(seconds(graph.replay) for _ in range(20))
+            report(what="sum over processes", kind=kind, bytes=x.numel() * 2, us=1e6 * took / 160)
+        except (RuntimeError, AttributeError, ImportError) as error:
+            report(what="sum over processes", kind=kind, failed=f"{type(error).__name__}: {error}"[:300])
+
+
+def run(folder: str, arguments) -> None:
+    deadline, report = time.perf_counter() + arguments.seconds, Report(arguments.out)
+    transformers.logging.disable_progress_bar()
+    if CUDA and PARALLEL:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    bandwidth, began = read_bandwidth(), time.perf_counter()
+    placement = {"tp_plan": "auto"} if PARALLEL else {"device_map": "auto"}
+    precision = {"fp32": True} if arguments.fp32 else {"bf16": True}
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **placement, **precision).eval()
+    synchronize()
+    loaded = time.perf_counter() - began
+    graphs = sys.modules[type(model).__module__.rpartition(".")[0] + ".qwen_cuda_graph"]
+    if not CUDA and os.environ.get("TRITON_INTERPRET") == "1":
+        graphs.DEVICES = ("cpu",)
+        for entry in graphs._kernels().PRODUCT.values():  # few large programs are faster there
+            entry["BN"] = 512
+    randomize(model)
+    model.generation_config = GREEDY
+    with torch.no_grad():
+        report(
+            what="loaded", size=folder, placement=next(iter(placement)), processes=PROCESSES,
+            card=torch.cuda.get_device_name() if CUDA else "CPU", cards=torch.cuda.device_count(),
+            torch=torch.__version__, transformers=transformers.__version__, seconds=loaded,
+            sum_TB_a_second=bandwidth / 1e12, weights_GB=weight_bytes(model) / 1e9, peak_GB=peaks(),
+            parts=[[str(device), part.stop - part.start] for device, part in graphs.parts_of(model)],
+            is_plain=graphs.is_plain(model),
+        )  # fmt: skip
+        quick = folder.endswith("tiny")
+        cases = ["1x32", "3x16"] if quick else arguments.cases
+        work = [lambda: check(model, graphs, report, 1, *((20, 4) if quick else (300, 32)))]
+        work += [lambda: check(model, graphs, report, 3, *((20, 3) if quick else (300, 32)))]
+        for case in cases:
+            rows, length = map(int, case.split("x"))
+            work.append(
+                lambda rows=rows, length=length: measure(
+                    model, graphs, report, rows, length, 4 if quick else arguments.tokens, bandwidth
+                )
+            )
+        if CUDA and PARALLEL:
+            work.append(lambda: sums(model.config.hidden_size, 1, report))
+        for i, task in enumerate(work):
+            left = agreed(deadline - time.perf_counter())
+            if left < 0:
+                report(what="left out for lack of time", number=len(work) - i)
+                break
+            task()
+    report(what="end", seconds=arguments.seconds - math.floor(deadline - time.perf_counter()))
+    if PARALLEL:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed of Qwen on several GPUs.")
+    parser.add_argument("command", choices=["make", "run"])
+    parser.add_argument("folder", help="of the checkpoint; its name ends with the size")
+    parser.add_argument("--size", choices=SIZES, default="72B")
+    parser.add_argument("--fp32", action="store_true")
+    parser.add_argument("--cases", nargs="+", default=CASES, help="rows x tokens before, as 1x2048")
+    parser.add_argument("--tokens", type=int, default=48, help="new ones, that are timed")
+    parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--out", help="a file that the results are added to")
+    arguments = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if arguments.command == "make":
+        make(Path(arguments.folder), arguments.size)
+    else:
+        run(arguments.folder.rstrip("/"), arguments)
+
+
+if __name__ == "__main__":
+    main()
