@@ -105,12 +105,14 @@ def agreed(value):
 
 def devices() -> list[int]:
     """The cards of this process."""
-    return [torch.cuda.current_device()] if PARALLEL else list(range(torch.cuda.device_count()))
+    if PARALLEL and CUDA:
+        return [torch.cuda.current_device()]
+    return list(range(torch.cuda.device_count()))
 
 
 def peaks() -> list[float]:
     """Gigabytes at the highest, of every card."""
-    own = [round(torch.cuda.max_memory_allocated(i) / 1e9, 2) for i in devices() if CUDA]
+    own = [round(torch.cuda.max_memory_allocated(i) / 1e9, 2) for i in devices()]
     return [peak for process in of_all(own) for peak in process]
 
 
@@ -198,7 +200,7 @@ def measure(model, graphs, report: Report, rows: int, length: int, tokens: int, 
     if not all(of_all(fits(model, rows, length))):
         report(**name, left_out="does not fit into the memory that is free")
         return
-    for i in devices() if CUDA else ():
+    for i in devices():
         torch.cuda.reset_peak_memory_stats(i)
     began = time.perf_counter()
     generate(model, rows, 16, 3)
