@@ -35,6 +35,7 @@ from .qwen_quantization import QuantizedLinear
 from .transformers_compat import (
     CACHE,
     GenerateDecoderOnlyOutput,
+    all_gather,
     is_compiling,
     is_only_moved,
     local_tensor,
@@ -458,7 +459,7 @@ class _Part:
             return logits
         rows, share = logits.shape
         shares = logits.new_empty(self._size * rows, share)
-        torch.distributed.all_gather_into_tensor(shares, logits, group=self._group)
+        all_gather(shares, logits, group=self._group)
         return shares.view(self._size, rows, share).transpose(0, 1).reshape(rows, -1)
 
 
