@@ -37,8 +37,8 @@ def test_import_statements_name_only_what_is_always_installed(name):
     """
     standard = {
         *("ast", "base64", "codecs", "collections", "concurrent", "contextlib", "contextvars", "copy", "dataclasses"),
-        *("functools", "hashlib", "importlib", "inspect", "json", "math", "os", "pathlib", "platform", "queue", "re"),
-        *("shlex", "shutil", "stat", "subprocess", "sys", "tempfile", "threading", "time", "types"),
+        *("functools", "hashlib", "importlib", "inspect", "itertools", "json", "math", "os", "pathlib", "platform"),
+        *("queue", "re", "shlex", "shutil", "stat", "subprocess", "sys", "tempfile", "threading", "time", "types"),
         *("__future__", "typing", "unicodedata", "weakref"),
     }
     packages = {module.split(".")[0] for module in imported(TREES[name])}
