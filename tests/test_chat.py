@@ -152,7 +152,7 @@ def test_closing_a_stream_stops_the_computation(model, demo_tokenizer):
     next(stream)
     stream.close()
     assert not qwen_threads()
-    assert len(steps) < 10
+    assert len(steps) < 40  # those computed ahead among them
     assert model.chat(demo_tokenizer, "hi", None)[0] == by_hand(model, demo_tokenizer, "hi")
 
 
@@ -299,27 +299,32 @@ def test_who_stops_asking_stops_the_computation(model, demo_tokenizer):
     assert not qwen_threads()
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX signals")
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
 def test_an_interrupt_from_the_keyboard(model, demo_tokenizer):
     def press(*args):
         raise KeyboardInterrupt
 
-    def slow(ids, scores):
+    steps = []
+
+    def third_step(ids, scores):
+        steps.append(1)
+        if len(steps) == 3:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
         time.sleep(0.05)
         scores[:, [demo_tokenizer.eod_id, demo_tokenizer.im_start_id, demo_tokenizer.im_end_id]] = -float("inf")
         return scores
 
+    settings = {"max_new_tokens": 2000, "logits_processor": [third_step]}
     before = signal.signal(signal.SIGALRM, press)
     try:
         for run in (
-            lambda: model.chat(demo_tokenizer, "hi", None, max_new_tokens=2000, logits_processor=[slow]),
-            lambda: list(model.chat_stream(demo_tokenizer, "hi", None, max_new_tokens=2000, logits_processor=[slow])),
+            lambda: model.chat(demo_tokenizer, "hi", None, **settings),
+            lambda: list(model.chat_stream(demo_tokenizer, "hi", None, **settings)),
         ):
-            signal.setitimer(signal.ITIMER_REAL, 0.3)
-            began = time.monotonic()
+            steps.clear()
             with pytest.raises(KeyboardInterrupt):
                 run()
-            assert time.monotonic() - began < 5  # and not the 100 s of all tokens
+            assert len(steps) < 1000  # and not all of them
             assert not qwen_threads()
     finally:
         signal.signal(signal.SIGALRM, before)

@@ -189,12 +189,14 @@ def test_an_answer_can_be_stopped_from_the_keyboard(chat, model, tokenizer):
         """The answer, and all that was written, if Ctrl-C is pressed before or after its first words."""
         written: list[str] = []
         pressed = threading.Event()
+        ends = [tokenizer.eod_id, tokenizer.im_start_id, tokenizer.im_end_id]
 
         def press(ids, scores):
             if not pressed.is_set() and (at_once or "".join(written)):
                 pressed.set()
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-                time.sleep(0.5)  # the end comes from the keyboard, not from the model
+            if pressed.is_set():  # the end comes from the keyboard, not from the model
+                scores[:, ends] = -float("inf")
             time.sleep(0.05)
             return scores
 
