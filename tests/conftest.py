@@ -125,7 +125,7 @@ def run(code: str, cwd: Path, **environment) -> str:
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -36,10 +36,14 @@ def subject(page) -> str:
 # --- Snippets and commands ---------------------------------------------------------------------------------------
 
 
+def snippets(page) -> list[str]:
+    """A page's blocks of Python; none if they are those of the page in English."""
+    found, english = blocks(page, "python"), page.with_name(f"{subject(page)}.md")
+    return [] if page != english and found == blocks(english, "python") else [block for _, block in found]
+
+
 @pytest.mark.parametrize(
-    "page",
-    [page for page in DOCS if subject(page) not in ELSEWHERE and blocks(page, "python")],
-    ids=lambda page: page.stem,
+    "page", [page for page in DOCS if subject(page) not in ELSEWHERE and snippets(page)], ids=lambda page: page.stem
 )
 def test_snippets(page, capsys, monkeypatch, tmp_path):
     """In order, in one namespace. Comments at the beginning of a line are what a snippet prints."""
@@ -51,7 +55,7 @@ def test_snippets(page, capsys, monkeypatch, tmp_path):
         pytest.importorskip("llama_cpp")
     monkeypatch.chdir(ROOT)
     namespace: dict = quantised(tmp_path) if subject(page) == "quantisation" else {}
-    for _, block in blocks(page, "python"):
+    for block in snippets(page):
         exec(compile(block, page.name, "exec"), namespace)
         printed = capsys.readouterr().out.splitlines()
         promised = [line[2:] for line in block.splitlines() if line.startswith("# ")]
@@ -62,7 +66,7 @@ def quantised(folder) -> dict:
     """The names that the page about 8 and 4 bits takes for granted: a checkpoint, and one in 4 bits."""
     peft = pytest.importorskip("peft")
     command = [sys.executable, ROOT / "tools" / "quantize_weights.py", "demo", folder / "int4", "--bits", "4"]
-    subprocess.run([*command, "--method", "rtn"], check=True, timeout=300)
+    subprocess.run([*command, "--method", "rtn"], check=True, timeout=600)
     paths = {"PATH": str(ROOT / "demo"), "PATH_INT4": str(folder / "int4")}
     classes = {"AutoModelForCausalLM": transformers.AutoModelForCausalLM, "LoraConfig": peft.LoraConfig}
     return {**paths, **classes, "get_peft_model": peft.get_peft_model}

@@ -103,11 +103,14 @@ def test_the_blocks_run_and_print_what_is_said(workshop, capfd, monkeypatch):
                 continue
             counts[language] += 1
             if language == "bash":
+                if block in done:  # such as the upgrade, which many entries advise
+                    continue
+                done.add(block)
                 shutil.rmtree("fast", ignore_errors=True)
                 command = re.sub(r"^python ", f"{sys.executable} ", block, flags=re.MULTILINE)
-                done = subprocess.run(["bash", "-euc", command], timeout=300, capture_output=True, text=True)
+                ended = subprocess.run(["bash", "-euc", command], timeout=600, capture_output=True, text=True)
                 # 1: it does not fit, or there would be something to do
-                assert done.returncode == 0 or (done.returncode == 1 and "estimate_memory" in block), done.stderr
+                assert ended.returncode == 0 or (ended.returncode == 1 and "estimate_memory" in block), ended.stderr
                 continue
             capfd.readouterr()
             exec(compile(block, heading, "exec"), namespace)
@@ -562,7 +565,7 @@ def test_no_compiler(tmp_path):
         env={**os.environ, "CXX": str(tmp_path / "none"), "TORCH_EXTENSIONS_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 1
     assert "There is no C++ compiler" in done.stdout
@@ -574,7 +577,7 @@ def int4(tmp_path_factory):
     """The demo in 4 bits, as Qwen-*-Chat-Int4 are."""
     folder = tmp_path_factory.mktemp("int4") / "int4"
     command = [sys.executable, ROOT / "tools" / "quantize_weights.py", DEMO, folder, "--bits", "4", "--method", "rtn"]
-    subprocess.run(command, check=True, timeout=300, capture_output=True)
+    subprocess.run(command, check=True, timeout=600, capture_output=True)
     return folder
 
 
@@ -675,7 +678,7 @@ def test_training_does_not_begin_with_wrong_data(tmp_path):
     data.write_text('[{"conversations": [{"from": "gpt", "value": "Hi"}]}]')
     command = [sys.executable, ROOT / "finetune" / "finetune.py", "--model_name_or_path", DEMO, "--data_path", data]
     command += ["--output_dir", tmp_path / "out", "--use_lora", "--use_cpu", "True"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0
     assert "1 of 1 conversations are wrong (no. 1: message 1 has the role 'gpt'" in done.stderr
 

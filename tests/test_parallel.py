@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", Path(parallel.__file__), folder / "checkpoint", folder, *tasks],
         env={**os.environ, "HF_MODULES_CACHE": str(folder / "modules")},
-        capture_output=True, encoding="utf-8", timeout=300,
+        capture_output=True, encoding="utf-8", timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder

@@ -419,7 +419,7 @@ def test_loading_takes_little_more_than_the_file(tmp_path):
     (tmp_path / "measure.py").write_text(MEASURE)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", tmp_path / "measure.py", tmp_path],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True, text=True, timeout=600, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 1.15 * size, f"peak {int(done.stdout) / size:.2f} times the tensors"
