@@ -14,7 +14,6 @@ is lm-eval's own command with this model class; arguments of HFLM (`peft`, `dtyp
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 from collections import defaultdict
@@ -117,24 +116,23 @@ class QWenLM(HFLM):
         return answers
 
     def _model_generate(self, context, max_length: int, stop: list[str], **kwargs) -> torch.Tensor:
-        """As in HFLM, with what the prompts begin with read from a cache. context: int64 (B, T), padded on the left."""
+        """As in HFLM, with what the prompts begin with read from a cache. context: int64 (B, T)."""
         mask = kwargs["attention_mask"]
         rows = [tuple(row[real].tolist()) for row, real in zip(context, mask.bool())]
         shared = min(min(common_prefix(rows[0], row), len(row) - 1) for row in rows)
         exact = not (self._is_stretched(max(map(len, rows))) or self.model.config.use_cache_quantization)
         if shared >= WORTHWHILE and exact and kwargs.keys() <= SHAREABLE:
-            cache = copy.deepcopy(self._cache_of(rows[0][:shared]))
-            cache.batch_repeat_interleave(len(rows))
-            # Padding goes behind what is shared, which so is in the same columns of all rows.
-            width = context.shape[1]
-            order = [
-                [*range(width - len(row), width - len(row) + shared), *range(width - len(row))]
-                + [*range(width - len(row) + shared, width)]
-                for row in rows
-            ]
-            columns = torch.tensor(order, device=context.device)  # (B, T)
-            context = context.gather(1, columns)
-            kwargs.update(attention_mask=mask.gather(1, columns), past_key_values=cache)
+            kept = self._cache_of(rows[0][:shared])
+            kwargs["past_key_values"] = cache = type(kept)()
+            cache.ntk_alpha = getattr(kept, "ntk_alpha", None)
+            # Padding stays on the left, where CUDA graphs take it: of what is shared a row gets so much less from the
+            # cache as it is padded, and computes the rest with its own.
+            padding = torch.tensor([context.shape[1] - len(row) for row in rows], device=self.device)
+            column = (torch.arange(shared, device=self.device) - padding[:, None]).clamp(min=0)  # (B, shared)
+            with torch.no_grad():
+                for i, pair in enumerate(kept):  # keys and values, (1, nh, shared, hd) each
+                    keys, values = (x[0][:, column.to(x.device)].transpose(0, 1) for x in pair[:2])
+                    cache.update(keys, values, i)  # (B, nh, shared, hd)
         return super()._model_generate(context, max_length, stop, **kwargs)
 
     def _cache_of(self, tokens: tuple[int, ...]):
@@ -145,19 +143,10 @@ class QWenLM(HFLM):
         elif keep < len(self._kept):
             self._kept_cache.crop(keep - len(self._kept))
         if keep < len(tokens):
-            ids = torch.tensor([tokens], device=self.device)
-            self._kept_cache = (
-                super()
-                ._model_generate(  # whose one new token is not in the cache
-                    ids,
-                    len(tokens) + 1,
-                    [],
-                    attention_mask=torch.ones_like(ids),
-                    past_key_values=self._kept_cache,
-                    return_dict_in_generate=True,
-                )
-                .past_key_values
-            )
+            ids, cache = torch.tensor([tokens], device=self.device), self._kept_cache
+            asked = {"attention_mask": torch.ones_like(ids), "past_key_values": cache, "return_dict_in_generate": True}
+            output = super()._model_generate(ids, len(tokens) + 1, [], **asked)
+            self._kept_cache = output.past_key_values  # which holds nothing of the one new token
         self._kept = tokens
         return self._kept_cache
 

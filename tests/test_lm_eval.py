@@ -242,6 +242,9 @@ def test_prompts_beyond_the_training_length_share_nothing(lm):
     together = QWenLM(lm.model, tokenizer=lm.tokenizer, batch_size=8, max_length=2000)
     expected = [alone.generate_until([request], disable_tqdm=True)[0] for request in asked]
     assert together.generate_until(asked, disable_tqdm=True) == expected
+    long = [request for request, length in zip(asked, lengths) if length > limit]
+    stock = HFLM(lm.model, tokenizer=lm.tokenizer, batch_size=8, max_length=2000)
+    assert generated(together, long) == generated(stock, long)
     short = [request for request, length in zip(asked, lengths) if length <= limit]
     assert len(short) > 10
     assert generated(together, short)[0] == [answer for answer, n in zip(expected, lengths) if n <= limit]
