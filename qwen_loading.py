@@ -302,6 +302,12 @@ class QWenPreTrainedModel(PreTrainedModel):
             if keys:
                 shown = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
                 problems.append(f"{len(keys)} weights {what} ({shown})")
+        if any(key.endswith(".qweight") for key in unexpected):
+            raise RuntimeError(
+                f"The checkpoint {source} holds weights quantised by GPTQ (qweight), but its configuration names no "
+                f"quantisation. Don't pass quantization_config=None, which has transformers ignore what config.json "
+                f"says; if config.json has no quantization_config, fetch the one that belongs to these files."
+            )
         if problems:
             raise RuntimeError(
                 f"The checkpoint {source} does not fit its configuration: {'; '.join(problems)}. Compare its "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 import re
 import subprocess
@@ -125,6 +126,13 @@ def test_the_targets_that_are_named_exist():
     named = {name for names in calls for name in names}
     assert {"demo", "test", "docs"} <= named
     assert named <= targets
+
+
+def test_no_benchmark_has_the_name_of_a_package_that_transformers_looks_for():
+    """It would be taken for that package by a program beside it."""
+    looked_for = re.findall(r"_available\(\"(\w+)\"", inspect.getsource(transformers.utils.import_utils))
+    assert "sentencepiece" in looked_for
+    assert not {path.stem for path in (ROOT / "benchmarks").glob("*.py")} & set(looked_for)
 
 
 # --- Both languages ----------------------------------------------------------------------------------------------
