@@ -1,8 +1,8 @@
 """
 The native CPU kernels against PyTorch and against what the memory delivers, in the shapes of Qwen-1.8B.
 
-    python benchmarks/kernels.py            speed: interleaved, medians, on an otherwise idle machine
-    python benchmarks/kernels.py --errors   error of attention over quantised keys and values, by layout
+    python benchmarks/cpu_kernels.py            speed: interleaved, medians, on an otherwise idle machine
+    python benchmarks/cpu_kernels.py --errors   error of attention over quantised keys and values, by layout
 
 Everything of a group runs once a round, in turn, for `--rounds` rounds. The tensors are larger than any cache. "read"
 is what has to come from memory; "share" is that speed relative to the sum of a large tensor in the same rounds.
