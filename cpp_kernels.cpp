@@ -597,7 +597,7 @@ void gptq_finish(const Gptq& a, const float* bias, const Tensor& y, int64_t begi
     for (int64_t o = begin; o < end; ++o) to[r * a.out + o] = a.y[r * a.out + o] + (bias ? bias[o] : 0.f);
 }
 
-// Writes outputs [first, first + length) of the matrix as (length, in).
+// Writes outputs [first, first + length) of the matrix, first a multiple of 8, as (length, in).
 void gptq_write(const Gptq& a, int64_t first, int64_t length, bool bf16, void* to) {
   Gptq part = a;
   part.qweight += first, part.qzeros += first / (32 / a.bits), part.scales += first, part.weight = to;
@@ -617,12 +617,20 @@ Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == a.out), "gptq_linear: bias must be (", a.out,
               "), found ", bias->sizes());
   a.rows = rows_of(x);
-  if (a.rows > 8)
+  auto shape = x.sizes().vec();
+  shape.back() = a.out;
+  if (a.rows > (g_idx ? 16 : 32))  // fewer take less time in eights than writing the matrix out
     return product_by_blocks(x, a.out, bias, [&](int64_t first, int64_t length, bool bf16, void* to) {
       gptq_write(a, first, length, bf16, to);
     });
-  auto shape = x.sizes().vec();
-  shape.back() = a.out;
+  if (a.rows > 8) {
+    std::vector<Tensor> parts;
+    Team::with([&] {
+      for (const Tensor& eight : x.reshape({a.rows, a.in}).split(8))
+        parts.push_back(gptq_linear(eight, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias));
+    });
+    return at::cat(parts).view(shape);
+  }
   const Tensor y = at::empty(shape, x.options());
   if (a.rows == 0 || a.out == 0) return y;
   int64_t padded = 1;

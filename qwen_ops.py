@@ -86,7 +86,9 @@ def linear_reference(x, weight, bias=None, scale=None):
     if scale.dim() == 2:
         weight = weight.float().view(*scale.shape, -1).mul(scale[..., None]).view_as(weight)
         return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
-    y = F.linear(x, weight.to(x.dtype)).float() * scale  # int8 is exact in bfloat16
+    if x.dtype == torch.float16:  # which sums of products with codes, unlike those with the weight, may leave
+        x, scale = x * 2**-7, scale * 2**7
+    y = F.linear(x, weight.to(x.dtype)).float() * scale  # int8 is exact in any dtype
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -121,7 +123,8 @@ def gptq_linear(
     x (..., in) times a quantised matrix: (..., out) in x's dtype.
 
     At the speed of memory for few rows of x, accumulated in float32: up to 8 on a CPU, up to 16 on a GPU and without
-    g_idx. More rows are multiplied by blocks of the matrix that are dequantised to x's dtype on the way.
+    g_idx. More rows are multiplied by blocks of the matrix that are dequantised to x's dtype on the way, on a CPU
+    those of float16 to float32.
     """
     if (
         x.device.type in ("cpu", "cuda")
