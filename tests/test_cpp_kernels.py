@@ -119,6 +119,53 @@ def test_linear_int8(level, groups):
             torch.testing.assert_close(reference.double(), expected, rtol=unit, atol=unit * expected.abs().max())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("groups", [None, 1, 4])
+def test_many_rows_of_int8(level, groups, dtype):
+    """The last shape is more than is written out at once."""
+    torch.manual_seed(0)
+    for rows, inputs, outputs in ((9, 64, 5), (20, 260, 3), (40, 36, 70), (9, 1028, 1), (9, 16384, 200)):
+        x = torch.randn(2 * rows, inputs, dtype=dtype)[::2]
+        weight = out_of_line(torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8), 3)
+        scale = torch.rand(outputs) if groups is None else torch.rand(outputs, groups)
+        full = weight.double() * scale.double().view(outputs, -1).repeat_interleave(inputs // (groups or 1), 1)
+        for bias in (None, torch.randn(outputs)):
+            expected = F.linear(x.double(), full, None if bias is None else bias.double())
+            y = kernels.linear(x, weight, bias, scale)
+            assert y.dtype == dtype
+            unit = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+            torch.testing.assert_close(y.double(), expected, rtol=unit, atol=unit * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("order", ["group by group", "any"])
+def test_a_prompt_is_multiplied_by_every_block(level, bits, order):
+    """What ones and zeros take out of a matrix is what it stands for, rounded once, whatever the order of sums."""
+    generator = torch.Generator().manual_seed(0)
+    n, inputs, outputs = 32 // bits, 16384, 200
+    sizes = (inputs // n, outputs), (inputs // 128, outputs // n)
+    qweight, qzeros = (torch.randint(-(2**31), 2**31, size, dtype=torch.int32, generator=generator) for size in sizes)
+    scales = torch.rand(inputs // 128, outputs, generator=generator).half()
+    g_idx = torch.randint(inputs // 128, (inputs,), dtype=torch.int32, generator=generator) if order == "any" else None
+    matrix = qweight, qzeros, scales, g_idx, bits, 128, 1
+    which = torch.arange(100, inputs, 150)
+    x = torch.zeros(len(which), inputs, dtype=torch.bfloat16)
+    x[torch.arange(len(which)), which] = 1
+    expected = kernels.gptq_dequantize_reference(*matrix, torch.bfloat16)[which]
+    assert torch.equal(kernels.gptq_linear(x, *matrix), expected)
+
+
+def test_large_numbers_times_int8_stay_in_float16(native):
+    x, weight, scale = (
+        torch.full((20, 64), 100.0).half(),
+        torch.full((3, 64), 127, dtype=torch.int8),
+        torch.full((3,), 0.01),
+    )
+    for product in (kernels.linear, kernels.linear_reference, lambda x, *rest: kernels.linear(x[:2], *rest)):
+        y = product(x, weight, None, scale)
+        torch.testing.assert_close(y, torch.full_like(y, 8128), rtol=2**-10, atol=0)
+
+
 def block_inputs(dtype=torch.float32, kind="float", bits=16, T=2):
     """Arguments of `decode_blocks` for 2 rows, 3 heads of 32 channels, 40 tokens in the cache and T new ones."""
     torch.manual_seed(0)
@@ -532,6 +579,9 @@ def in_pieces():
         "linear, one row": lambda: kernels.linear(x[:1], weight, bias),
         "linear, int8": lambda: kernels.linear(x, int8, bias, scale),
         "gptq": lambda: kernels.gptq_linear(x[:, :512], *packed, None, 4, 128, 1),
+        "linear, int8, a prompt": lambda: kernels.linear(torch.eye(1000).bfloat16(), int8, bias, scale),
+        "gptq, a prompt": lambda: kernels.gptq_linear(torch.eye(512).bfloat16(), *packed, None, 4, 128, 1),
+        "gptq, 20 rows": lambda: kernels.gptq_linear(x.repeat(7, 1)[:20, :512], *packed, None, 4, 128, 1),
         "gptq, dequantised": lambda: kernels.gptq_dequantize(*packed, None, 4, 128, 1, torch.float32),
         "attention": lambda: kernels.decode_attention(q, k, v),
         "norm": lambda: kernels.rms_norm(k, norm, 1e-6),

@@ -630,10 +630,10 @@ SHAPES = {  # inputs, outputs, then how they are quantised
 }
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 13, 40])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_few_rows(instructions, shape, rows, dtype):
+def test_products(instructions, shape, rows, dtype):
     inputs, outputs, kind = SHAPES[shape]
     parts, weight = random_matrix(inputs, outputs, **kind)
     x = torch.randn(2, rows, inputs, generator=torch.Generator().manual_seed(1)).to(dtype)[1:]
@@ -688,5 +688,5 @@ def test_blocks_are_the_whole(monkeypatch):
     found = list(operations.gptq_blocks(*tensors, dtype=torch.float32))
     assert [where.start for where, _ in found] == [0, 40, 80]
     x = torch.randn(20, 64)
-    y = operations.gptq_linear(x, *tensors)
+    y = operations.gptq_linear_reference(x, *tensors)
     torch.testing.assert_close(y.double(), x.double() @ weight.t(), rtol=1e-5, atol=1e-5)
