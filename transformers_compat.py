@@ -498,6 +498,10 @@ def _is_paged(cache) -> bool:
     return type(cache).__name__ == "PagedAttentionCache"
 
 
+# Asked once: the compiler of torch 2.4 can't ask a dictionary.
+_HAS_GET_INTERFACE = hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface")
+
+
 def attention_function(name: str | None, default):
     """
     `ALL_ATTENTION_FUNCTIONS.get_interface`, which releases up to 4.57 lack: `default` for "eager" and None; it finds
@@ -505,7 +509,7 @@ def attention_function(name: str | None, default):
     """
     if name is None or name == "eager":
         return default
-    if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+    if _HAS_GET_INTERFACE:
         function = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
     else:
         function = ALL_ATTENTION_FUNCTIONS[name]
