@@ -766,18 +766,18 @@ def _parameters(function) -> tuple:
 class _BothNames:
     """An output whose cache is given as `past_key_values`, and can be read as that and as `cache`."""
 
-    def __init__(self, *args, **fields):
-        if "past_key_values" in fields:
-            fields[CACHE] = fields.pop("past_key_values")
-        super().__init__(*args, **fields)
-
     if CACHE == "cache":
+
+        def __init__(self, *args, **fields):
+            if "past_key_values" in fields:
+                fields[CACHE] = fields.pop("past_key_values")
+            super().__init__(*args, **fields)
 
         @property
         def past_key_values(self):
             return self.cache
 
-    else:  # up to 5.23
+    else:  # up to 5.23; no __init__ of our own, of which the compiler of torch 2.4 makes no output
 
         @property
         def cache(self):
