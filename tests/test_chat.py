@@ -204,6 +204,22 @@ def test_a_question_longer_than_the_window(model, demo_tokenizer):
             method(demo_tokenizer, "a b c " * 200, None)
 
 
+def test_the_window_is_of_6144_tokens_where_no_setting_says(model, demo_tokenizer):
+    """As published: a prompt of so many tokens is computed, one token more is refused."""
+    config = copy.deepcopy(model.generation_config)
+    config.max_window_size = None
+    frame = len(utils.make_context(demo_tokenizer, "", None, "You are a helpful assistant.")[1])
+    (word,) = demo_tokenizer.encode(" a")
+    for number in (6144 - frame, 6145 - frame):
+        query = demo_tokenizer.decode([word] * number)
+        turn = (demo_tokenizer, query, None, "You are a helpful assistant.", None, config, None, None, {})
+        if number + frame == 6144:
+            assert model._prepare_chat(*turn).input_ids.shape == (1, 6144)
+        else:
+            with pytest.raises(ValueError, match=r"take 6145 tokens, more than max_window_size=6144"):
+                model._prepare_chat(*turn)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"num_return_sequences": 2}, "one response"), ({"num_beams": 2}, "beams"), ({"streamer": object()}, "streamer")],
