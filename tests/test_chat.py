@@ -245,7 +245,15 @@ def test_stop_texts_end_the_answer_and_are_not_part_of_it(model, demo_tokenizer)
         for part in parts:
             assert expected.startswith(part)
     assert model.chat(demo_tokenizer, "hi", None, stop="not there")[0] == whole
-    assert model.chat(demo_tokenizer, "hi", None, stop=whole[3:5], num_beams=2)[0].find(whole[3:5]) == -1
+
+
+def test_stop_texts_cut_what_the_beams_give_in_the_end(model, demo_tokenizer):
+    """A beam that ended at its first stop text would win or lose by the score of a part."""
+    whole = model.chat(demo_tokenizer, "hi", None, num_beams=3)[0]
+    for begin in range(0, len(whole) - 1, 7):
+        stop = whole[begin : begin + 2]
+        expected = whole[: whole.index(stop)].strip()
+        assert model.chat(demo_tokenizer, "hi", None, stop=stop, num_beams=3)[0] == expected
 
 
 def test_stop_texts_end_the_computation(model, demo_tokenizer):
