@@ -204,6 +204,22 @@ def test_a_question_longer_than_the_window(model, demo_tokenizer):
             method(demo_tokenizer, "a b c " * 200, None)
 
 
+def test_the_window_is_of_6144_tokens_where_no_setting_says(model, demo_tokenizer):
+    """As published: a prompt of so many tokens is computed, one token more is refused."""
+    config = copy.deepcopy(model.generation_config)
+    config.max_window_size = None
+    frame = len(utils.make_context(demo_tokenizer, "", None, "You are a helpful assistant.")[1])
+    (word,) = demo_tokenizer.encode(" a")
+    for number in (6144 - frame, 6145 - frame):
+        query = demo_tokenizer.decode([word] * number)
+        turn = (demo_tokenizer, query, None, "You are a helpful assistant.", None, config, None, None, {})
+        if number + frame == 6144:
+            assert model._prepare_chat(*turn).input_ids.shape == (1, 6144)
+        else:
+            with pytest.raises(ValueError, match=r"take 6145 tokens, more than max_window_size=6144"):
+                model._prepare_chat(*turn)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"num_return_sequences": 2}, "one response"), ({"num_beams": 2}, "beams"), ({"streamer": object()}, "streamer")],
@@ -229,7 +245,15 @@ def test_stop_texts_end_the_answer_and_are_not_part_of_it(model, demo_tokenizer)
         for part in parts:
             assert expected.startswith(part)
     assert model.chat(demo_tokenizer, "hi", None, stop="not there")[0] == whole
-    assert model.chat(demo_tokenizer, "hi", None, stop=whole[3:5], num_beams=2)[0].find(whole[3:5]) == -1
+
+
+def test_stop_texts_cut_what_the_beams_give_in_the_end(model, demo_tokenizer):
+    """A beam that ended at its first stop text would win or lose by the score of a part."""
+    whole = model.chat(demo_tokenizer, "hi", None, num_beams=3)[0]
+    for begin in range(0, len(whole) - 1, 7):
+        stop = whole[begin : begin + 2]
+        expected = whole[: whole.index(stop)].strip()
+        assert model.chat(demo_tokenizer, "hi", None, stop=stop, num_beams=3)[0] == expected
 
 
 def test_stop_texts_end_the_computation(model, demo_tokenizer):

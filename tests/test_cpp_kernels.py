@@ -540,6 +540,15 @@ def test_rms_norm(level, dtype):
         torch.testing.assert_close(y, reference, rtol=unit, atol=1e-30)
 
 
+def test_the_norm_can_be_differentiated():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 20, requires_grad=True), torch.randn(20, requires_grad=True)
+    y = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    expected = torch.autograd.grad(y.square().sum(), (x, weight))
+    found = torch.autograd.grad(kernels.rms_norm(x, weight, 1e-6).square().sum(), (x, weight))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rotated", [80, 72, 20])
 def test_rotary(level, dtype, rotated):

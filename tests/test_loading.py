@@ -399,3 +399,10 @@ def test_half_precision_where_accelerate_places_a_model_on_a_mac(monkeypatch):
             assert qwen_loading._goes_to_accelerator(device_map) is there
         assert qwen_loading._goes_to_accelerator("mps")
         assert not qwen_loading._goes_to_accelerator("cpu")
+
+
+def test_the_source_is_saved_by_the_main_process_only(tmp_path):
+    """The others would write the same file at the same time."""
+    for is_main in (False, True):
+        tiny_model().save_pretrained(tmp_path, is_main_process=is_main)
+        assert (tmp_path / "cpp_kernels.cpp").exists() == is_main
