@@ -30,7 +30,7 @@ from .qwen_ops import GPU_HEAD_SIZES, gptq_linear
 from .qwen_quantization import QuantizedLinear
 from .transformers_compat import CACHE, GenerateDecoderOnlyOutput, is_compiling, prefill
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.models.qwen.qwen_cuda_graph")
 
 DEVICES = ("cuda",)  # the tests add the CPU, where nothing is captured and the kernels run in Triton's interpreter
 MAX_ROWS = 512  # new tokens of all rows together; more are a prompt

@@ -42,7 +42,7 @@ from .transformers_compat import (
     set_attention,
 )
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.models.qwen.qwen_loading")
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # keys of the configuration, which generation reads
 

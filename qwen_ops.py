@@ -25,7 +25,7 @@ from .cpp_kernels import implementation as cpu_implementation
 from .transformers_compat import HAS_SDPA, INT8_ROWS, addcmul, int8_product
 from .transformers_compat import rms_norm as fused_rms_norm
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.models.qwen.qwen_ops")
 
 MAX_ROWS = 8  # of `linear`; from there on PyTorch's matrix product is faster
 GPU_HEAD_SIZES = (32, 64, 128, 256)  # widths of a head that triton_kernels.py takes; others run the references there

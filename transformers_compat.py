@@ -32,7 +32,7 @@ try:
 except ImportError:  # up to 4.52
     masking_utils = None
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.models.qwen.transformers_compat")
 
 # --- Releases ----------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import logging
 import os
 import re
 import shutil
@@ -145,19 +146,32 @@ def publish(cache: Path, repository: str, files: dict[str, Path], revision: str 
     return snapshot
 
 
+def _named(variable: str, is_there) -> Path | None:
+    """What an environment variable names; an error if it is not there, rather than other files in its place."""
+    value = os.environ.get(variable)
+    if not value:
+        return None
+    if not is_there(Path(value)):
+        raise pytest.UsageError(f"{variable}={value} names nothing that is there. Set it to another path, or unset it.")
+    return Path(value)
+
+
 def golden_folder() -> Path | None:
     """Recorded outputs of the published implementation, where a developer has them."""
-    folder = Path(os.environ.get("QWEN_GOLDEN", ROOT.parent / "shared" / "golden"))
+    folder = _named("QWEN_GOLDEN", Path.is_dir) or ROOT.parent / "shared" / "golden"
     return folder if folder.is_dir() else None
 
 
 def official_vocabulary() -> Path | None:
     """The 151,643 tokens of the published checkpoints: from a developer's folder, or the dashscope package."""
-    places = [os.environ.get("QWEN_VOCAB"), ROOT.parent / "shared" / "vocab" / "qwen.tiktoken"]
+    named = _named("QWEN_VOCAB", Path.is_file)
+    if named is not None:
+        return named
+    places = [ROOT.parent / "shared" / "vocab" / "qwen.tiktoken"]
     spec = importlib.util.find_spec("dashscope")
     if spec is not None and spec.origin:
         places.append(Path(spec.origin).parent / "resources" / "qwen.tiktoken")
-    return next((Path(place) for place in places if place and Path(place).is_file()), None)
+    return next((place for place in places if place.is_file()), None)
 
 
 @pytest.fixture(scope="session")
@@ -171,6 +185,15 @@ def official_tokenizer():
 @pytest.fixture(scope="session")
 def demo_tokenizer():
     return tokenization_qwen.QWenTokenizer(str(ROOT / "demo" / "qwen.tiktoken"))
+
+
+@pytest.fixture
+def caplog(caplog):
+    """pytest's, with what transformers and our modules log: transformers passes nothing on to Python's own logger."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 def pytest_configure(config):

@@ -169,3 +169,12 @@ def test_compiles_on_every_python_at_hand(version, tmp_path):
 
 def compiling(path) -> str:
     return f"compile(open({str(path)!r}, encoding='utf-8').read(), {path.name!r}, 'exec')"
+
+
+def test_every_module_logs_under_the_name_of_transformers():
+    """So that `transformers.logging.set_verbosity_...` reaches what travels with a checkpoint."""
+    names = {name: re.findall(r"getLogger\((.*)\)|get_logger\((.*)\)", (ROOT / name).read_text()) for name in CODE}
+    found = {name: loggers for name, loggers in names.items() if loggers}
+    assert len(found) > 5
+    for name, loggers in found.items():
+        assert loggers == [("", f'"transformers.models.qwen.{name[:-3]}"')]

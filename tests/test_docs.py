@@ -167,18 +167,19 @@ def test_what_may_differ_between_languages_and_what_may_not():
 # --- Figures -----------------------------------------------------------------------------------------------------
 
 
-def test_the_chart_shows_the_table():
-    """docs/cpu.svg has every engine and speed of the table that benchmarks/chart.py draws, in its order."""
+@pytest.mark.parametrize(("name", "engines"), [("cpu", 5), ("gpu", 3)])
+def test_the_charts_show_the_tables(name, engines):
+    """docs/cpu.svg and docs/gpu.svg have every engine and speed that benchmarks/chart.py finds, in their order."""
     spec = importlib.util.spec_from_file_location("chart", ROOT / "benchmarks" / "chart.py")
     chart = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(chart)
-    engines = chart.decoding()
-    assert len(engines) == 5
-    texts = re.findall(r"<text[^>]*>([^<]+)</text>", read(ROOT / "docs" / "cpu.svg"))
-    for i in (0, 1):
-        speeds = [f"{engines[name][i]:.1f}" for name in reversed(list(engines))]
+    parts = getattr(chart, name)()
+    assert [len(part) for part in parts.values()] == [engines] * 2
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", read(ROOT / "docs" / f"{name}.svg"))
+    for title, part in parts.items():
+        speeds = [f"{speed:.1f}" for speed in reversed(list(part.values()))]
         assert any(texts[at : at + len(speeds)] == speeds for at in range(len(texts)))
-    assert set(engines) <= set(texts)
+        assert {title, *part} <= set(texts)
 
 
 def tables(page) -> list[list[list[str]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import re
 import shutil
@@ -171,12 +170,9 @@ def tokenizer():
 
 @pytest.fixture
 def warnings(caplog):
-    """The log of transformers and of our modules, which say some things once only."""
+    """The log, with what is said once only said again."""
     transformers_logging.warning_once.cache_clear()
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
+    return caplog
 
 
 @pytest.fixture
@@ -535,9 +531,11 @@ def test_flash_attention_is_not_here():
         load(DEMO, use_flash_attn=True)
     found = run(
         f"""
-import logging, sys
-logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+import sys
+sys.stderr = sys.stdout
+import transformers
 from transformers import AutoModelForCausalLM
+transformers.logging.set_verbosity_info()
 AutoModelForCausalLM.from_pretrained({DEMO!r}, trust_remote_code=True)
 """,
         ROOT,

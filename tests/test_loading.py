@@ -213,7 +213,7 @@ def test_flash_attention_asked_for_but_not_there(checkpoint):
 def test_attention_by_every_route(checkpoint, arguments, expected, caplog):
     if expected == "automatic":
         expected = "sdpa" if compat.HAS_SDPA else "eager"
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "transformers")
     model = load(checkpoint, **arguments)
     assert model.config._attn_implementation == expected
     lines = [record.message for record in caplog.records if "attention by" in record.message]
