@@ -25,7 +25,7 @@ def table(heading: str) -> list[dict[str, str]]:
 def cpu() -> dict[str, dict[str, float]]:
     """Tokens a second, by what stands above a part of the chart and by engine."""
     rows = table("Decoding on a CPU")
-    engines = list(rows[0])[0]
+    engines = next(iter(rows[0]))
     return {
         f"tokens a second behind {context} tokens": {row[engines]: float(row[f"{context}: tokens/s"]) for row in rows}
         for context in ("512", "4,096")
