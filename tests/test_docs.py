@@ -208,6 +208,29 @@ def test_both_languages_have_the_same_figures(page):
     assert tables(page) == tables(in_chinese(page))
 
 
+def names(page) -> list[list[list[str]]]:
+    """The code, and the files and addresses that are linked, in each cell of a page's tables, sorted."""
+    name = r"`[^`]+`|\]\(([^)\s]+)\)|<https?://[^>]+>"
+    rows = [re.split(r"(?<!\\)\|", line) for line in re.findall(r"^\|(.*)\|$", read(page), re.MULTILINE)]
+    return [[sorted(named(*match) for match in re.findall(f"({name})", cell)) for cell in row] for row in rows]
+
+
+def named(text: str, link: str) -> str:
+    """What is named, with a link to a page in Chinese as one to the page in English, wherever in it."""
+    return link.replace("README_CN.md", "README.md").replace("_zh.md", ".md").partition("#")[0] if link else text
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if in_chinese(page).exists()], ids=lambda page: page.name)
+def test_both_languages_have_the_same_names_and_links_in_tables(page):
+    assert names(page) == names(in_chinese(page))
+
+
+def test_what_is_a_name_in_a_table(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("| `a\\|b`, [c](d_zh.md#e) | <https://f> g |\n", encoding="utf-8")
+    assert names(page) == [[["`a\\|b`", "d.md"], ["<https://f>"]]]
+
+
 # --- Links -------------------------------------------------------------------------------------------------------
 
 # Named in our pages, but programs of QwenLM/Qwen.
