@@ -222,6 +222,8 @@ def test_the_command(capsys):
     assert tool.main([str(ROOT / "config.json"), "--devices", "80 GB x 2", "--dtype", "fp16"]) == 1
     printed = capsys.readouterr().out
     assert "72.29 billion parameters in fp16" in printed
+    assert tool.main(["--size", "72B", "--bits", "4"]) == 0
+    assert "72.29 billion parameters in 4 bits and bf16;" in capsys.readouterr().out
     assert "It does not fit." in printed
     assert "device cpu" in printed
 

@@ -69,6 +69,11 @@ def test_chat_in_a_pipe():
     assert output[-2:] == ["The seed is 7.", "法国的首都是巴黎。"]
 
 
+def test_a_checkpoint_that_is_not_there_is_named_in_a_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"no-such-folder' can't be loaded as a folder, or from a hub"):
+        example("checkpoint").load(str(tmp_path / "no-such-folder"), cpu_only=True)
+
+
 @pytest.fixture
 def shown():
     return []
