@@ -5,8 +5,8 @@ The native CPU kernels against PyTorch and against what the memory delivers, in 
     python benchmarks/cpu_kernels.py --errors   error of attention over quantised keys and values, by layout
 
 Everything of a group runs once a round, in turn, for `--rounds` rounds. The tensors are larger than any cache, but for
-products of more rows than 8, where they need not be. "read"
-is what has to come from memory; "share" is that speed relative to the sum of a large tensor in the same rounds.
+products of more rows than 8, where they need not be. "read" is what has to come from memory; "share" is that speed
+relative to the sum of a large tensor in the same rounds.
 """
 
 from __future__ import annotations
