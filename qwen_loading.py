@@ -304,9 +304,9 @@ class QWenPreTrainedModel(PreTrainedModel):
                 problems.append(f"{len(keys)} weights {what} ({shown})")
         if any(key.endswith(".qweight") for key in unexpected):
             raise RuntimeError(
-                f"The checkpoint {source} holds weights quantised by GPTQ (qweight), but its configuration names no "
-                f"quantisation. Don't pass quantization_config=None, which has transformers ignore what config.json "
-                f"says; if config.json has no quantization_config, fetch the one that belongs to these files."
+                f"The checkpoint {source} holds quantised weights (qweight, as GPTQ and AWQ name them), but its "
+                f"configuration names no quantisation. Don't pass quantization_config=None, which has transformers "
+                f"ignore what config.json says; if config.json has none, fetch the one that belongs to these files."
             )
         if problems:
             raise RuntimeError(

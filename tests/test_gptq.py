@@ -198,7 +198,8 @@ def test_a_configuration_without_quantisation_is_named(source, tmp_path):
     config = json.loads(path.read_text())
     del config["quantization_config"]
     path.write_text(json.dumps(config))
-    with pytest.raises(RuntimeError, match=r"quantised by GPTQ \(qweight\).*Don't pass quantization_config=None"):
+    message = r"holds quantised weights \(qweight, .*names no quantisation\. Don't pass quantization_config=None"
+    with pytest.raises(RuntimeError, match=message):
         modeling_qwen.QWenLMHeadModel.from_pretrained(tmp_path / "small")
 
 
