@@ -189,9 +189,11 @@ def demo_tokenizer():
 
 
 @pytest.fixture
-def caplog(caplog):
-    """pytest's, with what transformers and our modules log: transformers passes nothing on to Python's own logger."""
+def caplog(caplog, monkeypatch):
+    """pytest's, with what transformers and our modules log, each record once: transformers passes its records on to
+    Python's own logger only where the variable CI is set."""
     logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "propagate", False)
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
