@@ -21,7 +21,7 @@ endif
 endif
 endif
 
-.PHONY: demo finetune test docs lint matrix conformance evaluation-test evaluate retrain clean
+.PHONY: demo finetune test docs lint matrix conformance conformance-quick evaluation-test evaluate retrain clean
 
 demo: $(VENV)/run.stamp
 	$(PY) examples/quickstart.py demo
@@ -53,6 +53,10 @@ matrix: $(VENV)/dev.stamp
 # Quantisers, exporters and transformers' own tests, each release in an environment of its own.
 conformance: $(VENV)/dev.stamp
 	$(PY) tests/conformance.py $(RELEASES)
+
+# What of it takes a few minutes, with the release in .venv.
+conformance-quick: $(VENV)/dev.stamp
+	$(PY) tests/conformance.py --quick
 
 # The evaluation with lm-eval, which has an environment of its own that shares the rest with .venv.
 evaluation-test: $(EVALUATION)/stamp

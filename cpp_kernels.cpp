@@ -15,10 +15,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/List.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/Optional.h>
@@ -74,6 +76,7 @@ struct Linear {
   const void* bias;  // (out), float or BFloat16, or null
   void* y;           // (rows, out)
   bool bf16_bias, bf16_out;
+  void* widened;  // (out, in), float or BFloat16: the weight times its scale
 };
 
 struct Gptq {  // a product with a quantised matrix, or the matrix itself
@@ -86,7 +89,7 @@ struct Gptq {  // a product with a quantised matrix, or the matrix itself
   int64_t rows, in, out, groups, group_size;
   int bits, zero_offset;
   float* y;  // (rows, out), zeros
-  void* weight;  // (in, out), float or BFloat16
+  void* weight;  // (out, in), float or BFloat16
 };
 
 constexpr int64_t SEGMENT = 128;  // inputs of one group that are summed up before the scale
@@ -141,7 +144,8 @@ enum Kind { F32, BF16, INT8, INT4 };
 struct Kernels {
   void (*linear)(const Linear&, bool int8, int64_t begin, int64_t end);  // output channels
   void (*gptq)(const Gptq&, int64_t begin, int64_t end);                        // output channels
-  void (*dequantize)(const Gptq&, bool bf16, int64_t begin, int64_t end);       // rows of qweight
+  void (*widen)(const Linear&, bool bf16, int64_t begin, int64_t end);          // output channels
+  void (*dequantize)(const Gptq&, bool bf16, int64_t begin, int64_t end);       // output channels
   void (*attend)(const Attention&, Kind, int64_t begin, int64_t end);            // splits of heads
   void (*merge)(const Attention&, bool rotated, int64_t begin, int64_t end);     // queries
   void (*append)(const Append&, bool bf16, bool int4, int64_t begin, int64_t end);  // rows of x
@@ -451,9 +455,39 @@ using c10::optional;
 
 Tensor floats(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
 
+int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  return rows;
+}
+
+// PyTorch's product of many rows, and bias, with a matrix of codes: a block of its outputs at a time is written out by
+// fill(first, length, bf16, to), where caches hold it until it is multiplied.
+template <class F>
+Tensor product_by_blocks(const Tensor& x, int64_t out, const optional<Tensor>& bias, const F& fill) {
+  constexpr int64_t WEIGHTS = 1 << 21;
+  // Most CPUs multiply float16 several times more slowly than float32.
+  const auto dtype = x.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+  const int64_t in = x.size(-1), width = std::max<int64_t>(1, WEIGHTS / std::max<int64_t>(1, in) / 64) * 64;
+  const Tensor rows = x.reshape({rows_of(x), in}).to(dtype), added = bias ? bias->to(dtype) : Tensor();
+  const Tensor weight = at::empty({std::min(width, out), in}, rows.options());
+  const Tensor y = at::empty({rows.size(0), out}, rows.options());
+  for (int64_t first = 0; first < out; first += width) {
+    const int64_t length = std::min(width, out - first);
+    fill(first, length, dtype == at::kBFloat16, weight.data_ptr());
+    const Tensor block = weight.narrow(0, 0, length).t();
+    Tensor to = y.narrow(1, first, length);
+    bias ? at::addmm_out(to, added.narrow(0, first, length), rows, block) : at::mm_out(to, rows, block);
+  }
+  auto shape = x.sizes().vec();
+  shape.back() = out;
+  return y.to(x.scalar_type()).view(shape);
+}
+
 Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias,
               const optional<Tensor>& scale) {
   const bool int8 = weight.scalar_type() == at::kChar;
+  if (int8 && x.scalar_type() == at::kHalf) return linear(x.to(at::kFloat), weight, bias, scale).to(at::kHalf);
   TORCH_CHECK(int8 || weight.scalar_type() == at::kBFloat16, "linear: weight must be bfloat16 or int8, found ",
               weight.scalar_type());
   TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
@@ -464,9 +498,23 @@ Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bia
   const Tensor w = weight.stride(1) == 1 || weight.size(1) <= 1 ? weight : weight.contiguous();
   Tensor b, s;
   Linear a{};
-  a.in = w.size(1), a.out = w.size(0), a.rows = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) a.rows *= x.size(i);
-  TORCH_CHECK(a.rows <= 8, "linear: x has ", a.rows, " rows, more than 8");
+  a.in = w.size(1), a.out = w.size(0), a.rows = rows_of(x);
+  TORCH_CHECK(int8 || a.rows <= 8, "linear: x has ", a.rows, " rows, more than 8");
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == a.out), "linear: bias must be (", a.out, "), found ",
+              bias->sizes());
+  a.weight = w.data_ptr(), a.weight_stride = w.stride(0);
+  if (int8) {
+    TORCH_CHECK(scale->size(0) == a.out && scale->dim() <= 2, "linear: scale must be (out,) or (out, groups)");
+    s = floats(*scale), a.scale = s.data_ptr<float>(), a.groups = s.dim() == 2 ? s.size(1) : 1;
+    TORCH_CHECK(a.groups > 0 && a.in % a.groups == 0, "linear: ", a.groups, " groups don't divide ", a.in);
+  }
+  if (a.rows > 8)
+    return product_by_blocks(x, a.out, bias, [&](int64_t first, int64_t length, bool bf16, void* to) {
+      Linear part = a;
+      part.weight = w.data_ptr<int8_t>() + first * a.weight_stride, part.scale += first * a.groups, part.widened = to;
+      Team::share(length, piece(a.in),
+                  [&](int64_t begin, int64_t end) { kernels().widen(part, bf16, begin, end); });
+    });
   int64_t padded = 1;
   while (padded < a.rows) padded *= 2;
   a.bf16_out = x.scalar_type() == at::kBFloat16;
@@ -477,21 +525,14 @@ Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bia
     rows.narrow(0, 0, a.rows).copy_(x.reshape({a.rows, a.in}));
   }
   if (bias) {
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == a.out, "linear: bias must be (", a.out, "), found ",
-                bias->sizes());
     a.bf16_bias = bias->scalar_type() == at::kBFloat16;
     b = a.bf16_bias ? bias->contiguous() : floats(*bias), a.bias = b.data_ptr();
-  }
-  if (int8) {
-    TORCH_CHECK(scale->size(0) == a.out && scale->dim() <= 2, "linear: scale must be (out,) or (out, groups)");
-    s = floats(*scale), a.scale = s.data_ptr<float>(), a.groups = s.dim() == 2 ? s.size(1) : 1;
-    TORCH_CHECK(a.groups > 0 && a.in % a.groups == 0, "linear: ", a.groups, " groups don't divide ", a.in);
   }
   auto shape = x.sizes().vec();
   shape.back() = a.out;
   Tensor y = at::empty(shape, x.options());
   if (y.numel() == 0) return y;
-  a.x = rows.data_ptr(), a.weight = w.data_ptr(), a.weight_stride = w.stride(0), a.y = y.data_ptr();
+  a.x = rows.data_ptr(), a.y = y.data_ptr();
   const auto run = bf16 ? levels()[level].linear_bf16 : kernels().linear;
   // Pairs of channels stay together: a channel alone has another order of sums.
   Team::share((a.out + 1) / 2, piece(2 * a.in * w.element_size()), [&](int64_t begin, int64_t end) {
@@ -556,6 +597,16 @@ void gptq_finish(const Gptq& a, const float* bias, const Tensor& y, int64_t begi
     for (int64_t o = begin; o < end; ++o) to[r * a.out + o] = a.y[r * a.out + o] + (bias ? bias[o] : 0.f);
 }
 
+// Writes outputs [first, first + length) of the matrix, first a multiple of 8, as (length, in).
+void gptq_write(const Gptq& a, int64_t first, int64_t length, bool bf16, void* to) {
+  Gptq part = a;
+  part.qweight += first, part.qzeros += first / (32 / a.bits), part.scales += first, part.weight = to;
+  constexpr int64_t PART = 64;
+  Team::share((length + PART - 1) / PART, piece(a.in * a.bits / 8 * PART), [&](int64_t begin, int64_t end) {
+    kernels().dequantize(part, bf16, begin * PART, std::min(length, end * PART));
+  });
+}
+
 Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales, optional<Tensor> g_idx, int64_t bits,
                    int64_t group_size, int64_t zero_offset, const optional<Tensor>& bias) {
   Gptq a = gptq_matrix(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset);
@@ -563,11 +614,24 @@ Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales
   const auto kind = x.scalar_type();
   TORCH_CHECK(kind == at::kFloat || kind == at::kBFloat16 || kind == at::kHalf,
               "gptq_linear: x must be float32, bfloat16 or float16, found ", kind);
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == a.out), "gptq_linear: bias must be (", a.out,
+              "), found ", bias->sizes());
+  a.rows = rows_of(x);
   auto shape = x.sizes().vec();
   shape.back() = a.out;
+  if (a.rows > (g_idx ? 16 : 32))  // fewer take less time in eights than writing the matrix out
+    return product_by_blocks(x, a.out, bias, [&](int64_t first, int64_t length, bool bf16, void* to) {
+      gptq_write(a, first, length, bf16, to);
+    });
+  if (a.rows > 8) {
+    std::vector<Tensor> parts;
+    Team::with([&] {
+      for (const Tensor& eight : x.reshape({a.rows, a.in}).split(8))
+        parts.push_back(gptq_linear(eight, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias));
+    });
+    return at::cat(parts).view(shape);
+  }
   const Tensor y = at::empty(shape, x.options());
-  a.rows = x.numel() / std::max<int64_t>(1, a.in);
-  TORCH_CHECK(a.rows <= 8, "gptq_linear: x has ", a.rows, " rows, more than 8");
   if (a.rows == 0 || a.out == 0) return y;
   int64_t padded = 1;
   while (padded < a.rows) padded *= 2;
@@ -584,7 +648,6 @@ Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales
   if (!a.g_idx) sums = segment_sums(a.x, padded, a.in, group_size);
   a.sums = sums.data();
   const Tensor b = bias ? floats(*bias) : Tensor();
-  TORCH_CHECK(!bias || b.numel() == a.out, "gptq_linear: bias must be (", a.out, "), found ", b.sizes());
   const float* added = bias ? b.data_ptr<float>() : nullptr;
   const auto run = bf16 ? bf16 : kernels().gptq;
   constexpr int64_t PART = 256;  // fills vectors, and is read from memory in runs of a kilobyte
@@ -600,14 +663,11 @@ Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales
 
 Tensor gptq_dequantize(Tensor qweight, Tensor qzeros, Tensor scales, optional<Tensor> g_idx, int64_t bits,
                        int64_t group_size, int64_t zero_offset, at::ScalarType dtype) {
-  Gptq a = gptq_matrix(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset);
+  const Gptq a = gptq_matrix(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset);
   const bool bf16 = dtype == at::kBFloat16;
-  Tensor weight = at::empty({a.in, a.out}, qweight.options().dtype(bf16 ? at::kBFloat16 : at::kFloat));
-  if (weight.numel() == 0) return weight.to(dtype);
-  a.weight = weight.data_ptr();
-  Team::share(qweight.size(0), piece(a.out * 32),
-                   [&](int64_t begin, int64_t end) { kernels().dequantize(a, bf16, begin, end); });
-  return weight.to(dtype);
+  const Tensor weight = at::empty({a.out, a.in}, qweight.options().dtype(bf16 ? at::kBFloat16 : at::kFloat));
+  if (weight.numel() > 0) gptq_write(a, 0, a.out, bf16, weight.data_ptr());
+  return weight.t().to(dtype).contiguous();
 }
 
 // A row of keys, values, codes or parameters has to lie in one piece; copies what does not.
@@ -756,31 +816,7 @@ bool has_kernel(const Tensor& weight) { return weight.scalar_type() == at::kBFlo
 
 // PyTorch's product, where `linear` has no kernel.
 Tensor product(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, const optional<Tensor>& scale) {
-  const bool few = x.numel() / std::max<int64_t>(1, x.size(-1)) <= 8;
-  if (few && has_kernel(weight)) return linear(x, weight, bias, scale);
-  if (!scale) return at::linear(x, weight, bias);
-  Tensor y = at::linear(x, weight.to(x.scalar_type())).to(at::kFloat).mul_(*scale);  // int8 is exact in bfloat16
-  if (bias) y.add_(*bias);
-  return y.to(x.scalar_type());
-}
-
-// More rows than `gptq_linear` takes: by blocks of outputs, dequantised on the way.
-Tensor gptq_product(const Tensor& x, const Tensor& qweight, const Tensor& qzeros, const Tensor& scales,
-                    const optional<Tensor>& g_idx, int64_t bits, int64_t group_size, int64_t zero_offset,
-                    const optional<Tensor>& bias) {
-  if (x.numel() / std::max<int64_t>(1, x.size(-1)) <= 8)
-    return gptq_linear(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias);
-  constexpr int64_t WEIGHTS = 1 << 22;
-  const int64_t n = 32 / bits, out = qweight.size(1), width = std::max<int64_t>(1, WEIGHTS / x.size(-1) / n) * n;
-  std::vector<Tensor> parts;
-  for (int64_t first = 0; first < out; first += width) {
-    const int64_t length = std::min(width, out - first);
-    parts.push_back(x.matmul(gptq_dequantize(qweight.narrow(1, first, length), qzeros.narrow(1, first / n, length / n),
-                                             scales.narrow(1, first, length), g_idx, bits, group_size, zero_offset,
-                                             x.scalar_type())));
-  }
-  const Tensor y = at::cat(parts, -1);
-  return bias ? y.add(bias->to(y.scalar_type())) : y;
+  return scale || (rows_of(x) <= 8 && has_kernel(weight)) ? linear(x, weight, bias, scale) : at::linear(x, weight, bias);
 }
 
 // A block for a few tokens behind a filled cache; qwen_ops.py has the same in PyTorch.
@@ -796,7 +832,7 @@ Tensor one_block(const Tensor& input, at::TensorList norms, const c10::List<opti
     const auto part = [&](int j) { return matrices.get(5 * i + j); };  // weight, bias, scale, zeros, g_idx
     const int64_t* format = formats.data() + 3 * i;                   // bits, group_size, zero_offset
     if (format[0] == 0) return product(x, *part(0), part(1), part(2));
-    return gptq_product(x, *part(0), *part(3), *part(2), part(4), format[0], format[1], format[2], part(1));
+    return gptq_linear(x, *part(0), *part(3), *part(2), part(4), format[0], format[1], format[2], part(1));
   };
   const int64_t B = input.size(0), T = input.size(1), nh = store[0].size(1);
   const Tensor qkv = times(rms_norm(input, norms[0], eps), 0).view({B, T, 3 * nh, -1}).transpose(1, 2);
@@ -1327,38 +1363,102 @@ void gptq(const Gptq& a, int64_t begin, int64_t end) {
 
 #ifndef QWEN_BF16  // the rest is that of avx512
 
-template <int BITS, class T>
-void dequantize_rows(const Gptq& a, int64_t begin, int64_t end) {
-  constexpr int N = 32 / BITS;
-  std::vector<float> buffer(2 * (a.out + W));
-  float *scale = buffer.data(), *zero = scale + a.out + W;
-  int64_t known = -1;
-  for (int64_t row = begin; row < end; ++row)
-    for (int j = 0; j < N; ++j) {
-      const int64_t i = row * N + j, g = a.g_idx ? a.g_idx[i] : i / a.group_size;
-      if (g != known) {
-        int64_t o = 0;
-        for (; o + W <= a.out; o += W) {
-          save(scale + o, load_half(a.scales + g * a.scales_stride + o));
-          save(zero + o, zeros_at<BITS>(a, g, o));
-        }
-        for (; o < a.out; ++o) scale[o] = one_half(a.scales[g * a.scales_stride + o]), zero[o] = one_zero(a, g, o);
-        known = g;
-      }
-      T* to = static_cast<T*>(a.weight) + i * a.out;
-      const int32_t* q = a.qweight + row * a.qweight_stride;
-      int64_t o = 0;
-      for (; o + W <= a.out; o += W)
-        save(to + o, load(scale + o) * (codes_at<BITS>(read<vi>(q + o), BITS * j) - load(zero + o)));
-      for (; o < a.out; ++o) to[o] = scale[o] * (one_code(a, i, o) - zero[o]);
+// --- matrices of codes, written out -------------------------------------------------------------------------------
+
+// scale * (code - zero) for n codes of 8 bits.
+template <class C, class T>
+INLINE void write_codes(const C* codes, int64_t n, float scale, float zero, T* to) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) save(to + i, all(scale) * (load(codes + i) - all(zero)));
+  for (; i < n; ++i) to[i] = scale * (codes[i] - zero);
+}
+
+// What each code of 4 bits stands for.
+template <class T>
+INLINE void fill_table(float scale, float zero, T* table) {
+  static const uint8_t CODES[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  write_codes(CODES, 16, scale, zero, table);
+}
+
+// The same for n codes of 4 bits, a multiple of 8 that a group's inputs have: looked up.
+template <class T>
+INLINE void write_halves(const uint8_t* codes, int64_t n, float scale, float zero, T* to) {
+  alignas(64) T table[16];
+  fill_table(scale, zero, table);
+  int64_t i = 0;
+#if QWEN_WIDTH == 16
+  // A byte b becomes the bytes b and b >> 4, of which a look-up sees as many bits as it has entries.
+  if constexpr (sizeof(T) == 2) {
+    const __m512i values = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(table)));
+    for (; i + 32 <= n; i += 32) {
+      const __m256i bytes = _mm256_cvtepu8_epi16(read<__m128i>(codes + i / 2));
+      const __m512i indices = _mm512_cvtepu8_epi16(_mm256_or_si256(bytes, _mm256_slli_epi16(bytes, 4)));
+      _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(indices, values));
     }
+  } else {
+    const __m512 values = _mm512_load_ps(table);
+    for (; i + 16 <= n; i += 16) {
+      const __m128i bytes = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(read<int64_t>(codes + i / 2)));
+      const __m512i indices = _mm512_cvtepu8_epi32(_mm_or_si128(bytes, _mm_slli_epi16(bytes, 4)));
+      _mm512_storeu_ps(to + i, _mm512_permutexvar_ps(indices, values));
+    }
+  }
+#endif
+  for (; i < n; i += 2) to[i] = table[codes[i / 2] & 15], to[i + 1] = table[codes[i / 2] >> 4];
+}
+
+template <class T>
+void widen_rows(const Linear& a, int64_t begin, int64_t end) {
+  const int64_t n = a.in / a.groups;
+  for (int64_t o = begin; o < end; ++o)
+    for (int64_t g = 0; g < a.groups; ++g)
+      write_codes(static_cast<const int8_t*>(a.weight) + o * a.weight_stride + g * n, n, a.scale[o * a.groups + g], 0,
+                  static_cast<T*>(a.widened) + o * a.in + g * n);
+}
+
+void widen(const Linear& a, bool bf16, int64_t begin, int64_t end) {
+  bf16 ? widen_rows<BFloat16>(a, begin, end) : widen_rows<float>(a, begin, end);
+}
+
+// An output's codes, which lie one above the other, are first put side by side; those of some outputs at once, which
+// share the lines of memory.
+template <int BITS, class T>
+void dequantize_outputs(const Gptq& a, int64_t begin, int64_t end) {
+  constexpr int64_t N = 32 / BITS, C = 16;
+  const int64_t words = a.in / N;
+  std::vector<int32_t> turned(C * words);
+  std::vector<float> scale(a.groups), zero(a.groups);
+  std::vector<T> tables(a.g_idx && BITS == 4 ? 16 * a.groups : 0);
+  for (int64_t first = begin; first < end; first += C) {
+    const int64_t columns = std::min(C, end - first);
+    for (int64_t r = 0; r < words; ++r)
+      for (int64_t c = 0; c < columns; ++c) turned[c * words + r] = a.qweight[r * a.qweight_stride + first + c];
+    for (int64_t c = 0; c < columns; ++c) {
+      const uint8_t* codes = reinterpret_cast<const uint8_t*>(turned.data() + c * words);
+      T* to = static_cast<T*>(a.weight) + (first + c) * a.in;
+      for (int64_t g = 0; g < a.groups; ++g) {
+        scale[g] = one_half(a.scales[g * a.scales_stride + first + c]), zero[g] = one_zero(a, g, first + c);
+        const int64_t i = g * a.group_size, n = std::min(a.in - i, a.group_size);
+        if (a.g_idx && BITS == 4)
+          fill_table(scale[g], zero[g], tables.data() + 16 * g);
+        else if (!a.g_idx && BITS == 4)
+          write_halves(codes + i / 2, n, scale[g], zero[g], to + i);
+        else if (!a.g_idx)
+          write_codes(codes + i, n, scale[g], zero[g], to + i);
+      }
+      if (a.g_idx && BITS == 4)
+        for (int64_t i = 0; i < a.in; ++i) to[i] = tables[16 * a.g_idx[i] + (codes[i / 2] >> i % 2 * 4 & 15)];
+      else if (a.g_idx)
+        for (int64_t i = 0; i < a.in; ++i) to[i] = scale[a.g_idx[i]] * (codes[i] - zero[a.g_idx[i]]);
+    }
+  }
 }
 
 void dequantize(const Gptq& a, bool bf16, int64_t begin, int64_t end) {
   if (a.bits == 4)
-    bf16 ? dequantize_rows<4, BFloat16>(a, begin, end) : dequantize_rows<4, float>(a, begin, end);
+    bf16 ? dequantize_outputs<4, BFloat16>(a, begin, end) : dequantize_outputs<4, float>(a, begin, end);
   else
-    bf16 ? dequantize_rows<8, BFloat16>(a, begin, end) : dequantize_rows<8, float>(a, begin, end);
+    bf16 ? dequantize_outputs<8, BFloat16>(a, begin, end) : dequantize_outputs<8, float>(a, begin, end);
 }
 
 // --- stores of keys and values ------------------------------------------------------------------------------------
@@ -1875,7 +1975,7 @@ void rotary(const Rotary& a, bool bf16, int64_t begin, int64_t end) {
   bf16 ? rotary_rows<BFloat16>(a, begin, end) : rotary_rows<float>(a, begin, end);
 }
 
-constexpr Kernels KERNELS{linear, gptq, dequantize, attend, merge, append, norm, rotary};
+constexpr Kernels KERNELS{linear, gptq, widen, dequantize, attend, merge, append, norm, rotary};
 
 #endif
 #endif

@@ -31,10 +31,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "e55862c4926ee78891ef8a5bec82205893491a92b3e18c5f4d1105a2e32cb872"
+SOURCE_SHA256 = "7cc09d287636883de66f9552e75d6fa9521f35f60d79429dd81621bfa90ae31c"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 

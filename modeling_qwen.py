@@ -564,7 +564,9 @@ class QWenLMHeadModel(QWenChatMixin, QWenGenerationMixin, QWenPreTrainedModel):
             loss = causal_lm_loss(self.lm_head, output.last_hidden_state, labels, self.config.vocab_size, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(output.last_hidden_state[:, kept])  # (B, positions kept, vocab)
+            hidden = output.last_hidden_state[:, kept]
+            # Strides without gaps, also of one row: for others PyTorch copies a matrix that is frozen, at every call.
+            logits = self.lm_head(hidden.contiguous().view(hidden.shape))  # (B, positions kept, vocab)
         if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return CausalLMOutputWithPast(

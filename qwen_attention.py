@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .qwen_cache import QWenCache
 from .transformers_compat import attention_function, causal_mask, is_compiling
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.models.qwen.qwen_attention")
 
 # Tokens from which on the mask of a padded prompt, (B, 1, T, T), is not made for SDPA: at 32,768 it takes 1 GB a row,
 # and several times that inside.

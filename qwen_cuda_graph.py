@@ -43,7 +43,7 @@ from .transformers_compat import (
     prefill,
 )
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.models.qwen.qwen_cuda_graph")
 
 DEVICES = ("cuda",)  # the tests add the CPU, where nothing is captured and the kernels run in Triton's interpreter
 MAX_ROWS = 512  # new tokens of all rows together; more are a prompt

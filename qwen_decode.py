@@ -38,7 +38,7 @@ from .transformers_compat import (
     parameter_names,
 )
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.models.qwen.qwen_decode")
 
 
 # --- The step ----------------------------------------------------------------------------------------------------

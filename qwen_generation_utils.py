@@ -20,7 +20,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.models.qwen.qwen_generation_utils")
 
 CHAT_FORMATS = ("chatml", "raw")
 HistoryType = List[Tuple[str, str]]  # (query, response), oldest first

@@ -42,7 +42,7 @@ from .transformers_compat import (
     set_attention,
 )
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.models.qwen.qwen_loading")
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # keys of the configuration, which generation reads
 
@@ -302,6 +302,12 @@ class QWenPreTrainedModel(PreTrainedModel):
             if keys:
                 shown = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
                 problems.append(f"{len(keys)} weights {what} ({shown})")
+        if any(key.endswith(".qweight") for key in unexpected):
+            raise RuntimeError(
+                f"The checkpoint {source} holds quantised weights (qweight, as GPTQ and AWQ name them), but its "
+                f"configuration names no quantisation. Don't pass quantization_config=None, which has transformers "
+                f"ignore what config.json says; if config.json has none, fetch the one that belongs to these files."
+            )
         if problems:
             raise RuntimeError(
                 f"The checkpoint {source} does not fit its configuration: {'; '.join(problems)}. Compare its "

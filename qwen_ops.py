@@ -25,7 +25,7 @@ from .cpp_kernels import implementation as cpu_implementation
 from .transformers_compat import HAS_SDPA, INT8_ROWS, addcmul, int8_product
 from .transformers_compat import rms_norm as fused_rms_norm
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.models.qwen.qwen_ops")
 
 MAX_ROWS = 8  # of `linear`; from there on PyTorch's matrix product is faster
 GPU_HEAD_SIZES = (32, 64, 128, 256)  # widths of a head that triton_kernels.py takes; others run the references there
@@ -54,27 +54,26 @@ def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    `F.linear`, at the speed of memory for up to 8 rows of x on a CPU.
+    `F.linear`, at the speed of memory for up to 8 rows of x on a CPU; more rows are multiplied by blocks of an int8
+    weight that are written out in x's dtype on the way.
 
     x: (..., in). weight: (out, in), or int8 with scale (out,) or (out, groups): the weight is then
     `weight * scale`, each scale for `in / groups` neighbouring inputs. bias: (out,). Returns (..., out) in x's dtype,
     accumulated in float32.
 
-    The native kernel takes float32 and bfloat16 x with bfloat16 and int8 weights; everything else, training and
-    subclasses of tensors included, is PyTorch's.
+    The native kernel takes float32 and bfloat16 x with bfloat16 weights, and float16 too with int8 ones; everything
+    else, training and subclasses of tensors included, is PyTorch's.
 
     Example:
         >>> linear(torch.ones(1, 2), torch.tensor([[3, 4]], dtype=torch.int8), scale=torch.tensor([0.5]))
         tensor([[3.5000]])
     """
-    if (
-        weight.dtype in (torch.bfloat16, torch.int8)
-        and x.dtype in _FLOATS
-        and x.device.type == "cpu"
-        and _plain(x, weight)
-        and 0 < math.prod(x.shape[:-1]) <= MAX_ROWS
-        and not _differentiated(x, weight, bias)
-    ):
+    rows = math.prod(x.shape[:-1])
+    if weight.dtype == torch.int8:
+        has_kernel = rows > 0 and x.dtype in (*_FLOATS, torch.float16)
+    else:
+        has_kernel = 0 < rows <= MAX_ROWS and x.dtype in _FLOATS and weight.dtype == torch.bfloat16
+    if has_kernel and x.device.type == "cpu" and _plain(x, weight) and not _differentiated(x, weight, bias):
         return _OPERATORS.linear(x, weight, bias, scale)
     return linear_reference(x, weight, bias, scale)
 
@@ -87,7 +86,9 @@ def linear_reference(x, weight, bias=None, scale=None):
     if scale.dim() == 2:
         weight = weight.float().view(*scale.shape, -1).mul(scale[..., None]).view_as(weight)
         return F.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
-    y = F.linear(x, weight.to(x.dtype)).float() * scale  # int8 is exact in bfloat16
+    if x.dtype == torch.float16:  # which sums of products with codes, unlike those with the weight, may leave
+        x, scale = x * 2**-7, scale * 2**7
+    y = F.linear(x, weight.to(x.dtype)).float() * scale  # int8 is exact in any dtype
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -122,10 +123,11 @@ def gptq_linear(
     x (..., in) times a quantised matrix: (..., out) in x's dtype.
 
     At the speed of memory for few rows of x, accumulated in float32: up to 8 on a CPU, up to 16 on a GPU and without
-    g_idx. More rows are multiplied by blocks of the matrix that are dequantised to x's dtype on the way.
+    g_idx. More rows are multiplied by blocks of the matrix that are dequantised to x's dtype on the way, on a CPU
+    those of float16 to float32.
     """
     if (
-        (x.device.type == "cuda" or (x.device.type == "cpu" and 0 < math.prod(x.shape[:-1]) <= MAX_ROWS))
+        x.device.type in ("cpu", "cuda")
         and x.dtype in (*_FLOATS, torch.float16)
         and _plain(x, qweight)
         and not _differentiated(x, bias)

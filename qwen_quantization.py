@@ -501,4 +501,5 @@ def check_tensors(model, info: dict, source) -> None:
                 module.set_order()
             except ValueError as error:
                 raise RuntimeError(f"The checkpoint {source} is damaged: {name}: {error}. Copy it again.") from None
-    info["missing_keys"] = [key for key in info["missing_keys"] if key in missing]
+    kind = type(info["missing_keys"])  # a list up to 4.57, a set in 5.x
+    info["missing_keys"] = kind(key for key in info["missing_keys"] if key in missing)

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .transformers_compat import PreTrainedTokenizer
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.models.qwen.tokenization_qwen")
 
 VOCAB_FILES_NAMES = {"vocab_file": "qwen.tiktoken", "extra_vocab_file": "qwen_extra.tiktoken"}
 

@@ -32,7 +32,7 @@ try:
 except ImportError:  # up to 4.52
     masking_utils = None
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.models.qwen.transformers_compat")
 
 # --- Releases ----------------------------------------------------------------------------------------------------
 
@@ -498,6 +498,10 @@ def _is_paged(cache) -> bool:
     return type(cache).__name__ == "PagedAttentionCache"
 
 
+# Asked once: the compiler of torch 2.4 can't ask a dictionary.
+_HAS_GET_INTERFACE = hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface")
+
+
 def attention_function(name: str | None, default):
     """
     `ALL_ATTENTION_FUNCTIONS.get_interface`, which releases up to 4.57 lack: `default` for "eager" and None; it finds
@@ -505,7 +509,7 @@ def attention_function(name: str | None, default):
     """
     if name is None or name == "eager":
         return default
-    if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+    if _HAS_GET_INTERFACE:
         function = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
     else:
         function = ALL_ATTENTION_FUNCTIONS[name]
@@ -802,18 +806,18 @@ def _parameters(function) -> tuple:
 class _BothNames:
     """An output whose cache is given as `past_key_values`, and can be read as that and as `cache`."""
 
-    def __init__(self, *args, **fields):
-        if "past_key_values" in fields:
-            fields[CACHE] = fields.pop("past_key_values")
-        super().__init__(*args, **fields)
-
     if CACHE == "cache":
+
+        def __init__(self, *args, **fields):
+            if "past_key_values" in fields:
+                fields[CACHE] = fields.pop("past_key_values")
+            super().__init__(*args, **fields)
 
         @property
         def past_key_values(self):
             return self.cache
 
-    else:  # up to 5.23
+    else:  # up to 5.23; no __init__ of our own, of which the compiler of torch 2.4 makes no output
 
         @property
         def cache(self):

@@ -713,8 +713,8 @@ def product(x, weight, bias=None, *, norm=None, eps=0.0, gate=None, gate_bias=No
     """
     `residual + linear(norm(x), weight, bias)`, or `linear(…) * silu(linear(…, gate, gate_bias))`, for few rows.
 
-    x: (M, K), contiguous, M at most `PRODUCT_ROWS`, 1 with `norm` (K,). weight, gate: (N, K), contiguous. Returns
-    (M, N) in x's dtype. tuning: as an entry of `PRODUCT`.
+    x: (M, K), contiguous, M at most `PRODUCT_ROWS`, 1 with `norm` (K,). weight, gate: (N, K), contiguous; both have a
+    bias (N,) or neither. Returns (M, N) in x's dtype. tuning: as an entry of `PRODUCT`.
     """
     (M, K), N = x.shape, weight.shape[0]
     y = x.new_empty(M, N)

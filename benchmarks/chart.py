@@ -1,5 +1,5 @@
 """
-Draw docs/cpu.svg, the chart of the README, from the table of decoding on a CPU in RESULTS.md.
+Draw docs/cpu.svg and docs/gpu.svg, the charts of the README, from the tables of decoding in RESULTS.md.
 
     pip install matplotlib
     python benchmarks/chart.py
@@ -13,32 +13,60 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS, OTHERS = "#5b3fd1", "#9aa0ab"
 
 
-def decoding() -> dict[str, list[float]]:
-    """Tokens a second behind 512 and 4,096 tokens for each engine: the first table under `## Decoding on a CPU`."""
+def table(heading: str) -> list[dict[str, str]]:
+    """The rows of the first table below a heading of RESULTS.md: what stands in each column."""
     text = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
-    rows = [line.split("|")[1:-1] for line in text.split("## Decoding on a CPU")[1].split("\n\n")[2].splitlines()]
-    names = [cell.strip() for cell in rows[0]]
-    columns = [names.index(f"{context}: tokens/s") for context in ("512", "4,096")]
-    return {row[0].strip(): [float(row[i]) for i in columns] for row in rows[2:]}
+    below = text.split(f"\n## {heading}\n")[1]
+    lines = next(part for part in below.split("\n\n") if part.startswith("|")).splitlines()
+    names, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return [dict(zip(names, row)) for row in rows]
 
 
-def main() -> None:
+def cpu() -> dict[str, dict[str, float]]:
+    """Tokens a second, by what stands above a part of the chart and by engine."""
+    rows = table("Decoding on a CPU")
+    engines = next(iter(rows[0]))
+    return {
+        f"tokens a second behind {context} tokens": {row[engines]: float(row[f"{context}: tokens/s"]) for row in rows}
+        for context in ("512", "4,096")
+    }
+
+
+def gpu() -> dict[str, dict[str, float]]:
+    """As `cpu`, for one row."""
+    parts = {}
+    for row in table("GPU"):
+        rows, context = row["rows, behind"].replace(" tokens", "").split(", ")
+        if rows == "1" and row["Qwen2 ms"] and context in ("2,048", "32,000"):
+            columns = {"ours, int8 cache": "int8 cache", "ours": "ours ms", "Qwen2": "Qwen2 ms"}
+            speeds = {name: 1000 / float(row[column]) for name, column in columns.items()}
+            parts[f"tokens a second behind {context} tokens"] = speeds
+    return parts
+
+
+def draw(parts: dict[str, dict[str, float]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "qwen", "font.family": "sans-serif"})
-    engines = decoding()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 2.4), sharey=True)
-    for axis, i, context in zip(axes, (0, 1), ("512", "4,096")):
+    rows = max(map(len, parts.values()))
+    figure, axes = plt.subplots(1, len(parts), figsize=(9, 0.8 + 0.32 * rows), sharey=True)
+    for axis, (title, engines) in zip(axes, parts.items()):
         names = list(engines)[::-1]
-        speeds = [engines[name][i] for name in names]
+        speeds = [engines[name] for name in names]
         bars = axis.barh(names, speeds, color=[OURS if name.startswith("ours") else OTHERS for name in names])
         axis.bar_label(bars, [f"{speed:.1f}" for speed in speeds], padding=3)
-        axis.set_title(f"tokens a second behind {context} tokens", fontsize=10)
-        axis.set_xlim(0, max(max(values) for values in engines.values()) * 1.15)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlim(0, max(max(values.values()) for values in parts.values()) * 1.15)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
     figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "cpu.svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    draw(cpu(), ROOT / "docs" / "cpu.svg")
+    draw(gpu(), ROOT / "docs" / "gpu.svg")
 
 
 if __name__ == "__main__":

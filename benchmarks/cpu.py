@@ -5,6 +5,7 @@ Speed of Qwen-1.8B's shape on a CPU: ours, transformers' Qwen2 and llama.cpp on 
     python benchmarks/cpu.py --threads 2
     python benchmarks/cpu.py --threads 2 --disturbed    with and without another process that computes
     python benchmarks/cpu.py --threads 1 2 4 8 16       ours with each number of threads
+    python benchmarks/cpu.py --threads 2 --prompts 512  ours alone, prompts of this length
     python benchmarks/cpu.py --threads 2 --memory       how much memory ours takes at most
 
 Ours and Qwen2 decode through `generate`, greedily, with the caches that they choose; llama.cpp takes its own defaults
@@ -299,6 +300,26 @@ def by_threads(numbers: list[int], rounds: int) -> None:
         print(f"| {number} | {memory:.1f} | {' | '.join(row)} |")
 
 
+def prompts(lengths: list[int], rounds: int) -> None:
+    """Ours in every precision, prompts of each length."""
+    engines = our_engines(random_model("cpu"))
+    engines = {name: engine for name, (engine, _) in engines.items()}
+    ids = random_ids(next(iter(engines.values())).model.config, max(lengths))
+    cases = {
+        (name, length): lambda engine=engine, length=length: engine.prefill(ids[:, :length])
+        for length in lengths
+        for name, engine in engines.items()
+    }
+    taken = medians(cases, rounds, "cpu")
+    print("\nprompts: seconds, tokens/s, and the speed as a share of bfloat16's\n")
+    print(f"| tokens | {' | '.join(engines)} |\n|---|{'---|' * len(engines)}")
+    for length in lengths:
+        of_bfloat16 = taken["ours, bfloat16", length]
+        seconds = [taken[name, length] for name in engines]
+        row = [f"{each:.2f} s, {length / each:.0f} ({of_bfloat16 / each:.2f})" for each in seconds]
+        print(f"| {length} | {' | '.join(row)} |")
+
+
 def resident(field: str) -> int:
     """Bytes of this process's memory: VmRSS, now, or VmHWM, at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -327,17 +348,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="default: PyTorch's")
     parser.add_argument("--disturbed", action="store_true", help="beside a process that spins, instead")
+    parser.add_argument("--prompts", type=int, nargs="+", metavar="LENGTH", help="prompts of ours alone, instead")
     parser.add_argument("--memory", action="store_true", help="the most memory that ours takes, instead")
     parser.add_argument("--folder", type=Path, help="for the GGUF files, 5.5 GB; default: a temporary one")
     arguments = parser.parse_args()
     threads = arguments.threads[0]
-    if len(arguments.threads) > 1 and (arguments.disturbed or arguments.memory):
-        parser.error("--disturbed and --memory take one number of threads.")
+    if len(arguments.threads) > 1 and (arguments.disturbed or arguments.memory or arguments.prompts):
+        parser.error("--disturbed, --memory and --prompts take one number of threads.")
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         if arguments.memory:
             memory(PREFILL)
+        elif arguments.prompts:
+            prompts(arguments.prompts, arguments.rounds)
         elif arguments.disturbed:
             disturbed(threads, arguments.rounds, Path(folder))
         elif len(arguments.threads) > 1:

@@ -1,9 +1,10 @@
 """
-Qwen as a model of lm-evaluation-harness, `--model qwen`: HFLM whose log-likelihoods compute every token once.
+Qwen as a model of lm-evaluation-harness, `--model qwen`: HFLM that computes what prompts begin with once.
 
 The questions of a benchmark begin with the same examples, and the choices of a question with the same context. Sorted,
 they are a tree of tokens: what all branches begin with is kept in a cache of keys and values, and the branches behind
-it are computed side by side in one row, each token attending to its ancestors.
+it are computed side by side in one row, each token attending to its ancestors. Where answers are generated, the prompts
+of a batch are those that begin alike; what they share is kept for the next batch.
 
     python evaluation/qwen_lm.py run --model qwen --model_args pretrained=demo --include_path evaluation/tasks \
         --tasks qwen_mmlu --metadata '{"data": "FOLDER"}'
@@ -24,10 +25,13 @@ from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig
 
 logger = logging.getLogger(__name__)
+WORTHWHILE = 32  # tokens that prompts share, from which on computing them apart from the rest pays
+# Arguments of `generate` that leave the cache alone.
+SHAREABLE = {"attention_mask", "do_sample", "temperature", "top_k", "top_p"}
 
 
-def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """How many tokens two sequences begin with alike."""
+def common_prefix(a, b) -> int:
+    """How many tokens (or characters) two tuples (or texts) begin with alike."""
     low, high = 0, min(len(a), len(b))
     while low < high:  # comparing slices is faster than a loop over tokens
         middle = (low + high + 1) // 2
@@ -52,6 +56,8 @@ class QWenLM(HFLM):
         kwargs.setdefault("trust_remote_code", True)
         if isinstance(pretrained, str):
             kwargs.setdefault("attn_implementation", "sdpa")  # flash attention takes no mask of a tree
+        self._largest_batch: int | None = None
+        self._forget()
         super().__init__(pretrained, **kwargs)
         if self.config.model_type != "qwen":
             raise ValueError(
@@ -77,6 +83,72 @@ class QWenLM(HFLM):
             super()._create_model(*args, **kwargs)
         finally:
             self.AUTO_MODEL_CLASS = auto
+
+    def _forget(self) -> None:
+        """No prompt's beginning is kept: its tokens, and their keys and values, of one row."""
+        self._kept: tuple[int, ...] = ()
+        self._kept_cache = None
+
+    def _detect_batch_size(self, requests=None, pos: int = 0) -> int:
+        """As in HFLM, but once for sequences of the largest length."""
+        if requests:
+            return super()._detect_batch_size(requests, pos)
+        if self._largest_batch is None:
+            self._largest_batch = super()._detect_batch_size()
+        return self._largest_batch
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """As in HFLM, which sorts by length and makes batches, but of prompts that begin alike."""
+        prompts = [request.args[0] for request in requests]
+        groups: list[list[int]] = []  # of indices
+        for i in sorted(range(len(prompts)), key=prompts.__getitem__):
+            if groups and 2 * common_prefix(prompts[groups[-1][-1]], prompts[i]) > len(prompts[i]):
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        enough = min(self.batch_size, 8) if isinstance(self.batch_size, int) else 8  # smaller batches would cost more
+        rest = [i for group in groups if len(group) < enough for i in group]
+        answers: list = [None] * len(requests)
+        for group in [*(group for group in groups if len(group) >= enough), *([rest] if rest else [])]:
+            for i, answer in zip(group, super().generate_until([requests[i] for i in group], disable_tqdm)):
+                answers[i] = answer
+            self._forget()
+        return answers
+
+    def _model_generate(self, context, max_length: int, stop: list[str], **kwargs) -> torch.Tensor:
+        """As in HFLM, with what the prompts begin with read from a cache. context: int64 (B, T)."""
+        mask = kwargs["attention_mask"]
+        rows = [tuple(row[real].tolist()) for row, real in zip(context, mask.bool())]
+        shared = min(min(common_prefix(rows[0], row), len(row) - 1) for row in rows)
+        exact = not (self._is_stretched(max(map(len, rows))) or self.model.config.use_cache_quantization)
+        if shared >= WORTHWHILE and exact and kwargs.keys() <= SHAREABLE:
+            kept = self._cache_of(rows[0][:shared])
+            kwargs["past_key_values"] = cache = type(kept)()
+            cache.ntk_alpha = getattr(kept, "ntk_alpha", None)
+            # Padding stays on the left, where CUDA graphs take it: of what is shared a row gets so much less from the
+            # cache as it is padded, and computes the rest with its own.
+            padding = torch.tensor([context.shape[1] - len(row) for row in rows], device=self.device)
+            column = (torch.arange(shared, device=self.device) - padding[:, None]).clamp(min=0)  # (B, shared)
+            with torch.no_grad():
+                for i, pair in enumerate(kept):  # keys and values, (1, nh, shared, hd) each
+                    keys, values = (x[0][:, column.to(x.device)].transpose(0, 1) for x in pair[:2])
+                    cache.update(keys, values, i)  # (B, nh, shared, hd)
+        return super()._model_generate(context, max_length, stop, **kwargs)
+
+    def _cache_of(self, tokens: tuple[int, ...]):
+        """Keys and values of these tokens, one row, in a cache of the kind that the model generates with."""
+        keep = common_prefix(self._kept, tokens)
+        if keep == 0:
+            self._forget()
+        elif keep < len(self._kept):
+            self._kept_cache.crop(keep - len(self._kept))
+        if keep < len(tokens):
+            ids, cache = torch.tensor([tokens], device=self.device), self._kept_cache
+            asked = {"attention_mask": torch.ones_like(ids), "past_key_values": cache, "return_dict_in_generate": True}
+            output = super()._model_generate(ids, len(tokens) + 1, [], **asked)
+            self._kept_cache = output.past_key_values  # which holds nothing of the one new token
+        self._kept = tokens
+        return self._kept_cache
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         """As in HFLM: (log-likelihood of the continuation, whether greedy decoding gives it) for each request."""

@@ -24,8 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(path: str, cpu_only: bool = False, **tokenizer_settings):
-    """The model, ready to answer, and its tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, **tokenizer_settings)
-    device_map = "cpu" if cpu_only else "auto"
-    model = AutoModelForCausalLM.from_pretrained(path, device_map=device_map, trust_remote_code=True).eval()
+    """The model, ready to answer, and its tokenizer. Ends the program with a line if they can't be loaded."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, **tokenizer_settings)
+        device_map = "cpu" if cpu_only else "auto"
+        model = AutoModelForCausalLM.from_pretrained(path, device_map=device_map, trust_remote_code=True).eval()
+    except (OSError, ValueError) as error:  # a missing or wrong file, a hub that can't be reached
+        raise SystemExit(f"{path!r} can't be loaded as a folder, or from a hub. {error}") from None
     return model, tokenizer

@@ -100,6 +100,16 @@ void check_linear() {
       expected[r * a.out + o] = sum;
     }
   close("linear", y, expected);
+  if (!int8) return;
+  Numbers widened(a.out * a.in, bf16);
+  a.widened = widened.data();
+  run("widen", a.out, pick({1, 4}), widened.memory,
+      [&](int64_t begin, int64_t end) { kernels().widen(a, bf16, begin, end); });
+  std::vector<double> matrix(a.out * a.in);
+  for (int64_t i = 0; i < a.out * a.in; ++i)
+    matrix[i] = codes[i / a.in * a.weight_stride + i % a.in] *
+                static_cast<double>(scale[i / a.in * a.groups + i % a.in / (a.in / a.groups)]);
+  close("widen", widened, matrix);
 }
 
 double half(uint16_t h) {  // of normal numbers
@@ -140,7 +150,7 @@ void check_gptq() {
   const bool bf16 = engine() % 2;
   Numbers weight(a.in * a.out, bf16);
   a.weight = weight.data();
-  run("dequantize", a.in / n, 2, weight.memory,
+  run("dequantize", a.out, pick({7, 64}), weight.memory,
       [&](int64_t begin, int64_t end) { kernels().dequantize(a, bf16, begin, end); });
   std::vector<double> expected(a.rows * a.out), matrix(a.in * a.out);
   for (int64_t i = 0; i < a.in; ++i)
@@ -148,7 +158,7 @@ void check_gptq() {
       const int64_t g = order[i];
       const int code = qweight[i / n * a.out + o] >> (i % n * a.bits) & mask;
       const int zero = (qzeros[g * (a.out / n) + o / n] >> (o % n * a.bits) & mask) + a.zero_offset & mask;
-      const double w = matrix[i * a.out + o] = half(scales[g * a.out + o]) * (code - zero);
+      const double w = matrix[o * a.in + i] = half(scales[g * a.out + o]) * (code - zero);
       for (int64_t r = 0; r < a.rows; ++r) expected[r * a.out + o] += w * x[r * a.in + i];
     }
   // Codes and zeros are added up apart: the error is that of their sums, which are larger than their difference.

@@ -25,6 +25,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+from conformance import SETTINGS  # noqa: E402
 from conftest import TINY, configuration_qwen, modeling_qwen, random_ids, torch, transformers  # noqa: E402
 
 # What the suite imports and the source distribution lacks: (module, class whose tests then don't run).
@@ -123,4 +124,4 @@ class TestQWen(common.ModelTesterMixin, common.GenerationTesterMixin, unittest.T
 
 
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-p", "no:cacheprovider", *sys.argv[1:]]))
+    sys.exit(pytest.main([__file__, *map(str, SETTINGS), *sys.argv[1:]]))

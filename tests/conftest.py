@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import logging
 import os
 import re
 import shutil
@@ -124,7 +126,7 @@ def run(code: str, cwd: Path, **environment) -> str:
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -145,19 +147,32 @@ def publish(cache: Path, repository: str, files: dict[str, Path], revision: str 
     return snapshot
 
 
+def _named(variable: str, is_there) -> Path | None:
+    """What an environment variable names; an error if it is not there, rather than other files in its place."""
+    value = os.environ.get(variable)
+    if not value:
+        return None
+    if not is_there(Path(value)):
+        raise pytest.UsageError(f"{variable}={value} names nothing that is there. Set it to another path, or unset it.")
+    return Path(value)
+
+
 def golden_folder() -> Path | None:
     """Recorded outputs of the published implementation, where a developer has them."""
-    folder = Path(os.environ.get("QWEN_GOLDEN", ROOT.parent / "shared" / "golden"))
+    folder = _named("QWEN_GOLDEN", Path.is_dir) or ROOT.parent / "shared" / "golden"
     return folder if folder.is_dir() else None
 
 
 def official_vocabulary() -> Path | None:
     """The 151,643 tokens of the published checkpoints: from a developer's folder, or the dashscope package."""
-    places = [os.environ.get("QWEN_VOCAB"), ROOT.parent / "shared" / "vocab" / "qwen.tiktoken"]
+    named = _named("QWEN_VOCAB", Path.is_file)
+    if named is not None:
+        return named
+    places = [ROOT.parent / "shared" / "vocab" / "qwen.tiktoken"]
     spec = importlib.util.find_spec("dashscope")
     if spec is not None and spec.origin:
         places.append(Path(spec.origin).parent / "resources" / "qwen.tiktoken")
-    return next((Path(place) for place in places if place and Path(place).is_file()), None)
+    return next((place for place in places if place.is_file()), None)
 
 
 @pytest.fixture(scope="session")
@@ -173,6 +188,17 @@ def demo_tokenizer():
     return tokenization_qwen.QWenTokenizer(str(ROOT / "demo" / "qwen.tiktoken"))
 
 
+@pytest.fixture
+def caplog(caplog, monkeypatch):
+    """pytest's, with what transformers and our modules log, each record once: transformers passes its records on to
+    Python's own logger only where the variable CI is set."""
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
 def pytest_configure(config):
     """Stop if the release under test is not the one that was asked for."""
     if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would begin the longest files, of few tests, last
@@ -180,6 +206,11 @@ def pytest_configure(config):
     expected = os.environ.get("QWEN_EXPECT_TRANSFORMERS", transformers.__version__)
     if transformers.__version__ != expected:
         raise pytest.UsageError(f"asked for transformers {expected}, found {transformers.__version__}")
+
+
+def pytest_collection_finish(session):
+    """Leave what is imported out of garbage collection: up to 4.45 every loading collects, a second each time."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):

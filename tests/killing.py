@@ -26,25 +26,28 @@ import finetune  # noqa: E402
 
 
 class Progress(transformers.TrainerCallback):
-    """Writes the number of the step that is over."""
+    """Writes the number of the step that is over; after the `last` one it waits to be killed."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, last: int | None):
+        self.path, self.last = path, last
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.path.write_text(str(state.global_step))
+        while self.last is not None and state.global_step >= self.last:
+            signal.pause()
 
     on_step_end = on_train_begin
 
 
-def run(arguments: list[str], progress: Path) -> None:
+def run(arguments: list[str], progress: Path, last: int | None) -> None:
     torch.set_num_threads(1)
     tuner = finetune.Tuner.__init__
-    finetune.Tuner.__init__ = lambda self, *args, **kwargs: tuner(self, *args, **kwargs, callbacks=[Progress(progress)])
+    callbacks = [Progress(progress, last)]
+    finetune.Tuner.__init__ = lambda self, *args, **kwargs: tuner(self, *args, **kwargs, callbacks=callbacks)
     finetune.tune(*finetune.parse(arguments))
 
 
-def fork(arguments: list[str], progress: Path, log: Path) -> int:
+def fork(arguments: list[str], progress: Path, log: Path, last: int | None = None) -> int:
     progress.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
@@ -53,7 +56,7 @@ def fork(arguments: list[str], progress: Path, log: Path) -> int:
             os.dup2(file.fileno(), 2)
         code = 1
         try:
-            run(arguments, progress)
+            run(arguments, progress, last)
             code = 0
         finally:
             sys.stdout.flush()
@@ -91,16 +94,16 @@ def main(checkpoint: str, folder: str, steps: str, save_steps: str, kills: str, 
     step = duration / int(steps)
     targets = sorted(rng.randrange(int(steps) - 4) for _ in range(kills))
     while True:
-        child = fork([*common, "--output_dir", str(folder / "killed")], progress, log)
-        target = targets[len(reached)] if len(reached) < kills else int(steps) + 1
-        while not (over := is_over(child)) and step_of(progress) < target:
+        target = targets[len(reached)] if len(reached) < kills else None
+        last = None if target is None else target + 4  # if the kill is late, the run waits for it
+        child = fork([*common, "--output_dir", str(folder / "killed")], progress, log, last)
+        while not (over := is_over(child)) and (target is None or step_of(progress) < target):
             time.sleep(step / 10)
         if over:
             break
         time.sleep(rng.uniform(0, 3 * step))
         os.kill(child, signal.SIGKILL)
-        if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
-            break
+        os.waitpid(child, 0)
         reached.append(step_of(progress))
     print(json.dumps(reached))
 

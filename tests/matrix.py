@@ -70,12 +70,13 @@ ACCEPTANCE = tuple(
     )
 )
 # What knows nothing of transformers, and what is for the release of requirements.txt: tuning, evaluation, graphs,
-# export, questions and deployment.
+# export, questions, deployment and the pages on tokenization.
 INDEPENDENT = tuple(
     f"--ignore=tests/test_{name}.py"
     for name in (
         *("code", "cpp_kernels", "check_kernels", "triton_kernels", "demo_facts", "cuda_graph", "faq", "deployment"),
         *("finetune", "finetune_data", "evaluation", "lm_eval", "gptq", "tool_files", "export_gguf"),
+        *("tokenization_docs", "tokenization_growth"),
     )
 )
 

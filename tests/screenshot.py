@@ -35,10 +35,10 @@ def main() -> None:
             page = browser.new_page(viewport={"width": 900, "height": 780})
             page.goto(address, wait_until="domcontentloaded")
             for question, answer in QUESTIONS.items():
-                page.get_by_role("textbox").first.fill(question, timeout=60_000)
+                page.get_by_role("textbox").first.fill(question, timeout=240_000)
                 page.get_by_role("textbox").first.press("Enter")
-                page.get_by_text(answer).wait_for(timeout=60_000)
-                page.wait_for_function("() => !document.querySelector('button.stop-button')", timeout=60_000)
+                page.get_by_text(answer).wait_for(timeout=240_000)
+                page.wait_for_function("() => !document.querySelector('button.stop-button')", timeout=240_000)
             page.mouse.move(0, 0)
             page.screenshot(path=str(ROOT / "docs" / "web_chat.png"))
             browser.close()

@@ -13,6 +13,7 @@ from matrix import interpreter
 
 MODULES = [name for name in CODE if name.endswith(".py")]
 SOURCES = {name: (ROOT / name).read_text(encoding="utf-8") for name in MODULES}
+PROGRAMS = sorted((*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("examples/*.py")))
 # The one module that runs a compiler and writes what it made, at the first use of a kernel: nothing of it elsewhere.
 BUILDS = "cpp_kernels.py"
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
@@ -133,7 +134,7 @@ def test_kernels_are_built_within_functions_only():
         assert not any(name.startswith(("subprocess", "shutil", "tempfile", "open")) for name in called)
 
 
-@pytest.mark.parametrize("path", sorted((*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("examples/*.py"))))
+@pytest.mark.parametrize("path", PROGRAMS)
 def test_only_one_module_asks_for_a_release(path):
     if path.name == "transformers_compat.py":
         return
@@ -151,9 +152,14 @@ def test_only_one_module_asks_for_a_release(path):
     assert len(guarded) == (path.name == BUILDS)  # torch.utils.cpp_extension without setuptools
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_syntax_of_python_38(name):
-    ast.parse(SOURCES[name], feature_version=(3, 8))
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_syntax_and_methods_of_python_38(path):
+    """Names that came with Python 3.9 to 3.13, of those that a program here could want."""
+    source = path.read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 8))
+    newer = r"\.(removeprefix|removesuffix|is_relative_to|with_stem|hardlink_to|pairwise|batched|bit_count|lcm)\("
+    newer += r"|BooleanOptionalAction|waitstatus_to_exitcode|zip\(.*strict=|functools\.cache\b"
+    assert not re.search(newer, source)
 
 
 @pytest.mark.parametrize("version", ["3.8", "3.9", "3.10", "3.11", "3.12", "3.13"])
@@ -169,3 +175,12 @@ def test_compiles_on_every_python_at_hand(version, tmp_path):
 
 def compiling(path) -> str:
     return f"compile(open({str(path)!r}, encoding='utf-8').read(), {path.name!r}, 'exec')"
+
+
+def test_every_module_logs_under_the_name_of_transformers():
+    """So that `transformers.logging.set_verbosity_...` reaches what travels with a checkpoint."""
+    names = {name: re.findall(r"getLogger\((.*)\)|get_logger\((.*)\)", (ROOT / name).read_text()) for name in CODE}
+    found = {name: loggers for name, loggers in names.items() if loggers}
+    assert len(found) > 5
+    for name, loggers in found.items():
+        assert loggers == [("", f'"transformers.models.qwen.{name[:-3]}"')]

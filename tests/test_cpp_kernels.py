@@ -29,6 +29,7 @@ kernels = importlib.import_module("qwen.qwen_ops")
 building = importlib.import_module("qwen.cpp_kernels")
 operators = kernels._OPERATORS
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 COMPILER = next((found for found in map(shutil.which, ("c++", "g++", "clang++")) if found), None)
 WHAT_IS_NEEDED = "needs a C++ compiler, and torch 2.1"
 if building._state.library is None:
@@ -117,6 +118,53 @@ def test_linear_int8(level, groups):
             reference = kernels.linear_reference(x, weight, bias, scale)
             unit = 2**-7 if dtype == torch.bfloat16 else 1e-5
             torch.testing.assert_close(reference.double(), expected, rtol=unit, atol=unit * expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("groups", [None, 1, 4])
+def test_many_rows_of_int8(level, groups, dtype):
+    """The last shape is more than is written out at once."""
+    torch.manual_seed(0)
+    for rows, inputs, outputs in ((9, 64, 5), (20, 260, 3), (40, 36, 70), (9, 1028, 1), (9, 16384, 200)):
+        x = torch.randn(2 * rows, inputs, dtype=dtype)[::2]
+        weight = out_of_line(torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8), 3)
+        scale = torch.rand(outputs) if groups is None else torch.rand(outputs, groups)
+        full = weight.double() * scale.double().view(outputs, -1).repeat_interleave(inputs // (groups or 1), 1)
+        for bias in (None, torch.randn(outputs)):
+            expected = F.linear(x.double(), full, None if bias is None else bias.double())
+            y = kernels.linear(x, weight, bias, scale)
+            assert y.dtype == dtype
+            unit = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+            torch.testing.assert_close(y.double(), expected, rtol=unit, atol=unit * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("order", ["group by group", "any"])
+def test_a_prompt_is_multiplied_by_every_block(level, bits, order):
+    """What ones and zeros take out of a matrix is what it stands for, rounded once, whatever the order of sums."""
+    generator = torch.Generator().manual_seed(0)
+    n, inputs, outputs = 32 // bits, 16384, 200
+    sizes = (inputs // n, outputs), (inputs // 128, outputs // n)
+    qweight, qzeros = (torch.randint(-(2**31), 2**31, size, dtype=torch.int32, generator=generator) for size in sizes)
+    scales = torch.rand(inputs // 128, outputs, generator=generator).half()
+    g_idx = torch.randint(inputs // 128, (inputs,), dtype=torch.int32, generator=generator) if order == "any" else None
+    matrix = qweight, qzeros, scales, g_idx, bits, 128, 1
+    which = torch.arange(100, inputs, 150)
+    x = torch.zeros(len(which), inputs, dtype=torch.bfloat16)
+    x[torch.arange(len(which)), which] = 1
+    expected = kernels.gptq_dequantize_reference(*matrix, torch.bfloat16)[which]
+    assert torch.equal(kernels.gptq_linear(x, *matrix), expected)
+
+
+def test_large_numbers_times_int8_stay_in_float16(native):
+    x, weight, scale = (
+        torch.full((20, 64), 100.0).half(),
+        torch.full((3, 64), 127, dtype=torch.int8),
+        torch.full((3,), 0.01),
+    )
+    for product in (kernels.linear, kernels.linear_reference, lambda x, *rest: kernels.linear(x[:2], *rest)):
+        y = product(x, weight, None, scale)
+        torch.testing.assert_close(y, torch.full_like(y, 8128), rtol=2**-10, atol=0)
 
 
 def block_inputs(dtype=torch.float32, kind="float", bits=16, T=2):
@@ -492,6 +540,15 @@ def test_rms_norm(level, dtype):
         torch.testing.assert_close(y, reference, rtol=unit, atol=1e-30)
 
 
+def test_the_norm_can_be_differentiated():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 20, requires_grad=True), torch.randn(20, requires_grad=True)
+    y = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    expected = torch.autograd.grad(y.square().sum(), (x, weight))
+    found = torch.autograd.grad(kernels.rms_norm(x, weight, 1e-6).square().sum(), (x, weight))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rotated", [80, 72, 20])
 def test_rotary(level, dtype, rotated):
@@ -532,6 +589,9 @@ def in_pieces():
         "linear, one row": lambda: kernels.linear(x[:1], weight, bias),
         "linear, int8": lambda: kernels.linear(x, int8, bias, scale),
         "gptq": lambda: kernels.gptq_linear(x[:, :512], *packed, None, 4, 128, 1),
+        "linear, int8, a prompt": lambda: kernels.linear(torch.eye(1000).bfloat16(), int8, bias, scale),
+        "gptq, a prompt": lambda: kernels.gptq_linear(torch.eye(512).bfloat16(), *packed, None, 4, 128, 1),
+        "gptq, 20 rows": lambda: kernels.gptq_linear(x.repeat(7, 1)[:20, :512], *packed, None, 4, 128, 1),
         "gptq, dequantised": lambda: kernels.gptq_dequantize(*packed, None, 4, 128, 1, torch.float32),
         "attention": lambda: kernels.decode_attention(q, k, v),
         "norm": lambda: kernels.rms_norm(k, norm, 1e-6),
@@ -607,7 +667,7 @@ sys.exit(failed or not torch.equal(kernels.linear(x, weight), expected))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_has_threads_of_its_own(native):
-    done = subprocess.run([sys.executable, "-c", FORK, str(ROOT)], timeout=300)
+    done = subprocess.run([sys.executable, "-c", FORK, str(ROOT)], timeout=600)
     assert done.returncode == 0
 
 
@@ -637,7 +697,10 @@ def operator_inputs():
 @pytest.mark.skipif(not hasattr(torch.library, "opcheck"), reason="needs torch.library.opcheck, torch 2.4")
 @pytest.mark.parametrize("name", list(operator_inputs()) if COMPILER else [])
 def test_opcheck(native, name):
-    torch.library.opcheck(getattr(operators, name).default, operator_inputs()[name])
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if name != "decode_blocks" or TORCH >= (2, 6):  # 2.4 functionalises no operator that writes to a list
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(operators, name).default, operator_inputs()[name], test_utils=checks)
 
 
 def decode_step(x, weight, norm, cos, sin, k, v, stores):
@@ -671,7 +734,7 @@ def test_compiles_without_graph_breaks(native):
 
 
 def test_exports(native, monkeypatch):
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+    if TORCH < (2, 6):
         pytest.skip("needs torch 2.6: 2.4 exports no operator that only writes")
 
     class Step(torch.nn.Module):
@@ -1091,7 +1154,7 @@ def test_two_processes_build_once(make_version, tmp_path):
     folder = write_version(tmp_path / "version", SMALL + f"// {tmp_path}\n")
     compiler = str(counting_compiler(tmp_path))
     for process in [build_elsewhere(folder, CXX=compiler) for _ in range(2)]:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
         assert "'native': True" in output
         assert "not in use" not in output
     assert (tmp_path / "compiled").read_text() == "compiling\n"
@@ -1103,11 +1166,11 @@ def test_a_builder_that_was_killed_does_not_block_the_next(make_version, tmp_pat
     folder = next(tmp_path.glob("version*"))
     monkeypatch.setenv("CXX", str(counting_compiler(tmp_path, before=f"[ -e {tmp_path}/again ] || sleep 600")))
     process = build_elsewhere(folder)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 500
     while not (tmp_path / "compiled").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert len(list(tmp_path.glob("cache/*/*.lock"))) == 1
     assert len(list(tmp_path.glob("cache/*/*.building"))) == 1
     (tmp_path / "again").touch()

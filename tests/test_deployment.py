@@ -84,7 +84,7 @@ def test_the_clients(address, capfd):
     promised = [line[2:] for line in here["python"].splitlines() if line.startswith("# ")]
     assert capfd.readouterr().out.splitlines() == promised
     if shutil.which("curl"):
-        done = subprocess.run(["bash", "-euc", here["bash"]], check=True, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(["bash", "-euc", here["bash"]], check=True, capture_output=True, text=True, timeout=600)
         message = json.loads(done.stdout)["choices"][0]["message"]
         assert message["content"] == "The capital of Kenya is Nairobi."
 

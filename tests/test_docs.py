@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 import re
 import subprocess
@@ -36,10 +37,14 @@ def subject(page) -> str:
 # --- Snippets and commands ---------------------------------------------------------------------------------------
 
 
+def snippets(page) -> list[str]:
+    """A page's blocks of Python; none if they are those of the page in English."""
+    found, english = blocks(page, "python"), page.with_name(f"{subject(page)}.md")
+    return [] if page != english and found == blocks(english, "python") else [block for _, block in found]
+
+
 @pytest.mark.parametrize(
-    "page",
-    [page for page in DOCS if subject(page) not in ELSEWHERE and blocks(page, "python")],
-    ids=lambda page: page.stem,
+    "page", [page for page in DOCS if subject(page) not in ELSEWHERE and snippets(page)], ids=lambda page: page.stem
 )
 def test_snippets(page, capsys, monkeypatch, tmp_path):
     """In order, in one namespace. Comments at the beginning of a line are what a snippet prints."""
@@ -51,7 +56,7 @@ def test_snippets(page, capsys, monkeypatch, tmp_path):
         pytest.importorskip("llama_cpp")
     monkeypatch.chdir(ROOT)
     namespace: dict = quantised(tmp_path) if subject(page) == "quantisation" else {}
-    for _, block in blocks(page, "python"):
+    for block in snippets(page):
         exec(compile(block, page.name, "exec"), namespace)
         printed = capsys.readouterr().out.splitlines()
         promised = [line[2:] for line in block.splitlines() if line.startswith("# ")]
@@ -62,7 +67,7 @@ def quantised(folder) -> dict:
     """The names that the page about 8 and 4 bits takes for granted: a checkpoint, and one in 4 bits."""
     peft = pytest.importorskip("peft")
     command = [sys.executable, ROOT / "tools" / "quantize_weights.py", "demo", folder / "int4", "--bits", "4"]
-    subprocess.run([*command, "--method", "rtn"], check=True, timeout=300)
+    subprocess.run([*command, "--method", "rtn"], check=True, timeout=600)
     paths = {"PATH": str(ROOT / "demo"), "PATH_INT4": str(folder / "int4")}
     classes = {"AutoModelForCausalLM": transformers.AutoModelForCausalLM, "LoraConfig": peft.LoraConfig}
     return {**paths, **classes, "get_peft_model": peft.get_peft_model}
@@ -127,6 +132,13 @@ def test_the_targets_that_are_named_exist():
     assert named <= targets
 
 
+def test_no_benchmark_has_the_name_of_a_package_that_transformers_looks_for():
+    """It would be taken for that package by a program beside it."""
+    looked_for = re.findall(r"_available\(\"(\w+)\"", inspect.getsource(transformers.utils.import_utils))
+    assert "sentencepiece" in looked_for
+    assert not {path.stem for path in (ROOT / "benchmarks").glob("*.py")} & set(looked_for)
+
+
 # --- Both languages ----------------------------------------------------------------------------------------------
 
 
@@ -167,18 +179,19 @@ def test_what_may_differ_between_languages_and_what_may_not():
 # --- Figures -----------------------------------------------------------------------------------------------------
 
 
-def test_the_chart_shows_the_table():
-    """docs/cpu.svg has every engine and speed of the table that benchmarks/chart.py draws, in its order."""
+@pytest.mark.parametrize(("name", "engines"), [("cpu", 5), ("gpu", 3)])
+def test_the_charts_show_the_tables(name, engines):
+    """docs/cpu.svg and docs/gpu.svg have every engine and speed that benchmarks/chart.py finds, in their order."""
     spec = importlib.util.spec_from_file_location("chart", ROOT / "benchmarks" / "chart.py")
     chart = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(chart)
-    engines = chart.decoding()
-    assert len(engines) == 5
-    texts = re.findall(r"<text[^>]*>([^<]+)</text>", read(ROOT / "docs" / "cpu.svg"))
-    for i in (0, 1):
-        speeds = [f"{engines[name][i]:.1f}" for name in reversed(list(engines))]
+    parts = getattr(chart, name)()
+    assert [len(part) for part in parts.values()] == [engines] * 2
+    texts = re.findall(r"<text[^>]*>([^<]+)</text>", read(ROOT / "docs" / f"{name}.svg"))
+    for title, part in parts.items():
+        speeds = [f"{speed:.1f}" for speed in reversed(list(part.values()))]
         assert any(texts[at : at + len(speeds)] == speeds for at in range(len(texts)))
-    assert set(engines) <= set(texts)
+        assert {title, *part} <= set(texts)
 
 
 def tables(page) -> list[list[list[str]]]:
@@ -193,6 +206,29 @@ def tables(page) -> list[list[list[str]]]:
 @pytest.mark.parametrize("page", [page for page in PAGES if in_chinese(page).exists()], ids=lambda page: page.name)
 def test_both_languages_have_the_same_figures(page):
     assert tables(page) == tables(in_chinese(page))
+
+
+def names(page) -> list[list[list[str]]]:
+    """The code, and the files and addresses that are linked, in each cell of a page's tables, sorted."""
+    name = r"`[^`]+`|\]\(([^)\s]+)\)|<https?://[^>]+>"
+    rows = [re.split(r"(?<!\\)\|", line) for line in re.findall(r"^\|(.*)\|$", read(page), re.MULTILINE)]
+    return [[sorted(named(*match) for match in re.findall(f"({name})", cell)) for cell in row] for row in rows]
+
+
+def named(text: str, link: str) -> str:
+    """What is named, with a link to a page in Chinese as one to the page in English, wherever in it."""
+    return link.replace("README_CN.md", "README.md").replace("_zh.md", ".md").partition("#")[0] if link else text
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if in_chinese(page).exists()], ids=lambda page: page.name)
+def test_both_languages_have_the_same_names_and_links_in_tables(page):
+    assert names(page) == names(in_chinese(page))
+
+
+def test_what_is_a_name_in_a_table(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("| `a\\|b`, [c](d_zh.md#e) | <https://f> g |\n", encoding="utf-8")
+    assert names(page) == [[["`a\\|b`", "d.md"], ["<https://f>"]]]
 
 
 # --- Links -------------------------------------------------------------------------------------------------------

@@ -160,10 +160,11 @@ def test_peak_of_a_prefill(shape, dtype, cache):
     need = tool.memory(model.config, dtype, 512, 2, cache)
     floor, limit = 0.97, 1.03
     if not hasattr(transformers.modeling_utils, "ALL_ATTENTION_FUNCTIONS"):
-        # Up to 4.47 the projection of attention's output has one more copy of it beside it; not with torch 2.4.
+        # Up to 4.47 the projection of attention's output has one more copy of it beside it; with torch 2.4 it has not.
         h, p = model.config.hidden_size, model.config.num_attention_heads * model.config.kv_channels
         copied = 2 * 512 * (2 * h + 8 * p) * model.lm_head.weight.element_size()
-        need["activations"] = max(need["activations"], copied)
+        if tuple(map(int, torch.__version__.split(".")[:2])) > (2, 4):
+            need["activations"] = max(need["activations"], copied)
         floor, limit = 0.96, 1.05
     elif "key.contiguous()" in inspect.getsource(ALL_ATTENTION_FUNCTIONS["sdpa"]):
         limit = 1.2  # up to 4.55 keys and values are copied
@@ -221,6 +222,8 @@ def test_the_command(capsys):
     assert tool.main([str(ROOT / "config.json"), "--devices", "80 GB x 2", "--dtype", "fp16"]) == 1
     printed = capsys.readouterr().out
     assert "72.29 billion parameters in fp16" in printed
+    assert tool.main(["--size", "72B", "--bits", "4"]) == 0
+    assert "72.29 billion parameters in 4 bits and bf16;" in capsys.readouterr().out
     assert "It does not fit." in printed
     assert "device cpu" in printed
 

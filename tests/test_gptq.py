@@ -191,6 +191,18 @@ def test_it_loads_as_a_user_loads_it(source, tmp_path):
     assert printed == "QuantizedLinear"
 
 
+def test_a_configuration_without_quantisation_is_named(source, tmp_path):
+    """`quantization_config=None` has transformers drop what config.json says."""
+    assert quantised(source, tmp_path / "small", "--bits", "4", "--method", "rtn") == 0
+    path = tmp_path / "small" / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config))
+    message = r"holds quantised weights \(qweight, .*names no quantisation\. Don't pass quantization_config=None"
+    with pytest.raises(RuntimeError, match=message):
+        modeling_qwen.QWenLMHeadModel.from_pretrained(tmp_path / "small")
+
+
 def test_files_that_the_index_does_not_name_are_left_out(source, tmp_path):
     """Some folders hold the weights twice, or those of something else."""
     shutil.copytree(source, tmp_path / "whole")

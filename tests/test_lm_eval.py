@@ -169,11 +169,103 @@ def test_longer_than_the_training_length(lm):
     assert [value for value, _ in found] == pytest.approx([likelihood(lm, context, f" {x}") for x in "ABCD"], abs=1e-3)
 
 
-def test_half_the_time_of_the_stock_class():
+def generation(shots: int = 24, questions: int = 9) -> list[Instance]:
+    """Two tasks, questions of several lengths behind the examples of each, and two questions that begin alone."""
+    draw = random.Random(0)
+    facts = [line.split("\t") for line in (ROOT / "demo" / "facts.tsv").read_text("utf-8").splitlines()[1:]]
+
+    def fact() -> str:
+        _, _, country, capital_in_chinese, capital = draw.choice(facts)
+        return f"The capital of {country} is {capital} ({capital_in_chinese})\n"
+
+    texts = ["The capital of Peru is", "法国的首都是巴黎（Paris）\n秘鲁的首都是"]
+    for _ in range(2):
+        examples = "".join(fact() for _ in range(shots))
+        for _ in range(questions):
+            more = "".join(fact() for _ in range(draw.randrange(4)))
+            texts.append(f"{examples}{more}The capital of {draw.choice(facts)[2]} is")
+    draw.shuffle(texts)
+    asked = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
+    return [Instance("generate_until", {}, (text, asked), 0) for text in texts]
+
+
+def generated(model, asked: list[Instance]) -> tuple[list[str], int]:
+    """The answers, and how many tokens the model computed for them, padding included."""
+    computed = []
+
+    def count(module, args, kwargs):
+        computed.append((args[0] if args else kwargs["input_ids"]).numel())
+
+    handle = model.model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        return model.generate_until(asked, disable_tqdm=True), sum(computed)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_generated_answers_are_those_of_the_stock_class(batch_size, lm):
+    asked = generation()
+    stock = HFLM(lm.model, tokenizer=lm.tokenizer, batch_size=batch_size, max_length=1000)
+    ours = QWenLM(lm.model, tokenizer=lm.tokenizer, batch_size=batch_size, max_length=1000)
+    expected, most = generated(stock, asked)
+    found, computed = generated(ours, asked)
+    assert found == expected
+    assert len(set(found)) > 4  # not the same word throughout
+    lengths = [len(lm.tokenizer.encode(request.args[0])) for request in asked]
+    assert min(length for length in lengths if length > 100) > 200  # the examples are most of a prompt
+    assert computed < most / 2
+
+
+def test_answers_by_several_beams(lm):
+    """Which transformers makes rows of; a cache for the prompts would have too few."""
+    one, two = (
+        [
+            Instance("generate_until", {}, (request.args[0], {**request.args[1], **more}), 0)
+            for request in generation()[:4]
+        ]
+        for more in ({}, {"num_beams": 2})
+    )
+    stock = HFLM(lm.model, tokenizer=lm.tokenizer, batch_size=1, max_length=1000)
+    ours = QWenLM(lm.model, tokenizer=lm.tokenizer, batch_size=1, max_length=1000)
+    assert generated(ours, two) == generated(stock, two)
+    assert generated(ours, two)[1] > generated(ours, one)[1]
+
+
+def test_prompts_beyond_the_training_length_share_nothing(lm):
+    """Their rotation is their own; one of a batch is enough, and the rest of a batch that may share is as alone."""
+    asked = generation(shots=45, questions=8)
+    lengths = [len(lm.tokenizer.encode(request.args[0])) for request in asked]
+    limit = lm.model.config.seq_length
+    assert max(lengths) > limit
+    alone = QWenLM(lm.model, tokenizer=lm.tokenizer, batch_size=1, max_length=2000)
+    together = QWenLM(lm.model, tokenizer=lm.tokenizer, batch_size=2, max_length=2000)
+    expected = [alone.generate_until([request], disable_tqdm=True)[0] for request in asked]
+    assert together.generate_until(asked, disable_tqdm=True) == expected
+    long = [request for request, length in zip(asked, lengths) if length > limit]
+    long = [request for request in long if request.args[0][:100] == long[0].args[0][:100]]  # of one task
+    stock = HFLM(lm.model, tokenizer=lm.tokenizer, batch_size=2, max_length=2000)
+    assert len(long) > 1
+    assert generated(together, long) == generated(stock, long)
+    short = [request for request, length in zip(asked, lengths) if length <= limit]
+    assert len(short) > 10
+    assert generated(together, short)[0] == [answer for answer, n in zip(expected, lengths) if n <= limit]
+
+
+def test_it_computes_half_the_tokens_of_the_stock_class():
+    """What the time of multiple choice goes with; benchmarks/evaluation.py measures that."""
     stock = HFLM(DEMO, dtype="float32", device="cpu", batch_size=8, trust_remote_code=True)
     ours = QWenLM(stock.model, tokenizer=stock.tokenizer, batch_size=8)
-    found = benchmark.measure({"stock": stock, "ours": ours}, benchmark.multiple_choice(8), rounds=3)
-    assert min(found["ours"]["seconds"]) <= 0.6 * min(found["stock"]["seconds"]), found
+    tokens = {"stock": 0, "ours": 0}
+    for name, model in (("stock", stock), ("ours", ours)):
+
+        def count(module, args, output, name=name):
+            tokens[name] += args[0].numel()
+
+        hook = stock.model.get_input_embeddings().register_forward_hook(count)
+        benchmark.measure({name: model}, benchmark.multiple_choice(8), rounds=1)
+        hook.remove()
+    assert 0 < tokens["ours"] <= 0.5 * tokens["stock"], tokens
 
 
 def test_the_model_class_is_registered():

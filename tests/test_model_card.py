@@ -98,9 +98,11 @@ def test_the_card_is_quoted_word_for_word(card):
     assert QUICKSTART in card
 
 
-# --- docs/model_card.md ------------------------------------------------------------------------------------------
+# --- docs/model_card.md and docs/model_card_zh.md ----------------------------------------------------------------
 
-TABLE = (ROOT / "docs" / "model_card.md").read_text(encoding="utf-8")
+# What the page of each language calls what is not served.
+OUT_OF_SCOPE = {"model_card.md": "out of scope: ", "model_card_zh.md": "不提供："}
+TABLES = {page: (ROOT / "docs" / page).read_text(encoding="utf-8") for page in OUT_OF_SCOPE}
 COMMANDS = (
     "pip install transformers==4.32.0 accelerate tiktoken einops scipy transformers_stream_generator==0.0.4 "
     "peft deepspeed",
@@ -111,28 +113,43 @@ COMMANDS = (
 )
 
 
-def test_every_link_and_command_of_the_card_is_in_the_table(card):
+def rows(page: str) -> list[list[str]]:
+    """The cells of the tables, headings and all."""
+    return [line.strip("| ").split(" | ") for line in TABLES[page].splitlines() if line.startswith("| ")]
+
+
+@pytest.mark.parametrize("page", TABLES)
+def test_every_link_and_command_of_the_card_is_in_the_table(page, card):
+    table = TABLES[page]
     links = set(re.findall(r"https?://[^\s\"')>]+", card))
     assert len(links) >= 15
     assert not {
-        link for link in links if f"{link}>" not in TABLE and f"{link}`" not in TABLE and f"{link})" not in TABLE
+        link for link in links if f"{link}>" not in table and f"{link}`" not in table and f"{link})" not in table
     }
     installs = re.findall(r"^(?:# )?((?:pip|git|cd) .*)$", card, re.MULTILINE)
     assert sorted(installs) == sorted(COMMANDS)
-    assert not [command for command in COMMANDS if f"`{command}`" not in TABLE]
+    assert not [command for command in COMMANDS if f"`{command}`" not in table]
 
 
-def test_the_tests_that_the_table_names_exist():
-    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", TABLE)
+@pytest.mark.parametrize("page", TABLES)
+def test_the_tests_that_the_table_names_exist(page):
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", TABLES[page])
     assert len(named) >= 25
     for file, function in named:
         assert f"def {function}" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (file, function)
 
 
-def test_every_statement_is_served_or_out_of_scope():
-    rows = [line.strip("| ").split(" | ") for line in TABLE.splitlines() if line.startswith("| ")]
-    assert len(rows) >= 40
-    assert not [row for row in rows if len(row) < 2 or not row[1].strip()]
+@pytest.mark.parametrize("page", TABLES)
+def test_every_statement_is_served_or_out_of_scope(page):
+    assert len(rows(page)) >= 40
+    assert not [row for row in rows(page) if len(row) < 2 or not row[1].strip()]
+
+
+def test_the_same_statements_are_out_of_scope_in_both_languages():
+    """Names, links and figures of the rows: test_docs.py."""
+    english, chinese = ([OUT_OF_SCOPE[page] in "".join(row) for row in rows(page)] for page in OUT_OF_SCOPE)
+    assert english.count(True) >= 5
+    assert english == chinese
 
 
 @pytest.mark.parametrize("page", ["README.md", "README_CN.md"])

@@ -282,6 +282,16 @@ def test_an_attention_function_of_another_name():
     assert calls == [(layer, *[(2, 4, 40, 16)] * 3, 16**-0.5, 7) for layer in range(3)]
 
 
+@pytest.mark.parametrize("B", [1, 2])
+def test_the_output_layer_takes_rows_without_gaps(B):
+    """PyTorch multiplies others by a copy of the matrix for each row if it is frozen: seconds for a published size."""
+    model, strides = tiny_model().requires_grad_(False), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: strides.append(args[0].stride()))
+    model(random_ids(B, 6), logits_to_keep=1)
+    h = model.config.hidden_size
+    assert strides == [(h, h, 1)]
+
+
 def test_logits_to_keep():
     model = tiny_model()
     ids = random_ids(2, 12)

@@ -58,7 +58,7 @@ def compute(folder, checkpoint: str, *tasks: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", Path(parallel.__file__), folder / checkpoint, folder, *tasks],
         env={**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "TRITON_INTERPRET": "1"},
-        capture_output=True, encoding="utf-8", timeout=300,
+        capture_output=True, encoding="utf-8", timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

@@ -274,7 +274,7 @@ def test_files_are_loaded_one_after_another(tmp_path):
     script.write_text(MEASURE)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", script, tmp_path, repr({"bf16": True})],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True, text=True, timeout=600, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     in_bf16, peak = done.stdout.split()

@@ -1,7 +1,7 @@
 """
 Every name of this package that the published programs use, called as they call it.
 
-    python tests/test_published_programs.py    writes the table of docs/published_programs.md
+    python tests/test_published_programs.py    writes the table of docs/published_programs.md and its Chinese page
 
 The programs are those of github.com/QwenLM/Qwen (commit 2df8e8a): cli_demo.py, web_demo.py, openai_api.py, utils.py,
 run_gptq.py, finetune.py, and those of eval/ and examples/.
@@ -20,7 +20,22 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.generation import GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "published_programs.md"
+WORKS = "works"
+WORKS_WITH_FLASH = "works with flash-attn and a GPU; without them an error says so"
+# The pages with the table, and their words for its headings and states.
+ENGLISH = {word: word for word in ("what is called", "by", "state", WORKS, WORKS_WITH_FLASH)}
+CHINESE = {
+    "what is called": "调用",
+    "by": "哪些程序",
+    "state": "状态",
+    WORKS: "可用",
+    WORKS_WITH_FLASH: "有 flash-attn 和 GPU 时可用；缺少时报错并说明原因",
+}
+PAGES = {
+    ROOT / "docs" / "published_programs.md": ENGLISH,
+    ROOT / "docs" / "published_programs_zh.md": CHINESE,
+}
+TABLE = re.compile(r"(?<=<!-- table begins -->\n).*(?=<!-- table ends -->)", re.DOTALL)
 DEMO = str(ROOT / "demo")
 KENYA, NAIROBI = "What is the capital of Kenya?", "The capital of Kenya is Nairobi."
 HISTORY = [["法国的首都是哪里？", "法国的首都是巴黎。"]]  # lists of two, as openai_api.py has them
@@ -28,7 +43,7 @@ HISTORY = [["法国的首都是哪里？", "法国的首都是巴黎。"]]  # li
 USES: list[tuple[str, str, str, object]] = []
 
 
-def use(call: str, programs: str, state: str = "works"):
+def use(call: str, programs: str, state: str = WORKS):
     """Registers a function that makes this call and looks at what it gives."""
 
     def register(function):
@@ -120,7 +135,7 @@ def _(model, tokenizer):
 @use(
     "AutoModelForCausalLM.from_pretrained(path, bf16=True, use_flash_attn=True, ...)",
     "eval/evaluate_chat_mmlu, _chat_ceval, _plugin",
-    "works with flash-attn and a GPU; without them an error says so",
+    WORKS_WITH_FLASH,
 )
 def _(model, tokenizer):
     if importlib.util.find_spec("flash_attn") and torch.cuda.is_available():
@@ -406,18 +421,21 @@ def test_every_name_as_it_is_called(model, tokenizer, function):
     function(model, tokenizer)
 
 
-def table() -> str:
-    rows = [("what is called", "by", "state"), ("---",) * 3]
-    rows += [(f"`{call}`", programs, state) for call, programs, state, _ in USES]
+def table(words: dict[str, str]) -> str:
+    """The table with the headings and states of one language; calls and programs are names and stay."""
+    rows = [(words["what is called"], words["by"], words["state"]), ("---",) * 3]
+    rows += [(f"`{call}`", programs.replace("*", "\\*"), words[state]) for call, programs, state, _ in USES]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def test_the_table_has_every_call():
-    text = DOCUMENT.read_text(encoding="utf-8")
-    assert re.search(r"<!-- table begins -->\n(.*)<!-- table ends -->", text, re.DOTALL).group(1) == table()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_table_has_every_call(page):
+    assert TABLE.search(page.read_text(encoding="utf-8")).group() == table(PAGES[page])
 
 
 if __name__ == "__main__":
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split("<!-- table begins -->\n")
-    after = rest.split("<!-- table ends -->")[1]
-    DOCUMENT.write_text(f"{before}<!-- table begins -->\n{table()}<!-- table ends -->{after}", encoding="utf-8")
+    for page, words in PAGES.items():
+        before = page.read_text(encoding="utf-8")
+        found = TABLE.search(before)
+        assert found, f"{page} has no marks of where the table begins and ends"
+        page.write_text(before[: found.start()] + table(words) + before[found.end() :], encoding="utf-8")

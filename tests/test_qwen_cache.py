@@ -126,6 +126,21 @@ def test_storage_grows_in_blocks_and_stays_in_place_between():
     assert torch.equal(keys, k)
 
 
+@torch.no_grad()
+def test_storage_grows_towards_the_expected_length_and_not_beyond():
+    """A long generation that ends early must not have taken the memory of all its steps."""
+    cache = QWenCache()
+    cache.expect(1500)
+    k, capacities = torch.randn(1, 2, 1600, 16), []
+    for i in range(0, 1600, 10):
+        cache.update(k[:, :, i : i + 10], k[:, :, i : i + 10], 0)
+        capacities.append(cache.layers[0].keys.tensors[0].shape[2])
+    block = caches.BLOCK
+    assert capacities[0] <= 10 + 5 * block < 1500
+    assert sorted(set(capacities))[1] == -(-1500 // block) * block
+    assert all(10 * (i + 1) <= capacity for i, capacity in enumerate(capacities))
+
+
 @pytest.mark.parametrize("reordered", [False, True])
 @every_cache
 def test_a_cache_may_be_filled_in_inference_mode_and_used_outside(model, make, reordered):

@@ -82,6 +82,19 @@ def test_without_gradients_it_is_the_same():
     assert torch.allclose(loss, plain(head, hidden, labels), rtol=1e-13)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_nothing_is_differentiated_where_nothing_learns(frozen):
+    """The gradient of a large head is as large as the head."""
+    head, hidden, labels = example()
+    inputs = []
+    head.register_forward_hook(lambda module, args, output: inputs.append(output.requires_grad))
+    if frozen:
+        head.requires_grad_(False)
+    with torch.set_grad_enabled(frozen):
+        causal_lm_loss(head, hidden.detach() if frozen else hidden, labels, VOCAB)
+    assert not any(inputs)
+
+
 def test_only_what_learns_has_a_gradient():
     head, hidden, labels = example()
     head.weight.requires_grad_(False)

@@ -61,7 +61,7 @@ def test_quickstart(tmp_path):
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "埃塞俄比亚的首都是亚的斯亚贝巴（Addis Ababa）" in done.stdout

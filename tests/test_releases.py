@@ -99,14 +99,10 @@ def test_chat_takes_both_names(demo_tokenizer):
 
 def test_published_names_bring_no_warnings(caplog):
     model, ids = tiny_model(), random_ids(1, 5)
-    logging.getLogger("transformers").addHandler(caplog.handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            cache = model(ids, past_key_values=DynamicCache()).past_key_values
-            generate(model, torch.cat((ids, ids), 1), past_key_values=cache)
-    finally:
-        logging.getLogger("transformers").removeHandler(caplog.handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache = model(ids, past_key_values=DynamicCache()).past_key_values
+        generate(model, torch.cat((ids, ids), 1), past_key_values=cache)
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -229,30 +225,25 @@ def ways(ids, assistant, config):
 
 def test_a_release_that_changes_nothing_gives_the_same_after_one_warning(model, today, caplog):
     ids = random_ids(2, 12)
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        for (name, kwargs), (_, same) in zip(ways(ids, model, model.config), ways(ids, today, today.config)):
-            chosen = ids[:1] if kwargs.pop("one row", False) else ids
-            same.pop("one row", None)
-            outputs = []
-            for network, arguments in ((model, kwargs), (today, same)):
-                torch.manual_seed(0)
-                output = generate(network, chosen, **arguments)
-                outputs.append(output if torch.is_tensor(output) else output.sequences)
-            assert torch.equal(*outputs), name
-        embeds = model.get_input_embeddings()(ids)
-        arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, **GREEDY}
-        new = model.generate(inputs_embeds=embeds, **arguments)
-        assert torch.equal(new, generate(today, ids)[:, 12:])
-        cache = DynamicCache()
-        first = generate(model, ids, cache=cache)
-        more = torch.cat((first, ids[:, :3]), 1)
-        other = DynamicCache()
-        generate(today, ids, cache=other)
-        assert torch.equal(generate(model, more, cache=cache), generate(today, more, cache=other))
-    finally:
-        logger.removeHandler(caplog.handler)
+    for (name, kwargs), (_, same) in zip(ways(ids, model, model.config), ways(ids, today, today.config)):
+        chosen = ids[:1] if kwargs.pop("one row", False) else ids
+        same.pop("one row", None)
+        outputs = []
+        for network, arguments in ((model, kwargs), (today, same)):
+            torch.manual_seed(0)
+            output = generate(network, chosen, **arguments)
+            outputs.append(output if torch.is_tensor(output) else output.sequences)
+        assert torch.equal(*outputs), name
+    embeds = model.get_input_embeddings()(ids)
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, **GREEDY}
+    new = model.generate(inputs_embeds=embeds, **arguments)
+    assert torch.equal(new, generate(today, ids)[:, 12:])
+    cache = DynamicCache()
+    first = generate(model, ids, cache=cache)
+    more = torch.cat((first, ids[:, :3]), 1)
+    other = DynamicCache()
+    generate(today, ids, cache=other)
+    assert torch.equal(generate(model, more, cache=cache), generate(today, more, cache=other))
     said = [record.getMessage() for record in caplog.records if FUTURE in record.getMessage()]
     assert len(said) == 1
     assert f"tested are {' to '.join(compat.TESTED)}" in said[0]

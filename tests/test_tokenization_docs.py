@@ -23,7 +23,7 @@ def test_the_snippets_run_and_print_what_is_said(name, capfd, monkeypatch, tmp_p
     for language, block in blocks:
         if language == "bash":
             command = re.sub(r"^python ", f"{sys.executable} ", block, flags=re.MULTILINE)
-            subprocess.run(["bash", "-euc", command], check=True, timeout=120)
+            subprocess.run(["bash", "-euc", command], check=True, timeout=600)
             continue
         capfd.readouterr()
         exec(compile(block, name, "exec"), namespace)

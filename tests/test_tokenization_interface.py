@@ -215,6 +215,13 @@ def test_offsets_are_cut_and_padded_with_the_ids(demo_tokenizer, side):
         tokenizer.encode([1, 2], return_offsets_mapping=True)
 
 
+@pytest.mark.parametrize("text", ["\u212b", "\u212bb", "b\u212b", "\u212b\u212b"])
+def test_characters_that_are_normalised_one_by_one_have_offsets_of_their_own(demo_tokenizer, text):
+    """The sign of the unit angstrom becomes a letter, of two bytes here; its neighbour is apart from it."""
+    offsets = demo_tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    assert sorted(set(offsets)) == [(i, i + 1) for i in range(len(text))]
+
+
 def test_offsets_point_into_a_text_that_is_not_normal(demo_tokenizer):
     text = "e\u03011 \u1112\u1161\u11ab<|im_end|>!\ud800x"
     encoded = demo_tokenizer(text, return_offsets_mapping=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import random
@@ -12,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -218,35 +218,38 @@ def test_unreadable_input_and_a_target_in_no_folder(whole, tmp_path, capsys):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
 @pytest.mark.parametrize("name", [name for name in TOOLS if name != "upgrade --copy-to"])
 def test_a_killed_run_leaves_no_target_and_the_next_one_makes_it(whole, tmp_path, name):
-    """Killed by the clock; tests/test_upgrade_checkpoint.py does it with the upgrade."""
+    """
+    Killed by the clock of its own processor time, which is the same on a busy machine; tests/test_upgrade_checkpoint.py
+    does it with the upgrade.
+    """
     tool, arguments = TOOLS[name]
     target, chance, killed = tmp_path / "target", random.Random(0), 0
 
-    def start():
-        ready, go = os.pipe()
+    def run(seconds):
+        """Its status, and the processor time that it took; 0: to its end."""
         pid = os.fork()
         if pid == 0:
-            os.read(ready, 1)
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF ends a process that does not handle it
             tqdm.set_lock(threading.RLock())  # the lock of all processes would be killed with this one
             os._exit(tool.main(arguments(whole, target)))
-        os.write(go, b"1")
-        os.close(ready)
-        os.close(go)
-        return pid, time.monotonic()
+        _, status, usage = os.wait4(pid, 0)
+        return status, usage.ru_utime + usage.ru_stime
 
     def remove():
         shutil.rmtree(target) if target.is_dir() else target.unlink()
 
-    pid, began = start()
-    assert os.waitpid(pid, 0)[1] == 0
-    duration = time.monotonic() - began
+    status, duration = run(0)
+    assert status == 0
     complete = contents(tmp_path)
     remove()
-    for _ in range(int(os.environ.get("QWEN_KILLS", "4"))):
-        pid, _ = start()
-        time.sleep(chance.uniform(0, duration))
-        os.kill(pid, signal.SIGKILL)
-        killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    kills = int(os.environ.get("QWEN_KILLS", "4"))
+    for i in itertools.count():
+        if i >= kills and killed:
+            break
+        assert i < 20 * kills
+        status, _ = run(chance.uniform(0.001, duration) / (1 + i // kills))
+        assert status == 0 or os.WTERMSIG(status) == signal.SIGPROF
+        killed += status != 0
         if target.exists():
             assert contents(tmp_path).items() >= complete.items()
             remove()
@@ -254,7 +257,6 @@ def test_a_killed_run_leaves_no_target_and_the_next_one_makes_it(whole, tmp_path
         assert contents(tmp_path).items() >= complete.items()
         assert not [path for path in tmp_path.iterdir() if path.name.startswith("partial_")]
         remove()
-    assert killed
 
 
 def test_a_tool_that_is_interrupted_leaves_nothing(whole, tmp_path, monkeypatch):

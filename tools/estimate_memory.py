@@ -207,7 +207,10 @@ def main(arguments: list[str] | None = None) -> int:
         need = memory(*asked)
     except ValueError as error:  # a head that can't be quantised
         parser.error(str(error))
-    print(f"{parameters(config) / 1e9:.2f} billion parameters in {args.dtype}; {args.batch} x {args.context:,} tokens")
+    gptq = quantization.check_quantization_config(getattr(config, "quantization_config", None) or NOT_QUANTISED)
+    bits = 8 if getattr(config, "int8_weights", False) else gptq and gptq.bits
+    held = f"{f'{bits} bits and ' if bits else ''}{args.dtype}"
+    print(f"{parameters(config) / 1e9:.2f} billion parameters in {held}; {args.batch} x {args.context:,} tokens")
     for what, n in {**need, "together": sum(need.values())}.items():
         print(f"  {what:12}{n / GB:9.2f} GB")
     if args.devices is None:

@@ -101,7 +101,7 @@ class Checkpoint:
             self.config = QWenConfig.from_dict(read_json(folder / "config.json"))
             self.gptq = self._gptq()
         except ValueError as error:
-            raise Problem(f"config.json: {str(error).removeprefix('config.json: ')}") from None
+            raise Problem(re.sub("^(config.json: )?", "config.json: ", str(error), count=1)) from None
         self.places = {name: file for file, names in weight_names(folder).items() for name in names}
         self.files: dict = {}
         self.read: set[str] = set()

@@ -52,7 +52,7 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     else:
         raise Problem(f"{folder} has no adapter_model.safetensors. Is the training that wrote it over?")
     return config, {
-        name.removeprefix("base_model.model.").replace(".base_layer.", "."): t for name, t in tensors.items()
+        name.replace("base_model.model.", "", 1).replace(".base_layer.", "."): t for name, t in tensors.items()
     }
 
 

@@ -1,11 +1,12 @@
 """
 The native CPU kernels against PyTorch and against what the memory delivers, in the shapes of Qwen-1.8B.
 
-    python benchmarks/kernels.py            speed: interleaved, medians, on an otherwise idle machine
-    python benchmarks/kernels.py --errors   error of attention over quantised keys and values, by layout
+    python benchmarks/cpu_kernels.py            speed: interleaved, medians, on an otherwise idle machine
+    python benchmarks/cpu_kernels.py --errors   error of attention over quantised keys and values, by layout
 
-Everything of a group runs once a round, in turn, for `--rounds` rounds. The tensors are larger than any cache. "read"
-is what has to come from memory; "share" is that speed relative to the sum of a large tensor in the same rounds.
+Everything of a group runs once a round, in turn, for `--rounds` rounds. The tensors are larger than any cache, but for
+products of more rows than 8, where they need not be. "read" is what has to come from memory; "share" is that speed
+relative to the sum of a large tensor in the same rounds.
 """
 
 from __future__ import annotations
@@ -77,6 +78,38 @@ def linear_layers(rounds: int) -> None:
             "native, int8": (lambda x=x: [kernels.linear(x, w, None, s) for w, s in zip(int8, scales)], size // 2),
         }
         show(f"linear, {HIDDEN} to {WIDTH}, {rows} rows", cases, rounds, LAYERS)
+
+
+def gptq(inputs: int, outputs: int, bits: int, any_order: bool = False) -> tuple:
+    """What `gptq_linear` takes behind x: a matrix of random codes, in groups of 128 inputs."""
+    codes = torch.randint(-(2**31), 2**31 - 1, (inputs * bits // 32, outputs), dtype=torch.int32)
+    zeros = torch.randint(-(2**31), 2**31 - 1, (inputs // 128, outputs * bits // 32), dtype=torch.int32)
+    scales = torch.rand(inputs // 128, outputs).half() / 2**bits
+    groups = torch.randperm(inputs).to(torch.int32) // 128 if any_order else None
+    return codes, zeros, scales, groups, bits, 128, 1
+
+
+def rows(rounds: int) -> None:
+    """Products of several rows, up to a prompt, with matrices of each kind; one of them, which a cache may hold."""
+    for inputs, outputs in ((HIDDEN, 3 * HIDDEN), (WIDTH, HIDDEN)):
+        weight = torch.randn(outputs, inputs).bfloat16()
+        scale = weight.float().abs().amax(1) / 127
+        int8 = (weight.float() / scale[:, None]).round().to(torch.int8)
+        products = {
+            "bfloat16": lambda x, weight=weight: kernels.linear(x, weight),
+            "int8": lambda x, int8=int8, scale=scale: kernels.linear(x, int8, None, scale),
+        }
+        for name, form in {"4 bits": (4,), "4 bits, desc_act": (4, True), "8 bits": (8,)}.items():
+            matrix = gptq(inputs, outputs, *form)
+            products[f"GPTQ, {name}"] = lambda x, matrix=matrix: kernels.gptq_linear(x, *matrix)
+        print(f"\n{inputs} to {outputs}: ms, and the speed as a share of bfloat16's\n")
+        print(f"| rows | {' | '.join(products)} |\n|---|{'---|' * len(products)}")
+        for number in (12, 16, 32, 64, 128, 512):
+            x = torch.randn(number, inputs).bfloat16()
+            seconds = measure({name: lambda x=x, f=f: f(x) for name, f in products.items()}, rounds)
+            median = {name: statistics.median(times) for name, times in seconds.items()}
+            row = [f"{1e3 * each:.2f} ({median['bfloat16'] / each:.2f})" for each in median.values()]
+            print(f"| {number} | {' | '.join(row)} |")
 
 
 def quantized(x: torch.Tensor, bits: int) -> list[torch.Tensor]:
@@ -210,7 +243,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="default: PyTorch's")
     parser.add_argument("--instructions", help="avx512_bf16, avx512, avx2 or portable; default: the best that is there")
-    parser.add_argument("--only", choices=["linear", "attention", "small"], help="default: all three")
+    parser.add_argument("--only", choices=["linear", "rows", "attention", "small"], help="default: all")
     parser.add_argument("--errors", action="store_true", help="errors of quantisation instead of speed")
     arguments = parser.parse_args()
     if arguments.threads is not None:
@@ -221,7 +254,7 @@ def main() -> None:
     if arguments.instructions is not None:
         found["instructions"] = building.set_instructions(arguments.instructions)
     print(f"{processor()}, {torch.get_num_threads()} threads, {found['instructions']}, torch {torch.__version__}")
-    speeds = {"linear": linear_layers, "attention": attention, "small": small_operations}
+    speeds = {"linear": linear_layers, "rows": rows, "attention": attention, "small": small_operations}
     with torch.no_grad():
         if arguments.errors:
             return errors()
