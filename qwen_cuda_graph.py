@@ -1,7 +1,7 @@
 """
 A decoding step on a GPU as one CUDA graph, and the loop of `generate` that keeps the GPU busy with it.
 
-The graph computes few new tokens behind a filled `QWenCache` or `QWenQuantizedCache` from the network's weights, floats
+The graph computes up to 16 new tokens of a row behind a filled `QWenCache` or `QWenQuantizedCache` from the network's weights, floats
 or GPTQ's, by the kernels of triton_kernels.py, and by the library of products where there are many rows. It reads
 lengths, positions, NTK scales and the addresses of keys and values from tensors: one graph serves every length, every
 cache of so many rows, and storage that grows. It belongs to one generation at a time, and to the weights it was
@@ -47,6 +47,7 @@ logger = logging.get_logger("transformers.models.qwen.qwen_cuda_graph")
 
 DEVICES = ("cuda",)  # the tests add the CPU, where nothing is captured and the kernels run in Triton's interpreter
 MAX_ROWS = 512  # new tokens of all rows together; more are a prompt
+MAX_TOKENS = 16  # new ones of a row, drafts that are checked; more are a prompt
 KEPT_GRAPHS = 8  # of a model, while nobody uses them
 
 
@@ -157,6 +158,10 @@ def device_of(station: nn.Module) -> torch.device:
     return next(itertools.chain(station.parameters(), station.buffers())).device
 
 
+def has_graphs(device: torch.device) -> bool:
+    return device.type in DEVICES
+
+
 def is_plain(model) -> bool:
     """
     Whether a step may be computed from the weights alone: matrices of exactly the network's types, in one precision or
@@ -189,7 +194,7 @@ def is_plain(model) -> bool:
         first.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and all(type(t) in (nn.Parameter, torch.Tensor) and t.is_contiguous() for t in floats + codes)
         and all(t.dtype == first.dtype for t in floats)
-        and all(device_of(s).type in DEVICES for s in stations(model))
+        and all(has_graphs(device_of(s)) for s in stations(model))
         and all(t.device == device_of(s) for s in stations(model) for t in _tensors(s))
         and (group is None or _is_split_evenly(model, group))
         and _kernels() is not None
@@ -209,7 +214,7 @@ def takes(model, cache, rows: int) -> bool:
         isinstance(cache, QWenCache)
         and cache.kernel
         and not getattr(cache, "has_no_room_for_graphs", False)
-        and all(device.type in DEVICES for device in devices)
+        and all(map(has_graphs, devices))
         and 0 < rows <= MAX_ROWS
         and (cache.device is None or {torch.device(cache.device)} == set(devices))
         and all(
@@ -464,9 +469,10 @@ class _Part:
 
 
 class GraphedSteps:
-    """Steps of B rows and T tokens behind caches of so many bits (16 or 32: full precision) for one model."""
+    """Steps of B rows and up to T tokens behind caches of so many bits (16 or 32: full precision) for one model."""
 
     def __init__(self, model, B: int, T: int, bits: int):
+        self._T = T
         self.parts = [_Part(model, *part, B, T, bits) for part in parts_of(model)]
 
     def bind(self, starts: torch.Tensor | None, alpha: torch.Tensor | None) -> None:
@@ -485,12 +491,16 @@ class GraphedSteps:
         Returns logits (B, T, vocab) on their device, in a buffer that the next step may overwrite.
         """
         B, T = input_ids.shape
-        cache.make_room(T)
-        storages, length, x = cache.storages(), cache.get_seq_length() + T, input_ids
+        # Fewer tokens than the graph's are filled up behind: these see them not, and the next step writes over them.
+        x = input_ids
+        if T < self._T:
+            x, positions = (F.pad(t, (0, self._T - T)) for t in (x, positions))
+        cache.make_room(self._T)
+        storages, length = cache.storages(), cache.get_seq_length() + self._T
         for part in self.parts:
             x = part.step(model, x, positions, storages, length)
         cache.advance(T)
-        return x.view(B, T, -1).to(input_ids.device)
+        return x.view(B, self._T, -1)[:, :T].to(input_ids.device)
 
 
 _CAPTURE = threading.Lock()
@@ -554,13 +564,14 @@ def graphed_step(model, cache, input_ids, position_ids, attention_mask):
     is plain, which is not looked at here.
     """
     B, T = input_ids.shape
+    width = 1 << (T - 1).bit_length()  # a graph for each power of two serves every number of drafts
     alpha, padding = getattr(cache, "ntk_alpha", None), (False, None)
-    ours = takes(model, cache, B * T) and cache.get_seq_length() > 0
+    ours = T <= MAX_TOKENS and takes(model, cache, B * width) and cache.get_seq_length() > 0
     if ours and (alpha is not None or not model.config.use_dynamic_ntk):
         padding = _left_padding(attention_mask, cache.get_seq_length() + T)
     if not padding[0]:
         return None
-    with graphed_steps(model, cache, B, T) as step:
+    with graphed_steps(model, cache, B, width) as step:
         logits = step(input_ids, position_ids.expand(B, T), padding[1], alpha)
         return None if logits is None else logits.clone()
 

@@ -20,8 +20,7 @@ from transformers.utils import logging
 
 from .qwen_attention import AttendingCache
 from .qwen_cache import QWenCache, quantized_cache
-from .qwen_cuda_graph import DEVICES as GRAPH_DEVICES
-from .qwen_cuda_graph import GraphedGeneration, graphed_step, is_as_made, is_plain, is_untouched
+from .qwen_cuda_graph import GraphedGeneration, graphed_step, has_graphs, is_as_made, is_plain, is_untouched
 from .qwen_generation_utils import StopWordsLogitsProcessor
 from .qwen_ops import decode_blocks, has_decode_kernel, rms_norm, times
 from .qwen_quantization import Int8Linear, QuantizedLinear, check_training
@@ -120,7 +119,7 @@ def _compute(model, call: dict):
         places = torch.arange(length, length + T, device=new.device) if places is None else places
         position_ids = network.positions(mask, places, length)
     has_head = network is not model
-    if has_head and ids is not None and T == 1 and ids.device.type in GRAPH_DEVICES and is_plain(model):
+    if has_head and ids is not None and has_graphs(ids.device) and is_plain(model):
         logits = graphed_step(model, cache, ids, position_ids, mask)
         if logits is not None:
             kept = call.get("logits_to_keep", 0)
