@@ -1,9 +1,9 @@
 """
 A decoding step on a GPU as one CUDA graph, and the loop of `generate` that keeps the GPU busy with it.
 
-The graph computes up to 16 new tokens of a row behind a filled `QWenCache` or `QWenQuantizedCache` from the network's weights, floats
-or GPTQ's, by the kernels of triton_kernels.py, and by the library of products where there are many rows. It reads
-lengths, positions, NTK scales and the addresses of keys and values from tensors: one graph serves every length, every
+The graph computes up to 16 new tokens of a row behind a filled `QWenCache` or `QWenQuantizedCache` from the network's
+weights, floats or GPTQ's, by the kernels of triton_kernels.py, and by the library of products where there are many rows.
+It reads lengths, positions, NTK scales and the addresses of keys and values from tensors: one graph serves every length, every
 cache of so many rows, and storage that grows. It belongs to one generation at a time, and to the weights it was
 captured with: before every step it is compared where the model has them now.
 
@@ -35,7 +35,6 @@ from .qwen_quantization import QuantizedLinear
 from .transformers_compat import (
     CACHE,
     GenerateDecoderOnlyOutput,
-    all_gather,
     is_compiling,
     is_only_moved,
     local_tensor,
@@ -302,9 +301,9 @@ class _Part:
 
     def __init__(self, model, device: torch.device, place: slice, B: int, T: int, bits: int):
         config, dtype = model.config, model.transformer.ln_f.weight.dtype
-        self._config, self._place, self._bits, self._group = config, place, bits, processes(model)
-        self._size, self._rank = (1, 0) if self._group is None else (self._group.size(), self._group.rank())
-        self._nh = config.num_attention_heads // self._size
+        self._config, self._place, self._bits = config, place, bits
+        self._sum = _Sum(processes(model), B * T * max(config.hidden_size, config.vocab_size), dtype, device)
+        self._nh = config.num_attention_heads // self._sum.processes
         rotary = model.transformer.rotary_emb
         self._rotary = rotary.dim, rotary.base
         self._slots = 2 if bits >= 16 else 4
@@ -312,6 +311,7 @@ class _Part:
         self._storages = slice(first * self._slots, end * self._slots)
         self._slots_of_bind: list[int] | None = None
         self.graph = self.output = None
+        self.may_stay = self._sum.outlives_graphs
         self.used = None  # an event behind the last step
         with torch.inference_mode(False):
             self.input = torch.zeros(B, T, dtype=torch.int64, device=device)
@@ -420,7 +420,7 @@ class _Part:
 
             def sum_of_products(x, linear, residual):
                 """`residual + linear(x)`, where each process has a share of the inputs and the first adds the rest."""
-                is_first = self._rank == 0
+                is_first = self._sum.rank == 0
                 return self._sum(product(x, linear, residual=residual if is_first else None, bias=is_first))
 
             x, norm, slot = self.input, None, kernels.HEADER
@@ -443,29 +443,70 @@ class _Part:
                     slot += self._slots
             return x if norm is None else kernels.rms_norm(x, norm.weight, norm.eps)
 
-    # What processes have to tell each other, where there are several.
-
-    def _sum(self, x: torch.Tensor) -> torch.Tensor:
-        if self._group is not None:
-            torch.distributed.all_reduce(x, group=self._group)
-        return x
+    # Of the embedding and of the vocabulary each process has as many neighbouring rows.
 
     def _embed(self, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding, of which each process has as many neighbouring ones."""
-        if self._group is None:
+        if self._sum.processes == 1:
             return F.embedding(ids, weight)
-        ids = ids - self._rank * weight.shape[0]
+        ids = ids - self._sum.rank * weight.shape[0]
         elsewhere = (ids < 0) | (ids >= weight.shape[0])
         return self._sum(F.embedding(ids.masked_fill(elsewhere, 0), weight).masked_fill_(elsewhere[:, None], 0))
 
     def _gather(self, logits: torch.Tensor) -> torch.Tensor:
-        """Of neighbouring shares of the vocabulary: (rows, vocab)."""
+        """(rows, vocab) of all shares."""
+        share, rank, processes = logits.shape[1], self._sum.rank, self._sum.processes
+        return self._sum(F.pad(logits, (rank * share, (processes - rank - 1) * share)))
+
+
+class _Sum:
+    """
+    Sums of up to so many numbers over the processes of tensor parallelism, for a graph. Each process reads the memory
+    of the others and adds in one order, so that all have the same bits; where GPUs can't do that NCCL adds.
+    """
+
+    def __init__(self, group, numel: int, dtype: torch.dtype, device: torch.device):
+        """group: of `processes`."""
+        self.processes, self.rank = (1, 0) if group is None else (group.size(), group.rank())
+        self._group = group
+        self._of_peers = None if group is None or device.type != "cuda" else peer_memory(group, numel, dtype, device)
+        # NCCL waits for the end of all graphs that it is in before a group of processes can be destroyed.
+        self.outlives_graphs = group is None or device.type != "cuda" or self._of_peers is not None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._group is None:
-            return logits
-        rows, share = logits.shape
-        shares = logits.new_empty(self._size * rows, share)
-        all_gather(shares, logits, group=self._group)
-        return shares.view(self._size, rows, share).transpose(0, 1).reshape(rows, -1)
+            return x
+        if self._of_peers is not None:
+            return self._of_peers(x)
+        torch.distributed.all_reduce(x, group=self._group)
+        return x
+
+
+def peer_memory(group, numel: int, dtype: torch.dtype, device: torch.device):
+    """
+    A function that sums tensors of up to `numel` numbers over a group of processes, by PyTorch's symmetric memory
+    (https://docs.pytorch.org/docs/stable/symmetric_memory.html). None where PyTorch, the GPUs or this precision can't.
+    To be called by all processes of the group.
+    """
+    total = None
+    try:
+        from torch.distributed import _symmetric_memory
+
+        add, name = torch.ops.symm_mem.one_shot_all_reduce_copy, group.group_name
+        with torch.inference_mode(False):
+            buffer = _symmetric_memory.empty(numel, dtype=dtype, device=device)
+        _symmetric_memory.rendezvous(buffer, name)
+
+        def total(x: torch.Tensor) -> torch.Tensor:
+            return add(buffer[: x.numel()], x.reshape(-1), "sum", name).view_as(x)
+
+        found = total(torch.full((16,), group.rank() + 1.0, dtype=dtype, device=device))
+        works = bool((found == group.size() * (group.size() + 1) / 2).all())
+    except (ImportError, AttributeError, RuntimeError) as error:
+        logger.info(f"The sums of tensor parallelism are NCCL's: {error}")
+        works = False
+    all_work = torch.tensor(works, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(all_work, torch.distributed.ReduceOp.MIN, group)
+    return total if all_work.item() else None
 
 
 class GraphedSteps:
@@ -479,6 +520,11 @@ class GraphedSteps:
         """For a generation: starts int64 (B) or None, no padding; alpha float32 (B or 1), NTK scales, or None."""
         for part in self.parts:
             part.bind(starts, alpha)
+
+    @property
+    def may_stay(self) -> bool:
+        """Whether the graphs may be kept behind the generation."""
+        return all(part.may_stay for part in self.parts)
 
     def give_back(self) -> None:
         for part in self.parts:
@@ -547,7 +593,7 @@ def graphed_steps(model, cache, B: int, T: int):
     try:
         yield step
     finally:
-        if steps is not None and not broken:
+        if steps is not None and not broken and steps.may_stay:
             steps.give_back()
             with _LOCK:
                 now, free = _FREE.get(model, (None, None))

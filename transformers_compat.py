@@ -700,10 +700,6 @@ def parallel_style(module: nn.Module):
     return name, mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
 
 
-_gather = ("all_gather_single", "all_gather_into_tensor")  # the first from torch 2.13, which warns of the second
-all_gather = next((getattr(torch.distributed, name) for name in _gather if hasattr(torch.distributed, name)), None)
-
-
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a parameter that may be split."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

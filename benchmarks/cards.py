@@ -192,7 +192,11 @@ def replayed(model, graphs, rows: int) -> list[float]:
     steps = next((steps for kind, steps in reversed(found) if kind[0] == rows), None)
     if steps is None or steps.parts[0].graph is None:
         return []
-    return [1e3 * statistics.median(seconds(part.graph.replay) for _ in range(5)) for part in steps.parts]
+    took = []
+    for part in steps.parts:
+        with torch.cuda.device(part.input.device):
+            took.append(1e3 * statistics.median(seconds(part.graph.replay) for _ in range(5)))
+    return took
 
 
 def measure(model, graphs, report: Report, rows: int, length: int, tokens: int, bandwidth: float) -> None:
@@ -215,31 +219,27 @@ def measure(model, graphs, report: Report, rows: int, length: int, tokens: int, 
     del output
 
 
-def sums(hidden: int, rows: int, report: Report) -> None:
-    """Microseconds of one of 160 sums over the processes in a graph, NCCL's and PyTorch's over peer memory."""
+def sums(graphs, hidden: int, rows: int, report: Report) -> None:
+    """Microseconds of one of 160 sums over the processes in a graph: NCCL's, and what the graphs take."""
     x = torch.zeros(rows, hidden, dtype=torch.bfloat16, device="cuda")
-    name = torch.distributed.group.WORLD.group_name
-
-    def peer_memory():
-        shared = torch.distributed._symmetric_memory
-        buffer = shared.empty(x.shape, dtype=x.dtype, device=x.device)
-        shared.rendezvous(buffer, name)
-        return lambda: torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", name)
-
-    for kind, prepare in (("nccl", lambda: lambda: torch.distributed.all_reduce(x)), ("one shot", peer_memory)):
-        try:
-            run, graph, stream = prepare(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
-            with torch.cuda.stream(stream):
-                run()
-                stream.synchronize()
-                graph.capture_begin(capture_error_mode="thread_local")
-                for _ in range(160):
-                    run()
-                graph.capture_end()
-            took = statistics.median(seconds(graph.replay) for _ in range(20))
-            report(what="sum over processes", kind=kind, bytes=x.numel() * 2, us=1e6 * took / 160)
-        except (RuntimeError, AttributeError, ImportError) as error:
-            report(what="sum over processes", kind=kind, failed=f"{type(error).__name__}: {error}"[:300])
+    group = torch.distributed.group.WORLD
+    kinds = {"nccl": lambda x: torch.distributed.all_reduce(x), "peer memory": None}
+    kinds["peer memory"] = graphs.peer_memory(group, x.numel(), x.dtype, x.device)
+    for kind, total in kinds.items():
+        if total is None:
+            report(what="sum over processes", kind=kind, left_out="not here")
+            continue
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            total(x)
+            stream.synchronize()
+            graph.capture_begin(capture_error_mode="thread_local")
+            for _ in range(160):
+                total(x)
+            graph.capture_end()
+        took = statistics.median(seconds(graph.replay) for _ in range(20))
+        report(what="sum over processes", kind=kind, bytes=x.numel() * 2, us=1e6 * took / 160)
+        del graph  # before the group of processes
 
 
 def run(folder: str, arguments) -> None:
@@ -281,7 +281,7 @@ def run(folder: str, arguments) -> None:
                 )
             )
         if CUDA and PARALLEL:
-            work.append(lambda: sums(model.config.hidden_size, 1, report))
+            work += [lambda rows=rows: sums(graphs, model.config.hidden_size, rows, report) for rows in (1, 16)]
         for i, task in enumerate(work):
             left = agreed(deadline - time.perf_counter())
             if left < 0:
