@@ -2,10 +2,10 @@
 A decoding step on a GPU as one CUDA graph, and the loop of `generate` that keeps the GPU busy with it.
 
 The graph computes up to 16 new tokens of a row behind a filled `QWenCache` or `QWenQuantizedCache` from the network's
-weights, floats or GPTQ's, by the kernels of triton_kernels.py, and by the library of products where there are many rows.
-It reads lengths, positions, NTK scales and the addresses of keys and values from tensors: one graph serves every length, every
-cache of so many rows, and storage that grows. It belongs to one generation at a time, and to the weights it was
-captured with: before every step it is compared where the model has them now.
+weights, floats or GPTQ's, by the kernels of triton_kernels.py, and by the library of products where there are many
+rows. It reads lengths, positions, NTK scales and the addresses of keys and values from tensors: one graph serves every
+length, every cache of so many rows, and storage that grows. It belongs to one generation at a time, and to the weights
+it was captured with: before every step it is compared where the model has them now.
 
 On several GPUs there is a graph on each. With `device_map` each has consecutive blocks, and hidden states go from one
 to the next. With `tp_plan` each process has a share of every matrix, and the sums over the processes are in its graph.
