@@ -1,14 +1,15 @@
 """
 Speed of Qwen on several GPUs: whole blocks on each (`device_map`), or a share of every matrix (`tp_plan`).
 
-    python benchmarks/cards.py make FOLDER [--size 72B]
+    python benchmarks/cards.py make FOLDER [--size 72B] [--bits 4]
     python benchmarks/cards.py run FOLDER [--seconds 500] [--out results.jsonl]
     torchrun --nproc-per-node 2 benchmarks/cards.py run FOLDER [--seconds 280] [--out results.jsonl]
 
-`make` writes a checkpoint of zeros that takes no disk (sparse files); `run` loads it by `from_pretrained`, by torchrun
-with tensor parallelism, and makes the weights random in place. Results are JSON lines, written as they come, so that a
-run may be stopped. What would begin after --seconds is left out, and so are cases that do not fit into the memory that
-is free; both are said. `--size small --fp32` is the check: there greedy ids must be those of the ordinary path.
+`make` writes a checkpoint of zeros that takes no disk (sparse files), with --bits one of GPTQ's, 128 inputs a group;
+`run` loads it by `from_pretrained`, by torchrun with tensor parallelism, and makes the weights random in place. Results
+are JSON lines, written as they come, so that a run may be stopped. What would begin after --seconds is left out, and so
+are cases that do not fit into the memory that is free; both are said. The case 1x2048i8 has an int8 cache, 1x2048i4 an
+int4 one. `--size small --fp32` is the check: there greedy ids must be those of the ordinary path.
 
 A token is the mean between the first new one and the last; the first call of as many rows, which captures the graph,
 is timed apart. Its share of the bandwidth counts the weights, keys and values that it reads against what a sum over
@@ -23,6 +24,7 @@ import gc
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import struct
@@ -32,7 +34,19 @@ from pathlib import Path
 
 import torch
 import transformers
-from gpu import CUDA, GREEDY, SIZES, cached_bytes, config_of, read_bandwidth, seconds, synchronize, weight_bytes
+from gpu import (
+    CUDA,
+    GREEDY,
+    SIZES,
+    cached_bytes,
+    config_of,
+    quantization,
+    randomize_codes,
+    read_bandwidth,
+    seconds,
+    synchronize,
+    weight_bytes,
+)
 from kv_cache import modeling
 from transformers import AutoModelForCausalLM
 
@@ -43,8 +57,8 @@ PARALLEL = "RANK" in os.environ
 CASES = ["1x2048", "16x2048", "1x32000", "64x2048", "16x32000", "64x32000"]
 
 
-def make(folder: Path, size: str) -> None:
-    """A checkpoint of zeros in bfloat16, a file for each block, in files without contents."""
+def make(folder: Path, size: str, bits: int | None) -> None:
+    """A checkpoint of zeros in bfloat16, or of GPTQ's codes, a file for each block, in files without contents."""
     folder.mkdir(parents=True, exist_ok=True)
     code = [*ROOT.glob("*.py"), ROOT / "cpp_kernels.cpp"]
     for path in code:
@@ -52,26 +66,42 @@ def make(folder: Path, size: str) -> None:
     config = config_of(size)
     config.auto_map = json.loads((ROOT / "config.json").read_text())["auto_map"]
     config.save_pretrained(folder)
+    scheme = {"quant_method": "gptq", "bits": bits, "group_size": 128, "sym": True, "desc_act": False}
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in modeling.QWenLMHeadModel(config).named_parameters()}
+        model = modeling.QWenLMHeadModel(config)
+        if bits is not None:
+            setattr(config, quantization.HELD, scheme)
+            quantization.replace_matrices(model)
+            written = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**written, "quantization_config": scheme}))
+        tensors = dict(model.named_parameters())
+    kinds = {torch.float32: ("BF16", 2), torch.float16: ("F16", 2), torch.int32: ("I32", 4)}
     files, index, total = {}, {}, 0
-    for name, shape in shapes.items():
+    for name, tensor in tensors.items():
         block = name.split(".")[2] if name.startswith("transformer.h.") else name.rpartition(".")[0]
-        files.setdefault(f"model-{block}.safetensors", {})[name] = shape
-    for file, tensors in files.items():
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
-        for name, shape in tensors.items():
-            end = offset + 2 * shape.numel()
-            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+        files.setdefault(f"model-{block}.safetensors", {})[name] = tensor
+    for file, own in files.items():
+        header, offset, groups = {"__metadata__": {"format": "pt"}}, 0, {}
+        for name, tensor in own.items():
+            kind, width = kinds[tensor.dtype]
+            end = offset + width * tensor.numel()
+            header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+            if name.endswith("g_idx"):
+                groups[offset] = (
+                    (torch.arange(len(tensor), dtype=torch.int32) // scheme["group_size"]).numpy().tobytes()
+                )
             offset, index[name] = end, file
         text = json.dumps(header).encode()
         with open(folder / file, "wb") as out:
             out.write(struct.pack("<Q", len(text)) + text)
             out.truncate(8 + len(text) + offset)
+            for place, data in groups.items():
+                out.seek(8 + len(text) + place)
+                out.write(data)
         total += offset
     index = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    print(json.dumps({"made": size, "GB": total / 1e9}))
+    print(json.dumps({"made": size, "bits": bits, "GB": total / 1e9}))
 
 
 class Report:
@@ -122,7 +152,11 @@ def randomize(model) -> None:
     torch.manual_seed(RANK)
     for name, parameter in model.named_parameters():
         own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        own.fill_(1) if "ln_" in name else own.normal_(std=0.02)
+        if own.is_floating_point():
+            own.fill_(1) if "ln_" in name else own.normal_(std=0.02)
+    for module in model.modules():
+        if hasattr(module, "qweight"):
+            randomize_codes(module)
 
 
 class Clock:
@@ -151,7 +185,7 @@ def generate(model, rows: int, length: int, tokens: int, **settings):
     return output, 1e3 * (first - began), 1e3 * (last - first) / max(tokens - 1, 1)
 
 
-def fits(model, rows: int, tokens: int) -> bool:
+def fits(model, rows: int, tokens: int, bits: int | None) -> bool:
     """Whether keys, values and a prompt's intermediate results fit into every card, by an estimate."""
     if not CUDA:
         return True
@@ -162,7 +196,7 @@ def fits(model, rows: int, tokens: int) -> bool:
     gc.collect()
     torch.cuda.empty_cache()
     for i in devices():
-        needed = prompt + share * cached_bytes(config, rows, tokens + 256) * blocks.count(i) / len(blocks)
+        needed = prompt + share * cached_bytes(config, rows, tokens + 256, bits or 16) * blocks.count(i) / len(blocks)
         if needed + 1e9 > torch.cuda.mem_get_info(i)[0]:
             return False
     return True
@@ -199,18 +233,19 @@ def replayed(model, graphs, rows: int) -> list[float]:
     return took
 
 
-def measure(model, graphs, report: Report, rows: int, length: int, tokens: int, bandwidth: float) -> None:
-    name = {"what": "generate", "rows": rows, "behind": length}
-    if not all(of_all(fits(model, rows, length))):
+def measure(model, graphs, report: Report, case: str, tokens: int, bandwidth: float) -> None:
+    rows, length, bits = (int(n) if n else None for n in re.fullmatch(r"(\d+)x(\d+)(?:i([48]))?", case).groups())
+    name = {"what": "generate", "rows": rows, "behind": length, "cache": f"int{bits}" if bits else "full"}
+    if not all(of_all(fits(model, rows, length, bits))):
         report(**name, left_out="does not fit into the memory that is free")
         return
     for i in devices():
         torch.cuda.reset_peak_memory_stats(i)
     began = time.perf_counter()
-    generate(model, rows, 16, 3)
+    generate(model, rows, 16, 3, cache_bits=bits)
     cold = time.perf_counter() - began
-    output, prompt_ms, token_ms = generate(model, rows, length, tokens)
-    read = weight_bytes(model) + cached_bytes(model.config, rows, length + tokens / 2)
+    output, prompt_ms, token_ms = generate(model, rows, length, tokens, cache_bits=bits)
+    read = weight_bytes(model) + cached_bytes(model.config, rows, length + tokens / 2, bits or 16)
     share = read / (token_ms / 1e3) / (bandwidth * PROCESSES)
     report(
         **name, ms_a_token=token_ms, tokens_a_second=1e3 * rows / token_ms, of_the_bandwidth=share, prompt_ms=prompt_ms,
@@ -273,13 +308,8 @@ def run(folder: str, arguments) -> None:
         cases = ["1x32", "3x16"] if quick else arguments.cases
         work = [lambda: check(model, graphs, report, 1, *((20, 4) if quick else (300, 32)))]
         work += [lambda: check(model, graphs, report, 3, *((20, 3) if quick else (300, 32)))]
-        for case in cases:
-            rows, length = map(int, case.split("x"))
-            work.append(
-                lambda rows=rows, length=length: measure(
-                    model, graphs, report, rows, length, 4 if quick else arguments.tokens, bandwidth
-                )
-            )
+        new = 4 if quick else arguments.tokens
+        work += [lambda case=case: measure(model, graphs, report, case, new, bandwidth) for case in cases]
         if CUDA and PARALLEL:
             work += [lambda rows=rows: sums(graphs, model.config.hidden_size, rows, report) for rows in (1, 16)]
         for i, task in enumerate(work):
@@ -299,6 +329,7 @@ def main() -> None:
     parser.add_argument("command", choices=["make", "run"])
     parser.add_argument("folder", help="of the checkpoint; its name ends with the size")
     parser.add_argument("--size", choices=SIZES, default="72B")
+    parser.add_argument("--bits", type=int, choices=[4, 8], help="of `make`: GPTQ's codes")
     parser.add_argument("--fp32", action="store_true")
     parser.add_argument("--cases", nargs="+", default=CASES, help="rows x tokens before, as 1x2048")
     parser.add_argument("--tokens", type=int, default=48, help="new ones, that are timed")
@@ -307,7 +338,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     if arguments.command == "make":
-        make(Path(arguments.folder), arguments.size)
+        make(Path(arguments.folder), arguments.size, arguments.bits)
     else:
         run(arguments.folder.rstrip("/"), arguments)
 

@@ -118,6 +118,14 @@ def make_models(size: str):
     return ours, qwen2_of(ours)
 
 
+def randomize_codes(module, generator=None) -> None:
+    """Of a GPTQ matrix, in place."""
+    bits = module.format.bits
+    module.qweight.random_(-(2**31), 2**31 - 1, generator=generator)
+    module.qzeros.fill_(sum((2 ** (bits - 1) - 1) << at for at in range(0, 32, bits)))
+    module.scales.uniform_(0.8, 1.2, generator=generator).mul_(0.07 / 2**bits)  # weights deviate by 0.02
+
+
 @torch.no_grad()
 def make_model(config):
     """Ours in bfloat16 on the device; random weights, or codes where the configuration asks for GPTQ."""
@@ -133,10 +141,7 @@ def make_model(config):
             parameter.normal_(std=0.02, generator=generator)
     for module in model.modules():
         if isinstance(module, quantization.QuantizedLinear):
-            bits = module.format.bits
-            module.qweight.random_(-(2**31), 2**31 - 1, generator=generator)
-            module.qzeros.fill_(sum((2 ** (bits - 1) - 1) << at for at in range(0, 32, bits)))
-            module.scales.uniform_(0.8, 1.2, generator=generator).mul_(0.07 / 2**bits)  # weights deviate by 0.02
+            randomize_codes(module, generator)
             module.derive_groups()
             module.set_order()
             module.bias = module.bias if module.needs_bias else None
