@@ -4,6 +4,8 @@ Speed of Qwen on an NVIDIA GPU as a user gets it, beside transformers' Qwen2, an
     python benchmarks/gpu.py [--size 7B] [--gpt-fast FOLDER] [--sections generate batch prefill] [--quick]
 
 --sections int4: the same shapes with random codes of GPTQ, 4 bits, 128 inputs a group, beside bfloat16.
+--sections continuous: 64 requests by `generate_batch`. drafts: prompt look-up and an assistant, with weights that make
+the model say the same 64 tokens over and over (so name it last).
 --gpt-fast: a checkout of gpt-fast (https://github.com/pytorch-labs/gpt-fast), whose compiled loop is run with the same
 shapes. --seconds: what would begin later is left out, and said so. --quick: a small model on any device, to try this.
 
@@ -311,6 +313,65 @@ def batches(ours, theirs, rows: int, longest: int, tokens: int) -> None:
             table.row(name, rows, attention, "out of memory", "")
 
 
+def continuous(ours, theirs, rows: int, longest: int, tokens: int) -> None:
+    """The requests of `batches` by `generate_batch`."""
+    table = Table("generate_batch", "requests", "attention", "tokens/s", "first call s")
+    lengths = torch.randint(longest // 3, longest + 1, (rows,), generator=torch.Generator().manual_seed(0))
+    requests = [torch.randint(0, ours.config.vocab_size, (n,)).tolist() for n in lengths.tolist()]
+    settings = GenerationConfig(eos_token_id=-1, pad_token_id=0, do_sample=False, max_new_tokens=tokens)
+    flash = ["flash_attention_2"] if transformers.utils.is_flash_attn_2_available() else []
+    for (name, model), attention in itertools.product((("ours", ours), ("Qwen2", theirs)), ["sdpa", *flash]):
+        model.set_attn_implementation(attention)
+
+        def generate(requests, model=model):
+            return model.generate_batch(requests, generation_config=settings, progress_bar=False)
+
+        first, found = seconds(lambda: generate(requests[:2])), []
+        took = seconds(lambda: found.append(generate(requests)))  # noqa: B023
+        new = sum(len(output.generated_tokens) for output in found[0].values())
+        table.row(name, rows, attention, new / took, first)
+
+
+def repeating(model, period: int):
+    """In place: a model that computes all it did, and says `period` tokens over and over."""
+    for block in model.transformer.h:
+        block.attn.c_proj.weight.zero_()
+        block.mlp.c_proj.weight.zero_()
+    ids = torch.arange(period, device=model.lm_head.weight.device)
+    model.lm_head.weight[(ids + 1) % period] = model.transformer.wte.weight[ids]
+    return model
+
+
+def drafts(ours, length: int, tokens: int) -> None:
+    """On text that repeats itself, all drafts of which are right: what checking them costs, and brings at most."""
+    small = config_of("1.8B" if CUDA else "tiny")
+    ours, assistant = repeating(ours, 64), repeating(make_model(small), 64)
+    ours.set_attn_implementation("sdpa")
+    inputs = {"input_ids": (torch.arange(length, device=DEVICE) % 64)[None]}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    ways = {"plain": {}}
+    ways |= {f"prompt look-up, {n} drafts": {"prompt_lookup_num_tokens": n} for n in (4, 10, 15)}
+    ways |= {f"{n} drafts of a {assistant.num_parameters() / 1e9:.1f}B": n for n in (4, 15)}
+    table = Table("drafts", "behind", "accepted tokens/s", "times plain", "ids equal")
+    plain, speed = None, {}
+    for name, settings in ways.items():
+        if isinstance(settings, int):
+            assistant.generation_config.num_assistant_tokens = settings
+            settings = {"assistant_model": assistant}
+
+        def generate(n=tokens, settings=settings):
+            found = ours.generate(**inputs, max_new_tokens=n, min_new_tokens=n, **settings)
+            return found[0, length:].tolist()
+
+        found = generate()
+        plain = plain or found
+        first, many = (min(seconds(lambda: generate(n)) for _ in range(2)) for n in (1, tokens))  # noqa: B023
+        speed[name] = (tokens - 1) / (many - first)
+        table.row(name, length, speed[name], speed[name] / speed["plain"], str(found == plain))
+
+
 def launches(models: dict, length: int, tokens: int) -> None:
     """What a token costs host and GPU: of a generation less that of one token."""
     table = Table("a token", "behind", "calls of CUDA by the host", "kernels", "GPU busy ms")
@@ -401,6 +462,8 @@ def main() -> None:
         "generate": lambda: generates(ours, theirs, cases, bandwidth, tokens, deadline),
         "launches": lambda: launches({"ours": ours, "Qwen2": theirs}, context, 9),
         "batch": lambda: batches(ours, theirs, 4 if arguments.quick else 64, 3 * long, tokens * 2),
+        "continuous": lambda: continuous(ours, theirs, 4 if arguments.quick else 64, 3 * long, tokens * 2),
+        "drafts": lambda: drafts(ours, context, 4 * tokens),
         "int4": lambda: quantised(ours, size, context, [1, 4] if arguments.quick else [1, 4, 16], bandwidth, tokens),
         "prefill": lambda: prefills(ours, theirs, [64] if arguments.quick else [2048, 8192, 32000], rate, 5),
     }
