@@ -412,7 +412,9 @@ def test_two_processes_learn_what_one_learns(tiny, tmp_path, one_process, launch
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory) -> Path:
-    """The demo's checkpoint and what `make finetune` makes of it."""
+    """The demo's checkpoint and what `make finetune` makes of it; .ci/run names what it has just made."""
+    if "QWEN_TUNED" in os.environ:
+        return Path(os.environ["QWEN_TUNED"])
     lines = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nfinetune:")[1].split("\n\n")[0]
     command = re.search(
         r"\$\(PY\) (finetune/finetune.py .*?)\n\t\$\(PY\)", lines.replace("\\\n", " "), re.DOTALL

@@ -61,7 +61,8 @@ def test_codes_are_those_of_the_reference(bits, hd):
 @pytest.mark.parametrize(("bits", "hd"), HEADS)
 def test_quantised_attention(bits, hd):
     torch.manual_seed(0)
-    for B, nh, T, S, kind in CASES:
+    # The interpreter is slow: of the wider heads it has the cases that differ most.
+    for B, nh, T, S, kind in CASES if DEVICE == "cuda" or hd <= 64 else CASES[1:3]:
         q, k, v = torch.randn(B, nh, T, hd) * 2, torch.randn(B, nh, S, hd), torch.randn(B, nh, S, hd)
         mask = random_mask({"B": B, "nh": nh, "T": T, "S": S, "mask": kind})
         stored = store(k, bits) + store(v, bits)
@@ -105,13 +106,14 @@ def test_attention_over_floats(hd):
 def test_a_long_cache_is_shared_out(bits):
     """Several programs take parts of the keys; one part is padding altogether."""
     torch.manual_seed(0)
-    q, k, v = torch.randn(1, 2, 1, 128) * 2, torch.randn(1, 2, 5000, 128), torch.randn(1, 2, 5000, 128)
+    S, hd = (5000, 128) if DEVICE == "cuda" else (900, 32)  # the interpreter is slow
+    q, k, v = torch.randn(1, 2, 1, hd) * 2, torch.randn(1, 2, S, hd), torch.randn(1, 2, S, hd)
     stored = store(k, bits) + store(v, bits)
-    for mask in (None, torch.arange(5000)[None] >= 3000, torch.zeros(1, 5000, dtype=torch.bool)):
+    for mask in (None, torch.arange(S)[None] >= 3 * S // 5, torch.zeros(1, S, dtype=torch.bool)):
         checked, causal = kernels._check_mask(mask)
         checked = None if checked is None else checked.to(DEVICE)
-        y = triton_kernels.quantized_decode_attention(q.to(DEVICE), *on_device(*stored), checked, 128**-0.5, causal)
-        close(y, attention(q, restored(stored[:2], 128), restored(stored[2:], 128), mask), 1e-5)
+        y = triton_kernels.quantized_decode_attention(q.to(DEVICE), *on_device(*stored), checked, hd**-0.5, causal)
+        close(y, attention(q, restored(stored[:2], hd), restored(stored[2:], hd), mask), 1e-5)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 16])
