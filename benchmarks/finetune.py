@@ -192,18 +192,21 @@ def measure(engine: str, case: re.Match, args) -> list:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     seconds = (clock.times[-1] - clock.times[args.warmup - 1]) / args.steps
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
     peaks = [torch.cuda.max_memory_allocated() if CUDA else 0]
     if PROCESSES > 1:
         gathered = [None] * PROCESSES
         torch.distributed.all_gather_object(gathered, peaks[0])
         peaks = gathered
-    digits = ".6f" if args.fp32 else ".3f"
+    if args.fp32:
+        losses = " ".join(f"{entry['loss']:.6f} ({entry['grad_norm']:.6f})" for entry in log)
+    else:
+        losses = f"{log[0]['loss']:.3f} {log[-1]['loss']:.3f}"
     return [
         f"{batch * accumulated * PROCESSES * length / seconds:.0f}",
         f"{seconds:.3f}",
         f"{max(peaks) / 1e9:.2f}",
-        " ".join(format(loss, digits) for loss in (losses if args.fp32 else (losses[0], losses[-1]))),
+        losses,
     ]
 
 
@@ -220,7 +223,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3600, help="what would begin later is left out")
-    parser.add_argument("--fp32", action="store_true", help="all in float32, and the loss of every step")
+    parser.add_argument("--fp32", action="store_true", help="all in float32; tells the loss of every step")
     args = parser.parse_args()
     cases = [CASE.fullmatch(case) for case in args.cases]
     if None in cases:
@@ -231,7 +234,14 @@ def main() -> None:
     if RANK == 0:
         card = torch.cuda.get_device_name() if CUDA else "CPU"
         print(f"{PROCESSES} x {card}, torch {torch.__version__}, attention {args.attention}\n")
-    line("case", "", "tokens/s", "s a step", "peak GB", "loss" if args.fp32 else "first and last loss")
+    line(
+        "case",
+        "",
+        "tokens/s",
+        "s a step",
+        "peak GB",
+        "loss (norm of its gradient)" if args.fp32 else "first and last loss",
+    )
     line(*["---"] * 6)
     for case in cases:
         for engine in args.engines:
