@@ -170,7 +170,13 @@ class QWenPreTrainedModel(PreTrainedModel):
         self.config.auto_map = dict(AUTO_MAP)  # loaded from a hub, it names the code's repository there
         if kwargs.get("is_main_process", True):
             copy_source(save_directory)
-        super().save_pretrained(save_directory, **kwargs)
+        made = type(self)
+        if hasattr(self, "set_reshard_after_forward"):  # FSDP2 has put a class of its own before the model's
+            self.__class__ = made.__mro__[2]
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.__class__ = made
 
     @staticmethod
     def _settle(config: QWenConfig, kwargs: dict) -> QWenConfig:

@@ -32,8 +32,9 @@ def causal_lm_loss(
     softmax in float32 (float64 for a float64 head). Where gradients are wanted they are computed with the loss, chunk
     by chunk, and those of the head's parameters are summed in float32. Positions without a label are not computed.
 
-    A head whose parameters are in pieces on several processes (FSDP2, ZeRO-3) is called the same number of times in
-    each of them, SHARDED_CHUNKS, and once more in the backward pass.
+    A head that is a unit of FSDP2 computes the loss in one call. One whose parameters are otherwise in pieces on
+    several processes (ZeRO-3) is called the same number of times in each, SHARDED_CHUNKS, and once more in the backward
+    pass.
 
     Args:
         head: maps (N, hidden) to (N, vocab); any module, an adapted or quantised one too.
@@ -51,22 +52,50 @@ def causal_lm_loss(
     hidden_states = hidden_states.flatten(0, -2)  # (B T, hidden)
     targets = shift_labels.flatten().to(hidden_states.device)  # (B T,)
     number = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-    parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    learns = torch.is_grad_enabled() and (hidden_states.requires_grad or bool(parameters))
+    if hasattr(head, "set_reshard_after_forward"):  # a unit of FSDP2
+        inside = functools.partial(_mean, head.forward, head, vocab_size, ignore_index, chunk_size)
+        return _between_hooks(head, inside, hidden_states, targets, number)
     if any(map(_is_sharded, head.parameters())):
+        learns = _learns(head, hidden_states)
         size = -(-targets.shape[0] // SHARDED_CHUNKS)
         chunks = [slice(i * size, (i + 1) * size) for i in range(SHARDED_CHUNKS)]
         summed = functools.partial(checkpoint, _sum, use_reentrant=False) if learns else _sum
         total = sum(summed(head, hidden_states[chunk], targets[chunk], ignore_index) for chunk in chunks)
+        return total / (number.to(total.device) if torch.is_tensor(number) else number)
+    return _mean(head, head, vocab_size, ignore_index, chunk_size, hidden_states, targets, number)
+
+
+def _learns(head: nn.Module, hidden_states: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in head.parameters()))
+
+
+def _between_hooks(module: nn.Module, function, *args):
+    """
+    `function(*args)` as the module's forward pass, once: FSDP2 brings its parameters together before it and, in the
+    backward pass, before its gradient. A second call would find them given back.
+    """
+    own = vars(module).get("forward")
+    module.forward = function
+    try:
+        return module(*args)
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _mean(forward, head, vocab_size, ignore_index, chunk_size, hidden_states, targets, number) -> torch.Tensor:
+    """The loss of hidden states (N, hidden), with targets int64 (N,); `forward` maps some of them to logits."""
+    parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    labelled = (targets != ignore_index).nonzero()[:, 0]
+    learns = _learns(head, hidden_states)
+    hidden_states, targets = hidden_states.index_select(0, labelled), targets[labelled]
+    size = max(chunk_size // vocab_size, 1)
+    if learns:
+        total = _SummedLoss.apply(forward, size, hidden_states, targets, *parameters)
     else:
-        labelled = (targets != ignore_index).nonzero()[:, 0]
-        hidden_states, targets = hidden_states.index_select(0, labelled), targets[labelled]
-        size = max(chunk_size // vocab_size, 1)
-        if learns:
-            total = _SummedLoss.apply(head, size, hidden_states, targets, *parameters)
-        else:
-            chunks = zip(hidden_states.split(size), targets.split(size))
-            total = sum(_sum(head, *chunk, ignore_index) for chunk in chunks)
+        chunks = zip(hidden_states.split(size), targets.split(size))
+        total = sum(_sum(forward, *chunk, ignore_index) for chunk in chunks)
     return total / (number.to(total.device) if torch.is_tensor(number) else number)
 
 

@@ -1,223 +1,270 @@
-"""
-Tokens a second and peak memory of tuning on a GPU, beside transformers' Qwen2 with the same Trainer.
+r"""
+Tokens a second and peak memory of tuning, beside transformers' Qwen2 with the same Trainer, on one GPU or several.
 
-    python benchmarks/finetune.py --sizes 1.8B 7B --methods lora qlora full --batch 1 8
+    python benchmarks/finetune.py [--cases 7B-lora-8x2048 ...] [--seconds 330]
+    accelerate launch --config_file finetune/fsdp2.yaml --num_processes 4 \
+        benchmarks/finetune.py --engines ours --cases 14B-lora-1x2048
 
-Random weights of the published shapes, sequences of --length random tokens, no padding, gradient checkpointing unless
---no-checkpointing. Each line of the table is a process of its own: ours through finetune.py's batches and loss, Qwen2
-with the same LoRA, optimiser, precision and attention, both through transformers' Trainer. `qlora` makes both 4-bit by
-bitsandbytes; full tuning keeps float32 weights and computes in bfloat16. Figures are of the steps after --warmup.
+A case is SIZE-METHOD-ROWSxTOKENS. The methods: `lora`, bfloat16; `int4`, LoRA over matrices of 4 bits (GPTQ, groups of
+128; Qwen2 gets the same modules, as it has none of its own); `full`, all weights in float32, computed in bfloat16.
+ROWSxTOKENSxN accumulates N batches a step, and `-plain` at the end means no gradient checkpointing. With several
+processes the model is divided among them by FSDP2, and each has ROWS of its own.
+
+Random weights of the published shapes, made on the GPU, the same for every number of processes; random tokens without
+padding. Ours goes through finetune.py's batches, both through transformers' Trainer with the same adapters (r = 64 on
+every matrix of the blocks), optimiser, precision and attention: SDPA, or --attention flash_attention_2. Seconds are
+means of --steps behind --warmup; the memory is what PyTorch allocated at most, on the fullest card. Every line is
+printed as it comes; what would begin after --seconds is left out, and that is said. `--fp32` is for comparing losses.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
-import subprocess
+import functools
+import gc
+import os
+import re
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SHAPES = {  # hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (both halves), vocab_size
-    "tiny": (64, 2, 2, 192, 4096),
-    "1.8B": (2048, 24, 16, 11008, 151936),
-    "7B": (4096, 32, 32, 22016, 151936),
-    "14B": (5120, 40, 40, 27392, 152064),
-    "72B": (8192, 80, 64, 49152, 152064),
-}
+import torch
+from gpu import CUDA, SIZES, modeling, quantization, synchronize
+from kv_cache import ROOT
+from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+sys.path.append(str(ROOT / "finetune"))
+from data import PackedBatch
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
+FORMAT = quantization.GPTQFormat(bits=4, group_size=128, desc_act=False, zero_offset=1, lm_head=False)
 LORA_TARGETS = {
     "ours": ["c_attn", "c_proj", "w1", "w2"],
     "qwen2": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
 }
+BLOCKS = {"ours": "QWenBlock", "qwen2": "Qwen2DecoderLayer"}
+CASES = [  # what is asked for most first
+    *("7B-lora-8x2048", "7B-int4-1x2048", "7B-lora-1x2048", "72B-int4-1x2048", "1.8B-full-8x2048", "1.8B-full-1x2048"),
+    *("7B-int4-8x2048", "7B-lora-1x256x8", "7B-int4-1x256x8", "7B-lora-1x2048-plain", "7B-int4-1x2048-plain"),
+]
+CASE = re.compile(r"(?P<size>[\d.]+B|tiny)-(?P<method>lora|int4|full)-(?P<shape>\d+x\d+(x\d+)?)(?P<plain>-plain)?")
 
 
-def configuration(engine: str, size: str, length: int):
-    hidden, layers, heads, intermediate, vocabulary = SHAPES[size]
-    if engine == "qwen2":
-        from transformers import Qwen2Config
-
-        return Qwen2Config(
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            intermediate_size=intermediate // 2,
-            vocab_size=vocabulary,
-            max_position_embeddings=max(length, 8192),
+def network(engine: str, size: str, length: int):
+    """Without weights, on the meta device."""
+    hidden, layers, heads, intermediate, vocabulary = SIZES[size]
+    common = {"vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers, "use_cache": False}
+    common |= {"num_attention_heads": heads, "max_position_embeddings": max(length, 8192)}
+    with torch.device("meta"):
+        if engine == "qwen2":
+            width = intermediate // 2
+            return Qwen2ForCausalLM(Qwen2Config(**common, num_key_value_heads=heads, intermediate_size=width))
+        width = hidden // heads
+        return modeling.QWenLMHeadModel(
+            modeling.QWenConfig(**common, kv_channels=width, intermediate_size=intermediate, seq_length=8192)
         )
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(
-        ROOT,
-        trust_remote_code=True,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        kv_channels=hidden // heads,
-        intermediate_size=intermediate,
-        vocab_size=vocabulary,
-        use_dynamic_ntk=size != "72B",
-        use_logn_attn=size != "72B",
-    )
 
 
-def model_of(engine: str, size: str, method: str, length: int, attention: str):
-    """A model with random weights on the GPU, 4-bit for `qlora`, with an adapter unless all of it is tuned."""
-    import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.integrations import replace_with_bnb_linear
+def make_model(engine: str, size: str, method: str, length: int, attention: str, fp32: bool):
+    """On the meta device: what learns is in float32, the rest in bfloat16 or 4 bits."""
+    model = network(engine, size, length)
+    model.set_attn_implementation(attention)
+    if method == "full":
+        return model
+    model.to(torch.float32 if fp32 else torch.bfloat16)
+    if method == "int4":
+        for name, old in list(model.named_modules()):
+            if isinstance(old, torch.nn.Linear) and name != "lm_head":
+                new = quantization.QuantizedLinear(
+                    old.in_features, old.out_features, FORMAT, device="meta", dtype=old.weight.dtype
+                )
+                new.bias = None if old.bias is None else new.bias
+                model.set_submodule(name, new)
+    from peft import LoraConfig, get_peft_model
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if method == "full" else torch.bfloat16
-    config = configuration(engine, size, length)
-    config._attn_implementation = attention
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-        if method == "qlora":
-            bits = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            )
-            model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=bits)
-    torch.manual_seed(0)
-    for name, parameter in list(model.named_parameters()):  # one at a time: 72B does not fit otherwise
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if parameter.dim() == 1:
-            value = torch.zeros if leaf == "bias" else torch.ones
-            new = torch.nn.Parameter(value(parameter.shape, dtype=dtype, device=device))
-        elif type(parameter).__name__ == "Params4bit":
-            import bitsandbytes
+    model.requires_grad_(False)
+    return get_peft_model(model, LoraConfig(r=64, lora_alpha=16, target_modules=LORA_TARGETS[engine]))
 
-            weight = torch.randn(module.out_features, module.in_features, dtype=dtype) * 0.02
-            new = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=module).to(device)
+
+@torch.no_grad()
+def make_weights(model) -> None:
+    """On the device, random: by the number of the parameter, so that any number of processes has the same."""
+    model.to_empty(device=DEVICE)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        draw = torch.Generator(DEVICE).manual_seed(number)
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=DEVICE)
+        if name.endswith("qweight"):
+            whole.random_(-(2**31), 2**31 - 1, generator=draw)
+        elif name.endswith("qzeros"):
+            whole.fill_(0x77777777)
+        elif name.endswith("scales"):
+            whole.uniform_(0.8, 1.2, generator=draw).mul_(0.07 / 16)  # weights deviate by 0.02
+        elif name.endswith("g_idx"):
+            whole.copy_(torch.arange(len(whole)) // FORMAT.group_size)
+        elif parameter.dim() == 1:
+            whole.fill_(0 if name.endswith("bias") else 1)
+        elif "lora_B" in name:
+            whole.zero_()
         else:
-            new = torch.nn.Parameter(torch.randn(parameter.shape, dtype=dtype, device=device) * 0.02)
-        setattr(module, leaf, new)
-    for name, buffer in list(model.named_buffers()):
-        if buffer.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
-            rotary = type(module)(config=config, device=device) if "config" in vars(module) else None
-            module.register_buffer(leaf, getattr(rotary, leaf), persistent=False)
-    model.to(device)
-    if method != "full":
-        from peft import LoraConfig, get_peft_model
+            whole.normal_(std=0.02, generator=draw)
+        if PROCESSES > 1:
+            from torch.distributed.tensor import distribute_tensor
 
-        model.requires_grad_(False)
-        lora = LoraConfig(r=64, lora_alpha=16, target_modules=LORA_TARGETS[engine], task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
-    return model
+            part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(part.to_local())
+        else:
+            parameter.copy_(whole)
+    for module in model.modules():
+        for name in module._buffers:  # Qwen2's rotary frequencies
+            module._buffers[name] = getattr(type(module)(module.config), name).to(DEVICE)
 
 
-def measure(args) -> dict:
-    """Tokens a second, seconds a step, peak memory in bytes, and the losses, of one engine and method."""
-    import torch
+class ShardingTrainer(Trainer):
+    """Has accelerate divide a model while it is on the meta device, and makes the weights then."""
 
-    sys.path.append(str(ROOT / "finetune"))
-    from data import PackedBatch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    def create_optimizer(self, *args, **kwargs):
+        if PROCESSES > 1:
+            from accelerate.utils import fsdp2_prepare_model
 
-    attention = args.attention
-    if attention == "auto":
-        has_flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
-        attention = "flash_attention_2" if has_flash else "sdpa"
-    model = model_of(args.engine, args.size, args.method, args.length, attention)
+            fsdp2_prepare_model(self.accelerator, self.model)
+            make_weights(self.model)
+        return super().create_optimizer(*args, **kwargs)
+
+
+class Clock(TrainerCallback):
+    def __init__(self):
+        self.times = []
+
+    def on_step_end(self, *_, **__):
+        synchronize()
+        self.times.append(time.perf_counter())
+
+
+def collate_qwen2(rows: list[list[int]]) -> dict:
+    return {"input_ids": torch.tensor(rows), "labels": torch.tensor(rows)}
+
+
+def collate_ours(rows: list[list[int]], flat: bool) -> dict:
+    return PackedBatch(0, flat)([[{"input_ids": row, "labels": row}] for row in rows])
+
+
+def measure(engine: str, case: re.Match, args) -> list:
+    """The cells of a line behind its name."""
+    size, method = case["size"], case["method"]
+    batch, length, accumulated = [*map(int, case["shape"].split("x")), 1][:3]
     steps = args.warmup + args.steps
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, SHAPES[args.size][4] - 300, (steps * args.batch, args.length), generator=generator).tolist()
-    if args.engine == "ours":
-        examples = [[{"input_ids": row, "labels": row}] for row in rows]
-        collate = PackedBatch(0, attention.startswith("flash"))
-    else:
-        examples = [{"input_ids": row, "labels": row} for row in rows]
-
-        def collate(batch):
-            ids = torch.tensor([row["input_ids"] for row in batch])
-            return {"input_ids": ids, "labels": ids.clone()}
-
-    times = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(time.perf_counter())
-
+    draw = torch.Generator().manual_seed(0)
+    rows = steps * batch * accumulated * PROCESSES
+    data = torch.randint(0, SIZES[size][4] - 300, (rows, length), generator=draw).tolist()
+    flat = args.attention.startswith("flash")
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = BLOCKS[engine]  # instead of what the file names
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingArguments(
             output_dir=folder,
             max_steps=steps,
-            per_device_train_batch_size=args.batch,
-            gradient_checkpointing=args.checkpointing,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
+            gradient_checkpointing=not case["plain"],
             gradient_checkpointing_kwargs={"use_reentrant": False},
-            bf16=torch.cuda.is_available(),
+            bf16=not args.fp32,
             learning_rate=1e-4,
             optim="adamw_torch_fused",
             save_strategy="no",
             logging_steps=1,
             report_to="none",
             disable_tqdm=True,
+            use_cpu=not CUDA,
         )
-        trainer = Trainer(
-            model=model, args=training, train_dataset=examples, data_collator=collate, callbacks=[Clock()]
+        model = make_model(engine, size, method, length, args.attention, args.fp32)
+        if PROCESSES == 1:
+            make_weights(model)
+        trainer = ShardingTrainer(
+            model=model,
+            args=training,
+            train_dataset=data,
+            data_collator=functools.partial(collate_ours, flat=flat) if engine == "ours" else collate_qwen2,
+            callbacks=[clock],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
-    seconds = (times[-1] - times[args.warmup - 1]) / args.steps
-    return {
-        "tokens/s": round(args.batch * args.length / seconds, 1),
-        "seconds a step": round(seconds, 3),
-        "peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 2) if torch.cuda.is_available() else None,
-        "losses": [round(entry["loss"], 3) for entry in trainer.state.log_history if "loss" in entry],
-        "attention": attention,
-    }
+    seconds = (clock.times[-1] - clock.times[args.warmup - 1]) / args.steps
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    peaks = [torch.cuda.max_memory_allocated() if CUDA else 0]
+    if PROCESSES > 1:
+        gathered = [None] * PROCESSES
+        torch.distributed.all_gather_object(gathered, peaks[0])
+        peaks = gathered
+    if args.fp32:
+        losses = " ".join(f"{entry['loss']:.6f} ({entry['grad_norm']:.6f})" for entry in log)
+    else:
+        losses = f"{log[0]['loss']:.3f} {log[-1]['loss']:.3f}"
+    return [
+        f"{batch * accumulated * PROCESSES * length / seconds:.0f}",
+        f"{seconds:.3f}",
+        f"{max(peaks) / 1e9:.2f}",
+        losses,
+    ]
+
+
+def line(*cells) -> None:
+    if RANK == 0:
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tokens a second and peak memory of tuning on a GPU.")
-    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["1.8B", "7B"])
-    parser.add_argument("--methods", nargs="+", choices=("lora", "qlora", "full"), default=["lora", "qlora"])
-    parser.add_argument("--engines", nargs="+", choices=LORA_TARGETS, default=["ours", "qwen2"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=6)
+    parser = argparse.ArgumentParser(description="Tokens a second and peak memory of tuning.")
+    parser.add_argument("--cases", nargs="+", default=CASES, help="as 7B-lora-8x2048")
+    parser.add_argument("--engines", nargs="+", choices=LORA_TARGETS, default=list(LORA_TARGETS))
+    parser.add_argument("--attention", default="sdpa", help="by transformers' name, for both")
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--attention", default="auto", help="flash_attention_2 if it is installed, else sdpa")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--one", nargs=3, metavar=("ENGINE", "SIZE", "METHOD"), help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=3600, help="what would begin later is left out")
+    parser.add_argument("--fp32", action="store_true", help="all in float32; tells the loss of every step")
     args = parser.parse_args()
-    if args.one:
-        args.engine, args.size, args.method = args.one
-        args.batch = args.batch[0]
-        print("RESULT " + json.dumps(measure(args)))
-        return
-    print("| size | method | batch | | tokens/s | s a step | peak GB | first loss |\n|---|---|---|---|---|---|---|---|")
-    for size in args.sizes:
-        for method in args.methods:
-            for batch in args.batch:
-                for engine in args.engines:
-                    command = [sys.executable, __file__, "--one", engine, size, method, "--batch", str(batch)]
-                    command += ["--length", str(args.length), "--steps", str(args.steps), "--warmup", str(args.warmup)]
-                    command += ["--attention", args.attention]
-                    command += ["--checkpointing" if args.checkpointing else "--no-checkpointing"]
-                    done = subprocess.run(command, capture_output=True, encoding="utf-8")
-                    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-                    if not found:
-                        reason = (done.stderr.strip().splitlines() or ["?"])[-1][:80]
-                        print(f"| {size} | {method} | {batch} | {engine} | failed: {reason} | | | |", flush=True)
-                        continue
-                    result = json.loads(found[-1][7:])
-                    print(
-                        f"| {size} | {method} | {batch} | {engine}, {result['attention']} | {result['tokens/s']} "
-                        f"| {result['seconds a step']} | {result['peak GB']} | {result['losses'][0]} |",
-                        flush=True,
-                    )
+    cases = [CASE.fullmatch(case) for case in args.cases]
+    if None in cases:
+        parser.error(f"{args.cases[cases.index(None)]!r} is no case, such as 7B-lora-8x2048")
+    began = time.perf_counter()
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
+    if RANK == 0:
+        card = torch.cuda.get_device_name() if CUDA else "CPU"
+        print(f"{PROCESSES} x {card}, torch {torch.__version__}, attention {args.attention}\n")
+    line(
+        "case",
+        "",
+        "tokens/s",
+        "s a step",
+        "peak GB",
+        "loss (norm of its gradient)" if args.fp32 else "first and last loss",
+    )
+    line(*["---"] * 6)
+    for case in cases:
+        for engine in args.engines:
+            late = torch.tensor(time.perf_counter() - began > args.seconds, device=DEVICE)
+            if PROCESSES > 1 and torch.distributed.is_initialized():
+                torch.distributed.broadcast(late, 0)
+            if late:
+                line(case[0], engine, "left out for lack of time", "", "", "")
+                continue
+            try:
+                cells = measure(engine, case, args)
+            except Exception as error:
+                if PROCESSES > 1:  # the others wait for this one
+                    raise
+                cells = [f"{type(error).__name__}: {str(error).splitlines()[0][:100]}", "", "", ""]
+            line(case[0], engine, *cells)
+            gc.collect()
+            if CUDA:
+                torch.cuda.empty_cache()
+                if torch.cuda.memory_allocated() > 1e8:
+                    print(f"{torch.cuda.memory_allocated() / 1e9:.2f} GB were not given back", flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

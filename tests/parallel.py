@@ -54,9 +54,9 @@ def results(model) -> dict:
     return found
 
 
-def training(model, ids=IDS, mask=MASK) -> dict:
+def training(model, ids=IDS, mask=MASK, **kwargs) -> dict:
     model.train()
-    loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), **kwargs).loss
     loss.backward()
     gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), "gradients": gradients}
@@ -140,13 +140,13 @@ def graphs(path: str, folder: str) -> dict:
     return found
 
 
-def share_of_training(model) -> dict:
+def share_of_training(model, **kwargs) -> dict:
     """A training step under FSDP2, in which each process has one row of the batch."""
     ids = IDS[distributed.get_rank()][None]
     return {
         "wrapped": [name for name, module in model.named_modules() if isinstance(module, fsdp.FSDPModule)],
         "share": sum(own(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters()),
-        **training(model, ids, torch.ones_like(ids)),
+        **training(model, ids, torch.ones_like(ids), **kwargs),
     }
 
 
@@ -162,6 +162,18 @@ def sharded(path: str, folder: str) -> dict:
     for module in filter(to_wrap, list(model.modules())):
         fsdp.fully_shard(module)
     return share_of_training(fsdp.fully_shard(model))
+
+
+def sharded_with_head(path: str, folder: str) -> dict:
+    """As accelerate 1.15 does it: embedding, and last norm with head, are units too. The model is saved then."""
+    model = load(path)
+    for module in (*model.transformer.h, model.transformer.wte):
+        fsdp.fully_shard(module)
+    fsdp.fully_shard([model.transformer.ln_f, model.lm_head], reshard_after_forward=False)
+    found = share_of_training(fsdp.fully_shard(model), skip_logits=True)
+    weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    model.save_pretrained(folder, state_dict=weights, is_main_process=distributed.get_rank() == 0)
+    return found
 
 
 def sharded_at_loading(path: str, folder: str) -> dict:

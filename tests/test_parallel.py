@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     """Where every process has left what it found, one start of Python for all of them."""
     folder = tmp_path_factory.mktemp("parallel")
     new_model().save_pretrained(folder / "checkpoint")
-    tasks = ["sharded", "2"] if HAS_FSDP2 else []
+    tasks = ["sharded", "2", "sharded_with_head", "2"] if HAS_FSDP2 else []
     if compat.HAS_TENSOR_PARALLEL:
         tasks += ["tensor", "2", "tensor", "4"]
     if HAS_FSDP2 and SHARDS_AT_LOADING:
@@ -154,7 +154,7 @@ def test_heads_that_do_not_divide_are_refused():
         )
 
 
-@pytest.mark.parametrize("task", ["sharded", "sharded_at_loading"])
+@pytest.mark.parametrize("task", ["sharded", "sharded_with_head", "sharded_at_loading"])
 def test_fsdp2_wraps_blocks_and_gives_the_same_loss_and_gradients(task, folder):
     if not HAS_FSDP2:
         pytest.skip("needs FSDP2 that averages over gloo, which torch 2.8 does not")
@@ -168,6 +168,17 @@ def test_fsdp2_wraps_blocks_and_gives_the_same_loss_and_gradients(task, folder):
         assert result["share"] == pytest.approx(0.5, abs=0.01)
         for name, gradient in expected["gradients"].items():
             torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_what_fsdp2_has_divided_is_saved_as_the_model_it_was(folder):
+    if not HAS_FSDP2:
+        pytest.skip("needs FSDP2 that averages over gloo, which torch 2.8 does not")
+    saved, checkpoint = folder / "sharded_with_head-2-saved", folder / "checkpoint"
+    assert {path.name for path in saved.glob("*.py")} == {path.name for path in checkpoint.glob("*.py")}
+    model = parallel.load(saved)
+    assert model.config.architectures == ["QWenLMHeadModel"]
+    for name, weight in parallel.load(checkpoint).state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
 
 
 def test_the_pipeline_plan_cuts_the_network_anywhere():
