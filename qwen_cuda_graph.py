@@ -683,7 +683,6 @@ class GraphedGeneration:
             and bool(model_kwargs.get("use_cache"))
             and not synced_gpus
             and not (settings.output_attentions or settings.output_hidden_states)
-            and not getattr(settings, "is_assistant", False)
             and getattr(settings, "prefill_chunk_size", None) is None
             and input_ids.device == device_of(self.transformer.wte)
             and takes(self, cache, input_ids.shape[0])

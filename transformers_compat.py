@@ -299,6 +299,7 @@ class LayeredCache(DynamicCache if hasattr(DynamicCache, "crop") else transforme
 
     def crop(self, length):
         """Keep the first `length` tokens; a negative number removes as many at the end."""
+        length = int(length)  # 5.17 gives a tensor
         if length < 0 or (length == 0 and _CROP_REMOVES):
             length += self.get_seq_length()
         for layer in self.layers:
@@ -547,7 +548,7 @@ GenerateDecoderOnlyOutput = getattr(transformers.generation, "GenerateDecoderOnl
 
 def _prefill(model, input_ids, generation_config, model_kwargs: dict):
     """The model's outputs for a prompt, as `generate` calls it."""
-    first = {"is_first_iteration": True}
+    first = {"is_first_iteration": not generation_config.is_assistant}
     known = inspect.signature(model._prefill).parameters
     return model._prefill(
         input_ids, generation_config, model_kwargs, **{key: value for key, value in first.items() if key in known}
