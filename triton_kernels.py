@@ -838,8 +838,8 @@ def attend(q, base, bits, table, slot, starts, scaling, launch=None):
 # If the outputs alone don't fill the card, several programs share the inputs out too; a second kernel adds their sums
 # up, in their order.
 #
-# Launches by the most rows they are for, for matrices of fewer than 64 outputs for every multiprocessor, for others, and
-# for those with a gate. programs: how many of them for each multiprocessor the inputs are shared out to, 0: all to one.
+# Launches by the most rows they are for, for matrices of fewer than 64 outputs for every multiprocessor, for others,
+# and for those with a gate. programs: how many of them for each multiprocessor the inputs are shared out to, 0: to one.
 GPTQ_LAUNCHES = {
     (1, "narrow"): {"BN": 32, "SHARES": 16, "num_warps": 8, "STAGES": 3, "programs": 0},
     (1, "wide"): {"BN": 32, "SHARES": 8, "num_warps": 4, "STAGES": 3, "programs": 0},
@@ -1063,7 +1063,7 @@ def takes_gptq(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset) ->
 
 def _gptq_launch(M: int, N: int, gated: bool, device: torch.device) -> dict:
     """The entry of `GPTQ_LAUNCHES`."""
-    kind = "gated" if gated else "wide" if N >= _multiprocessors(device) * 64 else "narrow"
+    kind = "gated" if gated else "wide" if _multiprocessors(device) * 64 <= N else "narrow"
     return GPTQ_LAUNCHES[min(rows for rows, _ in GPTQ_LAUNCHES if rows >= M), kind]
 
 
@@ -1099,8 +1099,9 @@ def gptq_product(
     _gptq_product_kernel[(across, splits)](
         x, x if norm is None else norm, *matrix[:3], *(matrix if gate is None else gate)[:3], *ends, y, partial,
         M, words, N, blocks_each, eps, BITS=bits, GROUP=group, OFFSET=offset, ROWS=rows,
-        BLOCK=triton.next_power_of_2(K) if norm is not None else 1, KIND=_KINDS[x.dtype if half else torch.float32], ASM=_HAS_PTX and half,
-        SCALED=group < K and group % 128 != 0, SPLIT=splits > 1, NORM=norm is not None, **asked, **tuning,
+        BLOCK=1 if norm is None else triton.next_power_of_2(K), KIND=_KINDS[x.dtype if half else torch.float32],
+        ASM=_HAS_PTX and half, SCALED=group < K and group % 128 != 0, SPLIT=splits > 1, NORM=norm is not None,
+        **asked, **tuning,
     )  # fmt: skip
     if splits > 1:
         _gptq_sum_kernel[(M, triton.cdiv(N, 256))](partial, *ends, y, M, N, splits, BLOCK=256, num_warps=2, **asked)
