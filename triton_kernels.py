@@ -957,18 +957,17 @@ def _gptq_product_kernel(
     x, norm, qweight, qzeros, scales, gate_qweight, gate_qzeros, gate_scales, bias, gate_bias, residual, y, partial,
     M, words, N, blocks, eps, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, SHARES: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
-    KIND: tl.constexpr, ASM: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
+    HALF: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
     NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """
-    As `_product_kernel`. KIND: of what is multiplied. SCALED: the codes are scaled before. A share is `blocks` blocks;
+    As `_product_kernel`. HALF: x is in half precision. KIND: of what is multiplied. SCALED: the codes are scaled before. A share is `blocks` blocks;
     SPLIT: sums of those of one program are left to `_gptq_sum_kernel`, in partial, float32 (splits, M, N), behind which
     are those of the gate. BLOCK: with NORM, K or more.
     """
     CODES: tl.constexpr = 32 // BITS
     R: tl.constexpr = 128 // CODES
     EACH: tl.constexpr = ROWS // SHARES
-    HALF: tl.constexpr = x.dtype.element_ty.primitive_bitwidth == 16
     k = tl.arange(0, BLOCK)
     if NORM:
         row_of_x = tl.load(x + k, mask=k < words * CODES, other=0).to(tl.float32)
@@ -1095,13 +1094,14 @@ def gptq_product(
         partial = torch.empty(splits * (1 if gate is None else 2), M, N, dtype=torch.float32, device=x.device)
     ends = [x if t is None else t for t in (bias, gate_bias, residual)]
     asked = {"GATE": gate is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None}
-    half = x.is_cuda and x.element_size() == 2  # the interpreter multiplies no bfloat16
+    half = x.element_size() == 2
+    kind = _KINDS[x.dtype if x.is_cuda else torch.float32]  # the interpreter multiplies no bfloat16
     _gptq_product_kernel[(across, splits)](
         x, x if norm is None else norm, *matrix[:3], *(matrix if gate is None else gate)[:3], *ends, y, partial,
         M, words, N, blocks_each, eps, BITS=bits, GROUP=group, OFFSET=offset, ROWS=rows,
-        BLOCK=1 if norm is None else triton.next_power_of_2(K), KIND=_KINDS[x.dtype if half else torch.float32],
-        ASM=_HAS_PTX and half, SCALED=group < K and group % 128 != 0, SPLIT=splits > 1, NORM=norm is not None,
-        **asked, **tuning,
+        BLOCK=1 if norm is None else triton.next_power_of_2(K), HALF=half, KIND=kind,
+        ASM=half and _HAS_PTX and x.is_cuda, SCALED=group < K and group % 128 != 0, SPLIT=splits > 1,
+        NORM=norm is not None, **asked, **tuning,
     )  # fmt: skip
     if splits > 1:
         _gptq_sum_kernel[(M, triton.cdiv(N, 256))](partial, *ends, y, M, N, splits, BLOCK=256, num_warps=2, **asked)
