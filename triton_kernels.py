@@ -961,9 +961,9 @@ def _gptq_product_kernel(
     NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """
-    As `_product_kernel`. HALF: x is in half precision. KIND: of what is multiplied. SCALED: the codes are scaled before. A share is `blocks` blocks;
-    SPLIT: sums of those of one program are left to `_gptq_sum_kernel`, in partial, float32 (splits, M, N), behind which
-    are those of the gate. BLOCK: with NORM, K or more.
+    As `_product_kernel`. A share is `blocks` blocks. HALF: x is in half precision. KIND: of what is multiplied. SCALED:
+    the codes are scaled before. SPLIT: the sums of one program's shares are left to `_gptq_sum_kernel`, in partial,
+    float32 (splits, M, N), behind which are those of the gate. BLOCK: with NORM, K or more.
     """
     CODES: tl.constexpr = 32 // BITS
     R: tl.constexpr = 128 // CODES
