@@ -826,9 +826,14 @@ def attend(q, base, bits, table, slot, starts, scaling, launch=None):
 # `QuantizedLinear` in qwen_quantization.py describes the tensors. N are outputs, K inputs; a word is an int32 of
 # qweight, which is of CODES inputs for one output, and neighbouring words are of neighbouring outputs.
 #
-# Codes and inputs meet in tensor cores, in blocks of 128 inputs: of R words for each output, of which the codes in one
-# place are multiplied at a time. Less their zeros codes are exact in half precision; what a block adds up to is scaled.
-# In groups of other sizes than whole blocks codes are scaled, and rounded, before.
+# One row in half precision: a slot is 32 inputs of one group for one output, the words of which lie under each other.
+# A program goes over all inputs of BN outputs, SLOTS slots at a time, so that the inputs are shared out to its warps.
+# It multiplies in float32. A code needs one instruction to become a float: left where it lies in the lower half of a
+# word, the rest masked out, it is a denormal number, which inputs times 2^100 make up for.
+#
+# Else codes and inputs meet in tensor cores, in blocks of 128 inputs: of R words for each output, of which the codes in
+# one place are multiplied at a time. Less their zeros codes are exact in half precision; what a block adds up to is
+# scaled. In groups of other sizes than whole blocks codes are scaled, and rounded, before.
 #
 # A program makes BN outputs of all rows. Its warps share the inputs out to SHARES, each of which has columns of codes
 # and rows of inputs of its own, for tensor cores have more rows than there are; what a share's rows get from columns of
@@ -838,18 +843,22 @@ def attend(q, base, bits, table, slot, starts, scaling, launch=None):
 # If the outputs alone don't fill the card, several programs share the inputs out too; a second kernel adds their sums
 # up, in their order.
 #
-# Launches by the most rows they are for, for matrices of fewer than 64 outputs for every multiprocessor, for others,
-# and for those with a gate. programs: how many of them for each multiprocessor the inputs are shared out to, 0: to one.
-GPTQ_LAUNCHES = {
-    (1, "narrow"): {"BN": 32, "SHARES": 16, "num_warps": 8, "STAGES": 3, "programs": 0},
-    (1, "wide"): {"BN": 32, "SHARES": 8, "num_warps": 4, "STAGES": 3, "programs": 0},
-    (1, "gated"): {"BN": 32, "SHARES": 4, "num_warps": 4, "STAGES": 4, "programs": 0},
-    (4, "narrow"): {"BN": 32, "SHARES": 8, "num_warps": 4, "STAGES": 3, "programs": 2},
-    (4, "wide"): {"BN": 32, "SHARES": 4, "num_warps": 2, "STAGES": 3, "programs": 0},
-    (4, "gated"): {"BN": 32, "SHARES": 4, "num_warps": 4, "STAGES": 3, "programs": 0},
-    (16, "narrow"): {"BN": 64, "SHARES": 2, "num_warps": 2, "STAGES": 4, "programs": 4},
-    (16, "wide"): {"BN": 64, "SHARES": 2, "num_warps": 2, "STAGES": 4, "programs": 4},
-    (16, "gated"): {"BN": 128, "SHARES": 1, "num_warps": 4, "STAGES": 4, "programs": 3},
+# Launches, the best of those measured on an H100. One row: by whether there are two programs for every multiprocessor.
+GPTQ_ROW = {
+    False: {"BN": 32, "SLOTS": 128, "num_warps": 8},
+    True: {"BN": 32, "SLOTS": 32, "num_warps": 4},
+}
+# Several: by the most rows they are for, and whether there is a gate. programs: how many of them for each
+# multiprocessor the inputs are shared out to, 0: to one.
+_FEW = {"BN": 32, "SHARES": 8, "num_warps": 4, "STAGES": 3, "programs": 0}
+_MORE = {"BN": 256, "SHARES": 1, "num_warps": 4, "STAGES": 3, "programs": 2}
+GPTQ_ROWS = {
+    (2, False): _FEW,
+    (2, True): _FEW,
+    (4, False): _MORE,
+    (4, True): {"BN": 64, "SHARES": 4, "num_warps": 4, "STAGES": 3, "programs": 0},
+    (16, False): _MORE,
+    (16, True): _MORE,
 }
 _KINDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 GPTQ_MAX_ROWS = 16  # more are multiplied by the library, and the matrix is dequantised for it
@@ -860,9 +869,148 @@ _TAKE = "{{ .reg .b32 t, o; prmt.b32 t, $1, $2, $4; shr.b32 t, t, $6; lop3.b32 t
 CODES_BF16 = tl.constexpr(_TAKE.format("0x43004300") + "mov.b32 o, 0x3F803F80; fma.rn.bf16x2 $0, t, o, $3; }")
 CODES_FP16 = tl.constexpr(_TAKE.format("0x64006400") + "add.f16x2 $0, t, $3; }")
 PAIR = tl.constexpr("prmt.b32 $0, $1, $2, $3;")
-_TIMES = "{{ .reg .b32 s, z; mov.b32 s, {1}; mov.b32 z, 0x80008000; fma.rn.{0} s, $2, s, z; fma.rn.{0} $0, $1, s, z; }}"
-TIMES_BF16 = tl.constexpr(_TIMES.format("bf16x2", "0x3D803D80"))
-TIMES_FP16 = tl.constexpr(_TIMES.format("f16x2", "0x2C002C00"))
+
+
+@triton.jit
+def _load(pointers, mask, EVEN: tl.constexpr, POLICY: tl.constexpr):
+    if EVEN:
+        return tl.load(pointers, eviction_policy=POLICY)
+    return tl.load(pointers, mask=mask, other=0, eviction_policy=POLICY)
+
+
+@triton.jit
+def _scale(scales, group, n, mask, N, EVEN: tl.constexpr):
+    """float32 (groups, BN)."""
+    return _load(scales + group[:, None] * N + n[None, :], mask, EVEN, "").to(tl.float32)
+
+
+@triton.jit
+def _zero(qzeros, group, n, mask, N, BITS: tl.constexpr, OFFSET: tl.constexpr, EVEN: tl.constexpr):
+    """int32 (groups, BN)."""
+    CODES: tl.constexpr = 32 // BITS
+    words = _load(qzeros + group[:, None] * (N // CODES) + (n // CODES)[None, :], mask, EVEN, "")
+    return ((words >> (n % CODES * BITS)[None, :]) + OFFSET) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _denormal(words, AT: tl.constexpr, BITS: tl.constexpr):
+    """The codes at bit AT of words, times 2^(AT % 16 - 149), in float32."""
+    MASK: tl.constexpr = ((1 << BITS) - 1) << (AT % 16)
+    return ((words >> (AT // 16 * 16)) & MASK).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _four(pointers, step, mask, EVEN: tl.constexpr, POLICY: tl.constexpr):
+    return (
+        _load(pointers, mask, EVEN, POLICY),
+        _load(pointers + step, mask, EVEN, POLICY),
+        _load(pointers + 2 * step, mask, EVEN, POLICY),
+        _load(pointers + 3 * step, mask, EVEN, POLICY),
+    )
+
+
+@triton.jit
+def _element(four, i: tl.constexpr, like):
+    """In float32 element i of the four numbers in half precision, as `like` points to, that are an int64."""
+    return (four >> 16 * i).to(tl.int16).to(like.dtype.element_ty, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _add_four(
+    sums, words, gate_words, inputs, factors, x,
+    FIRST: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """
+    Adds four inputs times codes, from code FIRST of the words on. sums: float32 (SLOTS, BN) of the products, and of
+    those with the gate; (SLOTS) of the inputs, and of their squares before they were multiplied by the norm's factors.
+    """
+    part, gate_part, total, squares = sums
+    for i in tl.static_range(4):
+        value = _element(inputs, i, x)
+        if NORM:
+            squares += value * value
+            value *= _element(factors, i, x)
+        total += value
+        value = (value * 2.0 ** (100 - BITS * (FIRST + i) % 16))[:, None]
+        part += _denormal(words, BITS * (FIRST + i), BITS) * value
+        if GATE:
+            gate_part += _denormal(gate_words, BITS * (FIRST + i), BITS) * value
+    return part, gate_part, total, squares
+
+
+@triton.jit
+def _scaled(part, sums, scale, zero):
+    """The products of inputs times 2^100 and denormal codes, less zeros, scaled."""
+    return scale * 2.0**49 * (part - zero.to(tl.float32, bitcast=True) * (sums * 2.0**100)[:, None])
+
+
+@triton.jit
+def _gptq_row_kernel(
+    x, norm, qweight, qzeros, scales, gate_qweight, gate_qzeros, gate_scales, bias, gate_bias, residual, y, words, N,
+    eps, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
+    EVEN: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """As `_product_kernel`, of x (K) in half precision; slots are whole and of one group."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    slots = tl.arange(0, SLOTS)
+    inputs, factors = x.to(tl.pointer_type(tl.int64)), norm.to(tl.pointer_type(tl.int64))
+    total = tl.zeros((SLOTS, BN), tl.float32)
+    gate_total = tl.zeros((SLOTS, BN), tl.float32)
+    squares = tl.zeros((SLOTS,), tl.float32)
+    for start in tl.range(0, words // BITS, SLOTS, num_stages=1):
+        slot = start + slots
+        inside = slot < words // BITS
+        there = inside[:, None] & (n < N)[None, :]
+        at = slot[:, None] * (BITS * N) + n[None, :]
+        a, b, c, d = _four(qweight + at, N, there, EVEN, "evict_first")
+        ga, gb, gc, gd = a, b, c, d
+        if GATE:
+            ga, gb, gc, gd = _four(gate_qweight + at, N, there, EVEN, "evict_first")
+        if BITS == 8:
+            e, f, g, h = _four(qweight + at + 4 * N, N, there, EVEN, "evict_first")
+            ge, gf, gg, gh = e, f, g, h
+            if GATE:
+                ge, gf, gg, gh = _four(gate_qweight + at + 4 * N, N, there, EVEN, "evict_first")
+        i0, i1, i2, i3 = _four(inputs + slot * 8, 1, inside, EVEN, "")
+        i4, i5, i6, i7 = _four(inputs + slot * 8 + 4, 1, inside, EVEN, "")
+        f0, f1, f2, f3, f4, f5, f6, f7 = i0, i1, i2, i3, i4, i5, i6, i7
+        if NORM:
+            f0, f1, f2, f3 = _four(factors + slot * 8, 1, inside, EVEN, "")
+            f4, f5, f6, f7 = _four(factors + slot * 8 + 4, 1, inside, EVEN, "")
+        group = slot * 32 // GROUP
+        scale = _scale(scales, group, n, there, N, EVEN)
+        zero = _zero(qzeros, group, n, there, N, BITS, OFFSET, EVEN)
+        if GATE:
+            gate_scale = _scale(gate_scales, group, n, there, N, EVEN)
+            gate_zero = _zero(gate_qzeros, group, n, there, N, BITS, OFFSET, EVEN)
+        none = tl.zeros((SLOTS, BN), tl.float32)
+        sums = none, none, tl.zeros((SLOTS,), tl.float32), squares
+        sums = _add_four(sums, a, ga, i0, f0, x, 0, BITS, NORM, GATE)
+        if BITS == 4:
+            sums = _add_four(sums, a, ga, i1, f1, x, 4, BITS, NORM, GATE)
+            sums = _add_four(sums, b, gb, i2, f2, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, b, gb, i3, f3, x, 4, BITS, NORM, GATE)
+            sums = _add_four(sums, c, gc, i4, f4, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, c, gc, i5, f5, x, 4, BITS, NORM, GATE)
+            sums = _add_four(sums, d, gd, i6, f6, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, d, gd, i7, f7, x, 4, BITS, NORM, GATE)
+        else:
+            sums = _add_four(sums, b, gb, i1, f1, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, c, gc, i2, f2, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, d, gd, i3, f3, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, e, ge, i4, f4, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, f, gf, i5, f5, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, g, gg, i6, f6, x, 0, BITS, NORM, GATE)
+            sums = _add_four(sums, h, gh, i7, f7, x, 0, BITS, NORM, GATE)
+        part, gate_part, of_inputs, squares = sums
+        total += _scaled(part, of_inputs, scale, zero)
+        if GATE:
+            gate_total += _scaled(gate_part, of_inputs, gate_scale, gate_zero)
+    total, gate_total = tl.sum(total, 0), tl.sum(gate_total, 0)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(squares, 0) / (words * (32 // BITS)) + eps)
+        total, gate_total = total * factor, gate_total * factor
+    _finish(total, gate_total, n, n, n < N, bias, gate_bias, residual, y, N, GATE, BIAS, RESIDUAL)
 
 
 @triton.jit
@@ -874,15 +1022,6 @@ def _input(four, i: tl.constexpr, like, ASM: tl.constexpr):
         halves = tl.full(two.shape, 0x5410 if i % 2 == 0 else 0x7632, tl.int32)
         return tl.inline_asm_elementwise(PAIR, "=r,r,r,r,r", [two, halves], dtype=kind, is_pure=True, pack=2)
     return (four >> 16 * i).to(tl.int16).to(kind, bitcast=True)
-
-
-@triton.jit
-def _times(value, factor, ASM: tl.constexpr):
-    """A sixteenth of the product, which could overflow in float16, in half precision."""
-    if ASM:
-        asm: tl.constexpr = TIMES_BF16 if value.dtype == tl.bfloat16 else TIMES_FP16
-        return tl.inline_asm_elementwise(asm, "=r,r,r", [value, factor], dtype=value.dtype, is_pure=True, pack=2)
-    return (value.to(tl.float32) * (factor.to(tl.float32) * 0.0625)).to(value.dtype)
 
 
 @triton.jit
@@ -953,24 +1092,21 @@ def _sum_of_shares(total, SHARES: tl.constexpr, EACH: tl.constexpr, BN: tl.const
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _gptq_product_kernel(
-    x, norm, qweight, qzeros, scales, gate_qweight, gate_qzeros, gate_scales, bias, gate_bias, residual, y, partial,
-    M, words, N, blocks, eps, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
-    ROWS: tl.constexpr, BN: tl.constexpr, SHARES: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
+def _gptq_rows_kernel(
+    x, qweight, qzeros, scales, gate_qweight, gate_qzeros, gate_scales, bias, gate_bias, residual, y, partial,
+    M, words, N, blocks, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
+    ROWS: tl.constexpr, BN: tl.constexpr, SHARES: tl.constexpr, STAGES: tl.constexpr,
     HALF: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
-    NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """
     As `_product_kernel`. A share is `blocks` blocks. HALF: x is in half precision. KIND: of what is multiplied. SCALED:
     the codes are scaled before. SPLIT: the sums of one program's shares are left to `_gptq_sum_kernel`, in partial,
-    float32 (splits, M, N), behind which are those of the gate. BLOCK: with NORM, K or more.
+    float32 (splits, M, N), behind which are those of the gate.
     """
     CODES: tl.constexpr = 32 // BITS
     R: tl.constexpr = 128 // CODES
     EACH: tl.constexpr = ROWS // SHARES
-    k = tl.arange(0, BLOCK)
-    if NORM:
-        row_of_x = tl.load(x + k, mask=k < words * CODES, other=0).to(tl.float32)
     column, row = tl.arange(0, SHARES * BN), tl.arange(0, ROWS)
     n = tl.program_id(0) * BN + column % BN
     m = (row % EACH)[:, None]
@@ -992,12 +1128,6 @@ def _gptq_product_kernel(
             last_inputs = inputs
             if CODES == 8:
                 last_inputs = tl.load(at + 1, mask=there, other=0)
-            if NORM:
-                at = norm.to(tl.pointer_type(tl.int64)) + word * (CODES // 4)
-                factors = tl.load(at, mask=there, other=0)
-                last_factors = factors
-                if CODES == 8:
-                    last_factors = tl.load(at + 1, mask=there, other=0)
         part = tl.zeros((ROWS, SHARES * BN), tl.float32)
         gate_part = tl.zeros((ROWS, SHARES * BN), tl.float32)
         for j in tl.static_range(CODES):
@@ -1005,12 +1135,6 @@ def _gptq_product_kernel(
                 value = _input(inputs if j < 4 else last_inputs, j % 4, x, ASM)
             else:
                 value = tl.load(x + (m * words + word) * CODES + j, mask=there, other=0)
-            if NORM:
-                if HALF:
-                    factor = _input(factors if j < 4 else last_factors, j % 4, norm, ASM)
-                else:
-                    factor = tl.load(norm + word * CODES + j, mask=there, other=0)
-                value = _times(value, factor, ASM)
             part = _add_dot_of_codes(part, value, codes, zero, scale, j, KIND, BITS, ASM, SCALED)
             if GATE:
                 gate_part = _add_dot_of_codes(
@@ -1022,9 +1146,6 @@ def _gptq_product_kernel(
     total = _sum_of_shares(total, SHARES, EACH, BN)
     if GATE:
         gate_total = _sum_of_shares(gate_total, SHARES, EACH, BN)
-    if NORM:
-        factor = 16 * tl.rsqrt(tl.sum(row_of_x * row_of_x, 0) / (words * CODES) + eps)
-        total, gate_total = total * factor, gate_total * factor
     n = (tl.program_id(0) * BN + tl.arange(0, BN))[None, :]
     m = tl.arange(0, EACH)[:, None]
     there = (m < M) & (n < N)
@@ -1042,7 +1163,7 @@ def _gptq_sum_kernel(
     partial, bias, gate_bias, residual, y, M, N, splits,
     BLOCK: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """What `_gptq_product_kernel` has left to do, of one row."""
+    """What `_gptq_rows_kernel` has left to do, of one row."""
     m = tl.program_id(0)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -1060,30 +1181,38 @@ def takes_gptq(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset) ->
     return g_idx is None and group_size % (32 // bits) == 0
 
 
-def _gptq_launch(M: int, N: int, gated: bool, device: torch.device) -> dict:
-    """The entry of `GPTQ_LAUNCHES`."""
-    kind = "gated" if gated else "wide" if _multiprocessors(device) * 64 <= N else "narrow"
-    return GPTQ_LAUNCHES[min(rows for rows, _ in GPTQ_LAUNCHES if rows >= M), kind]
-
-
 def gptq_product(
     x, matrix, bias=None, *, norm=None, eps=0.0, gate=None, gate_bias=None, residual=None, tuning=None
 ):  # fmt: skip
     """
     `product` with matrices of GPTQ, `QuantizedLinear.tensors()`, that `takes_gptq`, both of one format and contiguous.
 
-    x: (M, K), contiguous, M at most `GPTQ_MAX_ROWS`, 1 with `norm`. tuning: as an entry of `GPTQ_LAUNCHES`.
+    x: (M, K), contiguous, M at most `GPTQ_MAX_ROWS`, 1 with `norm`. tuning: as an entry of `GPTQ_ROW`, or `GPTQ_ROWS`.
     """
     bits, group, offset = matrix[4:]
     (M, K), (words, N) = x.shape, matrix[0].shape
-    group, R = min(group, K), 4 * bits
+    group = min(group, K)
+    y = x.new_empty(M, N)
+    tensors = *matrix[:3], *(matrix if gate is None else gate)[:3]
+    ends = [x if t is None else t for t in (bias, gate_bias, residual)]
+    asked = {"GATE": gate is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None}
+    format = {"BITS": bits, "GROUP": group, "OFFSET": offset}
+    if M == 1 and x.element_size() == 2 and K % 32 == 0 and (group == K or group % 32 == 0):
+        tuning = tuning or GPTQ_ROW[_multiprocessors(x.device) * 64 <= N]
+        even = N % tuning["BN"] == 0 and K % (32 * tuning["SLOTS"]) == 0
+        _gptq_row_kernel[(triton.cdiv(N, tuning["BN"]),)](
+            x, x if norm is None else norm, *tensors, *ends, y, words, N, eps,
+            EVEN=even, NORM=norm is not None, **format, **asked, **tuning,
+        )  # fmt: skip
+        return y
+    x = x if norm is None else rms_norm(x, norm, eps)
     if x.data_ptr() % 8:
         x = x.clone()
-    y = x.new_empty(M, N)
-    tuning = dict(tuning or _gptq_launch(M, N, gate is not None, x.device))
+    most = min(rows for rows, _ in GPTQ_ROWS if rows >= M)
+    tuning = dict(tuning if tuning and M > 1 else GPTQ_ROWS[most, gate is not None])
     programs, shares, across = tuning.pop("programs"), tuning["SHARES"], triton.cdiv(N, tuning["BN"])
     rows = max(16, shares * triton.next_power_of_2(M))
-    block = shares * tuning["BN"] * R * (4 if gate is None else 8) + rows * 256 * (1 if norm is None else 2)
+    block = shares * tuning["BN"] * 4 * bits * (4 if gate is None else 8) + rows * 256
     tuning["STAGES"] = max(1, min(tuning["STAGES"], (_shared_memory(x.device) - 2**13) // block))
     blocks = triton.cdiv(K, 128)
     splits = max(1, _multiprocessors(x.device) * programs // across)
@@ -1092,16 +1221,12 @@ def gptq_product(
     partial = y
     if splits > 1:
         partial = torch.empty(splits * (1 if gate is None else 2), M, N, dtype=torch.float32, device=x.device)
-    ends = [x if t is None else t for t in (bias, gate_bias, residual)]
-    asked = {"GATE": gate is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None}
     half = x.element_size() == 2
     kind = _KINDS[x.dtype if x.is_cuda else torch.float32]  # the interpreter multiplies no bfloat16
-    _gptq_product_kernel[(across, splits)](
-        x, x if norm is None else norm, *matrix[:3], *(matrix if gate is None else gate)[:3], *ends, y, partial,
-        M, words, N, blocks_each, eps, BITS=bits, GROUP=group, OFFSET=offset, ROWS=rows,
-        BLOCK=1 if norm is None else triton.next_power_of_2(K), HALF=half, KIND=kind,
+    _gptq_rows_kernel[(across, splits)](
+        x, *tensors, *ends, y, partial, M, words, N, blocks_each, ROWS=rows, HALF=half, KIND=kind,
         ASM=half and _HAS_PTX and x.is_cuda, SCALED=group < K and group % 128 != 0, SPLIT=splits > 1,
-        NORM=norm is not None, **asked, **tuning,
+        **format, **asked, **tuning,
     )  # fmt: skip
     if splits > 1:
         _gptq_sum_kernel[(M, triton.cdiv(N, 256))](partial, *ends, y, M, N, splits, BLOCK=256, num_warps=2, **asked)

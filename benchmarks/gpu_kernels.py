@@ -138,13 +138,13 @@ def products(sizes, rows, tune: bool, bandwidth: float) -> None:
 
 
 def gptq_launches(rows: int):
-    """Sensible entries of `triton_kernels.GPTQ_LAUNCHES`."""
+    """Sensible entries of `triton_kernels.GPTQ_ROW`, or of `GPTQ_ROWS`."""
     if rows == 1:
-        found = [(32, 8, 4, 3, 0), (32, 8, 8, 3, 0), (32, 4, 2, 3, 0), (32, 4, 4, 3, 0), (32, 4, 4, 5, 0)]
-        found += [(32, 16, 8, 3, 0), (32, 16, 16, 3, 0), (16, 16, 4, 3, 0), (64, 4, 4, 3, 0), (64, 2, 2, 4, 4)]
-    else:
-        found = [(32, 8, 8, 3, 0), (32, 4, 2, 3, 0), (32, 4, 4, 3, 0), (64, 2, 2, 4, 0), (64, 2, 2, 4, 4)]
-        found += [(64, 1, 2, 5, 8), (128, 1, 2, 4, 4), (128, 1, 4, 4, 4), (128, 1, 4, 4, 2)]
+        found = [(32, 32, 4), (32, 32, 8), (32, 64, 8), (32, 128, 16), (32, 128, 8), (16, 128, 8), (16, 128, 16)]
+        found += [(16, 64, 8), (16, 64, 4), (32, 64, 16), (64, 64, 16), (64, 32, 8), (16, 32, 4)]
+        return [dict(zip(("BN", "SLOTS", "num_warps"), launch)) for launch in found]
+    found = [(32, 8, 4, 3, 0), (32, 4, 2, 3, 0), (64, 4, 4, 3, 0), (64, 2, 2, 4, 0), (64, 2, 2, 4, 4)]
+    found += [(256, 1, 4, 3, 2), (128, 1, 2, 4, 4), (128, 1, 4, 4, 4), (128, 1, 4, 4, 2)]
     return [dict(zip(("BN", "SHARES", "num_warps", "STAGES", "programs"), launch)) for launch in found]
 
 

@@ -167,7 +167,7 @@ def test_kernels_that_do_not_run_are_not_taken(monkeypatch):
 # --- Matrices of GPTQ --------------------------------------------------------------------------------------------
 
 # Several rounds and programs of small matrices; None: as they are launched
-ONE_ROW = {"BN": 32, "SHARES": 2, "num_warps": 2, "STAGES": 2, "programs": 0}
+ONE_ROW = {"BN": 64, "SLOTS": 4, "num_warps": 1}
 ROWS = {"BN": 64, "SHARES": 1, "num_warps": 2, "STAGES": 1, "programs": 2}
 # shape, dtype, rows, launch
 PRODUCTS = [
@@ -180,7 +180,7 @@ PRODUCTS += [
     (shape, dtype, rows, None)
     for shape in ("whole tiles", "short groups", "int8")
     for dtype in (torch.float16, torch.bfloat16)
-    for rows in (1, 16)
+    for rows in ((1, 2, 4, 16) if dtype == torch.float16 else (1, 16))
 ]
 
 
