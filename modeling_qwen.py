@@ -311,8 +311,8 @@ class QWenModel(QWenPreTrainedModel):
             kwargs: handed to the attention function (`cu_seq_lens_q`, a paged cache and the like).
 
         Returns:
-            `last_hidden_state` (B, T, hidden), `past_key_values`, `hidden_states`, `attentions`; a tuple of those
-            that are not None with `return_dict=False`.
+            `last_hidden_state` (B, T, hidden; for padding it means nothing), `past_key_values`, `hidden_states`,
+            `attentions`; a tuple of those that are not None with `return_dict=False`.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, no tokens, a mask too short for the cache.

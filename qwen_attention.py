@@ -35,7 +35,6 @@ logger = logging.get_logger("transformers.models.qwen.qwen_attention")
 # and several times that inside.
 LONG_PROMPT = 4096
 
-
 # Tokens from which on, and the share of padding from which on, the layers compute the tokens of a prompt alone.
 PACKED_PROMPT, PACKED_SHARE = 16, 1 / 16
 
@@ -48,8 +47,7 @@ class PaddedRows:
 
     Attributes:
         spans: a (start, end) for every row.
-        index: int64 (N,), where the tokens are in the rows, one after the other.
-        starts: int32 (B + 1,), where each row begins once packed, and the end.
+        lengths: of every row.
         shape: (B, T).
     """
 
@@ -86,6 +84,7 @@ class PaddedRows:
         return self
 
     def _on(self, device: torch.device) -> tuple:
+        """Where the tokens are in the rows one after the other, int64 (N,), and begin when packed, int32 (B + 1,)."""
         if device not in self._tensors:
             self._tensors[device] = tuple(t.to(device) for t in self._tensors[torch.device("cpu")])
         return self._tensors[device]
@@ -99,7 +98,7 @@ class PaddedRows:
         """x: (1, N, ...). Returns (B, T, ...), zeros for padding."""
         B, T = self.shape
         padded = x.new_zeros(B * T, *x.shape[2:])
-        return padded.index_copy(0, self._on(x.device)[0], x[0]).unflatten(0, (B, T))
+        return padded.index_copy_(0, self._on(x.device)[0], x[0]).unflatten(0, (B, T))
 
     def attend(self, function, module, query, key, value, scaling, dropout):
         """
