@@ -34,17 +34,17 @@ except ImportError as error:
     report["refused"] = str(error)
 torch.cuda.get_device_capability = lambda: (8, 0)
 
-modeling, seen = sys.modules[type(model).__module__], []
+modeling, shapes = sys.modules[type(model).__module__], []
 rms_norm = modeling.rms_norm
-modeling.rms_norm = lambda x, *args: seen.append(x.shape[:-1]) or rms_norm(x, *args)
+modeling.rms_norm = lambda x, *args: shapes.append(x.shape[:-1]) or rms_norm(x, *args)
 
 def compare(name, *args, **kwargs):
     flash_attn.calls.clear()
-    seen.clear()
+    shapes.clear()
     real = kwargs.pop("real", None)
     with torch.no_grad():
         ours = model(*args, **kwargs).logits.float()
-        report["seen"][name] = seen[0]
+        report["seen"][name] = shapes[0]
         theirs = expected(*args, **kwargs).logits
     real = torch.ones(ours.shape[:2], dtype=torch.bool) if real is None else real
     report["errors"][name] = ((ours - theirs)[real].norm() / theirs[real].norm()).item()
