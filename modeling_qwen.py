@@ -355,7 +355,7 @@ class QWenModel(QWenPreTrainedModel):
         )
         stored = past_key_values
         if rows is not None:
-            x, position_ids = rows.pack(x), rows.pack(position_ids)  # (1, N, hidden), (1, N)
+            x = rows.pack(x)  # (1, N, hidden)
             cos, sin, query_scale = (y if y is None else rows.pack(y[:, 0])[:, None] for y in (cos, sin, query_scale))
             stored = stored if stored is None else PackedCache(stored, rows)
 

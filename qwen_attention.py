@@ -94,10 +94,10 @@ class PaddedRows:
         x = x.expand(self.shape[0], *x.shape[1:])
         return x.flatten(0, 1).index_select(0, self._on(x.device)[0])[None]
 
-    def unpack(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (1, N, ...). Returns (B, T, ...), zeros for padding."""
+    def unpack(self, x: torch.Tensor, filler: int = 0) -> torch.Tensor:
+        """x: (1, N, ...). Returns (B, T, ...), with `filler` for padding."""
         B, T = self.shape
-        padded = x.new_zeros(B * T, *x.shape[2:])
+        padded = x.new_full((B * T, *x.shape[2:]), filler)
         return padded.index_copy_(0, self._on(x.device)[0], x[0]).unflatten(0, (B, T))
 
     def attend(self, function, module, query, key, value, scaling, dropout):
@@ -160,8 +160,9 @@ class PackedCache:
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """key_states, value_states: (1, nh, N, hd). Returns them."""
-        padded = (self.rows.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (key_states, value_states))
-        self.cache.update(*padded, layer_idx, *args, **kwargs)  # (B, nh, T, hd) each
+        # Static caches of releases up to 4.57 take keys of zeros for room that is left.
+        keys, values = self.rows.unpack(key_states.transpose(1, 2), 1), self.rows.unpack(value_states.transpose(1, 2))
+        self.cache.update(keys.transpose(1, 2), values.transpose(1, 2), layer_idx, *args, **kwargs)  # (B, nh, T, hd)
         return key_states, value_states
 
 

@@ -177,11 +177,20 @@ def test_gradients_and_later_tokens_go_the_ordinary_way(model, seen):
     ids, mask = padded("left")
     model(ids, attention_mask=mask)
     assert set(seen) == {(3, LENGTHS[-1])}
-    for cache in (compat.DynamicCache(), QWenQuantizedCache(8)):
-        with torch.no_grad():
-            model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)  # of one row nothing but padding
-            model(ids[:, 30:], attention_mask=mask, past_key_values=cache)
-        assert set(seen) == {(3, LENGTHS[-1]), (3, 30)}
+    mask[:] = 1
+    mask[0, :14] = 0
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask).logits
+        for cache in (compat.DynamicCache(), QWenCache()):
+            alpha = model.transformer.prompt_alpha(mask.sum(-1))
+            pieces = []
+            for begin, end, shape in ((0, 30, (1, 76)), (30, 60, (3, 30))):
+                seen.clear()
+                part, known = ids[:, begin:end], mask[:, :end]
+                pieces.append(model(part, attention_mask=known, past_key_values=cache, ntk_alpha=alpha).logits)
+                assert set(seen) == {shape}
+            found = torch.cat(pieces, 1)[mask.bool()]
+            torch.testing.assert_close(found, whole[mask.bool()], rtol=0, atol=1e-4)
 
 
 def test_columns_for_tokens_to_come_mean_nothing(model, seen):
