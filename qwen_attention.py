@@ -136,7 +136,8 @@ def rows_to_pack(network, x: torch.Tensor, attention_mask, past_key_values) -> P
     """
     B, T, attention = *x.shape[:2], network.config._attn_implementation
     takes_packed = FLASH_TAKES_PACKED_ROWS if attention == "flash_attention_2" else attention == "sdpa"
-    if T < PACKED_PROMPT or not takes_packed or not computes_attention(attention) or not is_plain_inference():
+    # What is compiled asks for no length: it would be compiled for that alone.
+    if not is_plain_inference() or not takes_packed or not computes_attention(attention) or T < PACKED_PROMPT:
         return None
     plans = attention == "sdpa" and x.device.type != "cpu" and x.dtype != torch.float32  # cuDNN may, for every length
     if plans and not has_varlen_attention(x.device, x.dtype, network.config.kv_channels):
