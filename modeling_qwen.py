@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_qwen import QWenConfig
-from .qwen_attention import ALL_ATTENTION_FUNCTIONS, create_causal_mask
+from .qwen_attention import ALL_ATTENTION_FUNCTIONS, PackedCache, create_causal_mask, rows_to_pack
 from .qwen_cache import QWenCache, QWenQuantizedCache, new_cache, remembered_alpha
 from .qwen_chat import QWenChatMixin
 from .qwen_decode import QWenGenerationMixin, decoding_step
@@ -311,8 +311,8 @@ class QWenModel(QWenPreTrainedModel):
             kwargs: handed to the attention function (`cu_seq_lens_q`, a paged cache and the like).
 
         Returns:
-            `last_hidden_state` (B, T, hidden), `past_key_values`, `hidden_states`, `attentions`; a tuple of those
-            that are not None with `return_dict=False`.
+            `last_hidden_state` (B, T, hidden; for padding it means nothing), `past_key_values`, `hidden_states`,
+            `attentions`; a tuple of those that are not None with `return_dict=False`.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, no tokens, a mask too short for the cache.
@@ -336,18 +336,28 @@ class QWenModel(QWenPreTrainedModel):
             cache_position = torch.arange(x.shape[1], device=x.device) + past_length  # (T,)
         if position_ids is None:
             position_ids = self.positions(attention_mask, cache_position, past_length)  # (B or 1, T)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            cache_position=cache_position,
-            output_attentions=output_attentions,
-        )
+        rows = None  # of a prompt whose padding need not be computed
+        if not (output_attentions or output_hidden_states or any(value is not None for value in kwargs.values())):
+            rows = rows_to_pack(self, x, attention_mask, past_key_values)
+        mask = rows
+        if rows is None:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                cache_position=cache_position,
+                output_attentions=output_attentions,
+            )
         cos, sin, query_scale = self.rotation(
             position_ids, past_key_values, past_length, ntk_alpha, kwargs.get("cu_seq_lens_q")
         )
+        stored = past_key_values
+        if rows is not None:
+            x = rows.pack(x)  # (1, N, hidden)
+            cos, sin, query_scale = (y if y is None else rows.pack(y[:, 0])[:, None] for y in (cos, sin, query_scale))
+            stored = stored if stored is None else PackedCache(stored, rows)
 
         all_hidden_states = [] if output_hidden_states else None
         attention_weights = [] if output_attentions else None
@@ -365,8 +375,9 @@ class QWenModel(QWenPreTrainedModel):
             if output_hidden_states:
                 all_hidden_states.append(x)
             x, shared = to_device_of(block, (x, shared))
-            x = block(x, past_key_values=past_key_values, attention_weights=attention_weights, **shared)
+            x = block(x, past_key_values=stored, attention_weights=attention_weights, **shared)
         x = self.ln_f(x)
+        x = x if rows is None else rows.unpack(x)  # (B, T, hidden)
         if output_hidden_states:
             all_hidden_states.append(x)
         return BaseModelOutputWithPast(

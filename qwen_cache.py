@@ -28,9 +28,9 @@ from .transformers_compat import DynamicCache, LayeredCache, is_compiling, is_di
 BLOCK = 256  # tokens by which storage grows
 
 
-def _plain() -> bool:
-    """Whether to do what a DynamicCache does: what is written in place is not differentiated, nor traced well."""
-    return torch.is_grad_enabled() or is_compiling() or is_differentiating_forward()
+def is_plain_inference() -> bool:
+    """Whether nothing is differentiated nor compiled, neither of which goes well with writing in place."""
+    return not (torch.is_grad_enabled() or is_compiling() or is_differentiating_forward())
 
 
 class _Store:
@@ -47,7 +47,7 @@ class _Store:
         """x: (B, nh, T, hd)."""
         x = x.to(self.device or x.device)
         end = self.length + x.shape[2]
-        if self.bits is None and _plain():
+        if self.bits is None and not is_plain_inference():
             self.tensors = [torch.cat((*self.written(), x), dim=2)]
         else:
             self._reserve(x, end)
@@ -202,7 +202,7 @@ class QWenCache(LayeredCache):
 
     def attends(self, new_tokens: int) -> bool:
         """Whether this step is for `attend`: few new tokens behind a filled cache, outside of training."""
-        return self.kernel and new_tokens <= self.MAX_NEW_TOKENS and self.get_seq_length() > 0 and not _plain()
+        return self.kernel and new_tokens <= self.MAX_NEW_TOKENS and self.get_seq_length() > 0 and is_plain_inference()
 
     def attend(
         self,

@@ -125,6 +125,39 @@ def has_mps() -> bool:
     return hasattr(torch.backends, "mps") and torch.backends.mps.is_available()
 
 
+try:
+    from torch.nn.attention.varlen import varlen_attn as _varlen
+except ImportError:  # up to torch 2.9
+    _varlen = None
+_VARLEN_ARGUMENTS = () if _varlen is None else tuple(inspect.signature(_varlen).parameters)
+
+
+def has_varlen_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `varlen_attention` computes heads of this kind: PyTorch has it from 2.10 on, for GPUs like an A100."""
+    return (
+        _varlen is not None
+        and device.type == "cuda"
+        and torch.version.cuda is not None
+        and dtype in (torch.float16, torch.bfloat16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def varlen_attention(query, key, value, starts: torch.Tensor, longest: int, scaling: float) -> torch.Tensor:
+    """
+    Causal attention of sequences that follow each other: query, key, value: (N, nh, hd), `starts`: int32
+    (sequences + 1,), where each begins, and N; `longest`: the length of the longest. Returns (N, nh, hd).
+    """
+    arguments: dict = {"window_size": (-1, 0)} if "window_size" in _VARLEN_ARGUMENTS else {"is_causal": True}
+    if "scale" in _VARLEN_ARGUMENTS:
+        arguments["scale"] = scaling
+    else:  # torch 2.10
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    return _varlen(query, key, value, starts, starts, longest, longest, **arguments)
+
+
 def is_compiling() -> bool:
     """`torch.compiler.is_compiling`, which torch up to 2.0 lacks."""
     return hasattr(torch, "compiler") and torch.compiler.is_compiling()
@@ -487,6 +520,8 @@ except ImportError:  # up to 4.41
     _flash = None
 # 4.54 takes all positions for those of packed rows, and mixes up the rows of a batch.
 FLASH_MIXES_ROWS = hasattr(_flash, "_prepare_from_posids") and not hasattr(_flash, "_is_packed_sequence")
+# Whether the function of flash attention takes packed rows by the arguments that say where they begin (from 4.55).
+FLASH_TAKES_PACKED_ROWS = hasattr(_flash, "_is_packed_sequence")
 
 
 # Continuous batching (from 4.53) hands over its own cache as `cache`: up to 5.23 the attention function writes to it,

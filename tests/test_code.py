@@ -79,7 +79,7 @@ ARROWS = {
     "qwen_ops": {"cpp_kernels", "transformers_compat"},
     "triton_kernels": {"qwen_ops"},
     "qwen_cache": {"qwen_ops", "transformers_compat"},
-    "qwen_attention": {"qwen_cache", "transformers_compat"},
+    "qwen_attention": {"qwen_cache", "qwen_cuda_graph", "transformers_compat"},
     "qwen_quantization": {"qwen_ops", "transformers_compat"},
     "qwen_generation_utils": {"transformers_compat"},
     "tokenization_qwen": {"transformers_compat", "qwen_generation_utils"},

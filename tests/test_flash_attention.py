@@ -7,7 +7,7 @@ import os
 
 import pytest
 from conftest import ROOT, lacks, run, tiny_model
-from qwen.transformers_compat import FLASH_MIXES_ROWS, HAS_SDPA
+from qwen.transformers_compat import FLASH_MIXES_ROWS, FLASH_TAKES_PACKED_ROWS, HAS_SDPA
 
 # In a process of its own: a GPU is only pretended, before transformers looks for one.
 SCRIPT = """
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 path, common = sys.argv[1], {"trust_remote_code": True, "device_map": "cpu"}
 load = lambda **kwargs: AutoModelForCausalLM.from_pretrained(path, **{**common, **kwargs})
 model, expected = load(use_flash_attn=True, bf16=True), load(attn_implementation="eager", fp32=True)
-report = {"chosen": model.config._attn_implementation, "errors": {}, "calls": {}}
+report = {"chosen": model.config._attn_implementation, "errors": {}, "calls": {}, "seen": {}}
 auto = {"on a GPU": {"bf16": True}, "float32": {"fp32": True}, "False": {"bf16": True, "use_flash_attn": False}}
 report["auto"] = {name: load(device_map=None, **how).config._attn_implementation for name, how in auto.items()}
 report["auto"]["on a CPU"] = load(bf16=True).config._attn_implementation
@@ -34,11 +34,18 @@ except ImportError as error:
     report["refused"] = str(error)
 torch.cuda.get_device_capability = lambda: (8, 0)
 
+modeling, shapes = sys.modules[type(model).__module__], []
+rms_norm = modeling.rms_norm
+modeling.rms_norm = lambda x, *args: shapes.append(x.shape[:-1]) or rms_norm(x, *args)
+
 def compare(name, *args, **kwargs):
     flash_attn.calls.clear()
+    shapes.clear()
     real = kwargs.pop("real", None)
     with torch.no_grad():
-        ours, theirs = model(*args, **kwargs).logits.float(), expected(*args, **kwargs).logits
+        ours = model(*args, **kwargs).logits.float()
+        report["seen"][name] = shapes[0]
+        theirs = expected(*args, **kwargs).logits
     real = torch.ones(ours.shape[:2], dtype=torch.bool) if real is None else real
     report["errors"][name] = ((ours - theirs)[real].norm() / theirs[real].norm()).item()
     report["calls"][name] = flash_attn.calls[:1] + [len(flash_attn.calls)]
@@ -116,6 +123,8 @@ def test_arguments(report):
     assert (whole["name"], whole["shape"]) == ("func", [2, 150, 4, 16])
     assert (left["name"], left["starts"]) == ("varlen", [0, 50, 200])
     assert (right["name"], right["starts"]) == ("varlen", [0, 50, 200])
+    packed = [1, 200] if FLASH_TAKES_PACKED_ROWS else [2, 150]  # the layers get no padding, and none is taken out
+    assert report["seen"] == {"whole": [2, 150], "left": packed, "right": packed}
     for call in (whole, left, right):
         assert call["causal"]
         assert call["scale"] == pytest.approx(16**-0.5)

@@ -6,7 +6,9 @@ import importlib
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
+from conftest import compat, random_ids, tiny_model
+from qwen import qwen_attention
+from qwen.modeling_qwen import QWenCache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 24}
@@ -46,6 +48,36 @@ def test_a_left_padded_batch_equals_its_rows(model):
     batch = model.generate(ids, attention_mask=mask, **GREEDY)
     for row, output in zip(rows, batch):
         assert output[140:].tolist() == generate(model, row)[0, row.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [16, 64, 128])
+def test_tokens_alone_give_what_padded_rows_give(monkeypatch, dtype, width):
+    """The layers get no padding; in half precision all rows are attended to in one call of PyTorch's."""
+    shape = {"hidden_size": 2 * width, "num_attention_heads": 2, "kv_channels": width}
+    model = tiny_model(attn_implementation="sdpa", use_dynamic_ntk=True, use_logn_attn=True, **shape).cuda()
+    lengths = torch.tensor([5, 45, 140, 90])
+    ids, mask = random_ids(4, 140).cuda(), (torch.arange(140) >= 140 - lengths[:, None]).long().cuda()
+    with torch.no_grad():
+        exact = torch.cat([model(ids[i : i + 1, 140 - length :]).logits[0] for i, length in enumerate(lengths)])
+    model, calls, logits = model.to(dtype), [], {}
+    attend = qwen_attention.varlen_attention
+    monkeypatch.setattr(qwen_attention, "varlen_attention", lambda *args: calls.append(args) or attend(*args))
+    for name, threshold in (("alone", 16), ("padded", 10**9)):
+        monkeypatch.setattr(qwen_attention, "PACKED_PROMPT", threshold)
+        cache = QWenCache()
+        with torch.no_grad():
+            prompt = model(ids, attention_mask=mask, past_key_values=cache).logits[mask.bool()]
+            longer = torch.nn.functional.pad(mask, (0, 1), value=1)
+            step = model(ids[:, :1], attention_mask=longer, past_key_values=cache).logits[:, 0]
+        logits[name] = prompt.float(), step.float()
+    has_kernel = compat.has_varlen_attention(ids.device, dtype, width)
+    assert has_kernel or dtype == torch.float32 or compat._varlen is None or torch.cuda.get_device_capability() < (8, 0)
+    assert len(calls) == (3 if has_kernel else 0)  # layers
+    errors = {name: (prompt - exact).norm() / exact.norm() for name, (prompt, _) in logits.items()}
+    assert errors["alone"] < 2 * errors["padded"] + 1e-4
+    difference = (logits["alone"][1] - logits["padded"][1]).norm() / logits["padded"][1].norm()
+    assert difference < {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}[dtype]
 
 
 def test_bad_ids_do_not_reach_the_device(model):

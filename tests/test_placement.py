@@ -129,7 +129,7 @@ def test_what_blocks_share_crosses_each_boundary_once(pretended, layers, padded)
     assert set(moved) == {("cuda:0", "cuda:1"), ("cuda:1", "cuda:2"), ("cuda:2", "cuda:0")}
     assert moved[("cuda:2", "cuda:0")] == 1  # the logits
     shapes = [shape for shape, source, _ in pretended.moves if source == "cuda:0"]
-    assert shapes.count((2, 40, 64)) == 1
+    assert shapes.count((1, 71, 64) if padded and compat.HAS_SDPA else (2, 40, 64)) == 1
     # hidden states, mask, cosines, sines, LogN scale, positions, and where a release up to 4.57 writes in the cache
     assert moved[("cuda:0", "cuda:1")] == moved[("cuda:1", "cuda:2")] <= 7
 
