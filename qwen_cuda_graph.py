@@ -40,6 +40,7 @@ from .transformers_compat import (
     local_tensor,
     parallel_style,
     prefill,
+    symmetric_memory,
 )
 
 logger = logging.get_logger("transformers.models.qwen.qwen_cuda_graph")
@@ -487,22 +488,22 @@ def peer_memory(group, numel: int, dtype: torch.dtype, device: torch.device):
     (https://docs.pytorch.org/docs/stable/symmetric_memory.html). None where PyTorch, the GPUs or this precision can't.
     To be called by all processes of the group.
     """
-    total = None
+    shared, total = symmetric_memory(), None
     try:
-        from torch.distributed import _symmetric_memory
-
+        if shared is None:
+            raise RuntimeError("PyTorch 2.7 and newer have them.")
         add, name = torch.ops.symm_mem.one_shot_all_reduce_copy, group.group_name
         with torch.inference_mode(False):
-            buffer = _symmetric_memory.empty(numel, dtype=dtype, device=device)
-        _symmetric_memory.rendezvous(buffer, name)
+            buffer = shared.empty(numel, dtype=dtype, device=device)
+        shared.rendezvous(buffer, name)
 
         def total(x: torch.Tensor) -> torch.Tensor:
             return add(buffer[: x.numel()], x.reshape(-1), "sum", name).view_as(x)
 
         found = total(torch.full((16,), group.rank() + 1.0, dtype=dtype, device=device))
         works = bool((found == group.size() * (group.size() + 1) / 2).all())
-    except (ImportError, AttributeError, RuntimeError) as error:
-        logger.info(f"The sums of tensor parallelism are NCCL's: {error}")
+    except RuntimeError as error:
+        logger.info(f"Tensor parallelism adds by NCCL, and not over the memory of the other GPUs: {error}")
         works = False
     all_work = torch.tensor(works, dtype=torch.int32, device=device)
     torch.distributed.all_reduce(all_work, torch.distributed.ReduceOp.MIN, group)

@@ -736,6 +736,15 @@ def parallel_style(module: nn.Module):
     return name, mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
 
 
+def symmetric_memory():
+    """PyTorch's module for memory that the GPUs of a host share; None where it has no sums over it (up to 2.6)."""
+    try:
+        from torch.distributed import _symmetric_memory
+    except ImportError:
+        return None
+    return _symmetric_memory if hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy") else None
+
+
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a parameter that may be split."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
