@@ -860,6 +860,7 @@ GPTQ_ROWS = {
     (16, False): _MORE,
     (16, True): _MORE,
 }
+_FLOAT32 = {"BN": 32, "SHARES": 1, "num_warps": 4, "STAGES": 3, "programs": 4}  # no tensor cores: little to compile
 _KINDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 GPTQ_MAX_ROWS = 16  # more are multiplied by the library, and the matrix is dequantised for it
 
@@ -1209,7 +1210,8 @@ def gptq_product(
     if x.data_ptr() % 8:
         x = x.clone()
     most = min(rows for rows, _ in GPTQ_ROWS if rows >= M)
-    tuning = dict(tuning if tuning and M > 1 else GPTQ_ROWS[most, gate is not None])
+    launch = _FLOAT32 if x.dtype == torch.float32 else GPTQ_ROWS[most, gate is not None]
+    tuning = dict(tuning if tuning and M > 1 else launch)
     programs, shares, across = tuning.pop("programs"), tuning["SHARES"], triton.cdiv(N, tuning["BN"])
     rows = max(16, shares * triton.next_power_of_2(M))
     block = shares * tuning["BN"] * 4 * bits * (4 if gate is None else 8) + rows * 256
