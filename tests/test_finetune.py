@@ -162,6 +162,31 @@ def test_a_base_model_learns_chat_tokens_and_becomes_a_chat_model(tiny_base, tmp
     assert not torch.equal(merged.lm_head.weight, loaded(tiny_base).lm_head.weight)
 
 
+def test_embedding_and_head_of_a_chat_model_learn_whole_beside_the_adapter(tiny, tmp_path):
+    names = {"wte": "transformer.wte.weight", "lm_head": "lm_head.weight"}
+    trainer = tune(tiny, tmp_path / "adapter", "--max_steps", "4", *LORA, "--lora_modules_to_save", *names)
+    saved, base = load_file(tmp_path / "adapter" / ADAPTER), load_file(tiny / "model.safetensors")
+    assert {name for name in saved if "lora_" not in name} == {f"base_model.model.{name}" for name in names.values()}
+    for name in names.values():
+        assert not torch.equal(saved[f"base_model.model.{name}"], base[name])
+    with torch.no_grad():
+        expected = trainer.model.eval()(torch.arange(50)[None]).logits[0, :, :3]
+    (tmp_path / "adapter").rename(tmp_path / "moved")
+    code = f"""
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "moved")!r}, trust_remote_code=True, fp32=True).eval()
+with torch.no_grad():
+    print(model(torch.arange(50)[None]).logits[0, :, :3].tolist(), model.get_input_embeddings().weight.sum().item())
+"""
+    found, total = run(code, tmp_path).rsplit(" ", 1)
+    torch.testing.assert_close(torch.tensor(json.loads(found)), expected, rtol=0, atol=1e-4)
+    assert float(total) == pytest.approx(saved["base_model.model.transformer.wte.weight"].sum().item(), abs=1e-3)
+    assert merge_adapter.main([str(tmp_path / "moved"), str(tmp_path / "merged")]) == 0
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(merged[name], saved[f"base_model.model.{name}"]) for name in names.values())
+
+
 @pytest.mark.parametrize("saved_by_peft", [False, True])
 def test_an_adapted_head_merges(tiny, tmp_path, saved_by_peft):
     """peft saves the base's own weight beside the adapter of a head; finetune.py does not."""
@@ -239,6 +264,8 @@ def test_arguments_of_the_published_scripts():
         (["--q_lora"], "pass --use_lora"),
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor"),
         (["--q_lora", "--use_lora", "--fsdp", "full_shard"], "ZeRO-2"),
+        (["--use_lora", "--lora_modules_to_save", "wte", "--lora_weight_path", "adapter"], "one of the two"),
+        (["--use_lora", "--lora_modules_to_save", "wte", "head"], "no module head"),
     ],
 )
 def test_contradictions_are_said(tiny, tmp_path, arguments, message):
