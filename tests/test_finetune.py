@@ -31,7 +31,7 @@ pytest.importorskip("peft")
 FINETUNE = ROOT / "finetune"
 sys.path[:0] = [str(FINETUNE), str(ROOT / "tools"), str(ROOT / "demo")]
 finetune = importlib.import_module("finetune")
-merge_adapter = importlib.import_module("merge_adapter")
+merge_adapter, quantize_weights, gptq = map(importlib.import_module, ("merge_adapter", "quantize_weights", "gptq"))
 
 DATA = str(FINETUNE / "example.json")
 QUICK = ["--data_path", DATA, "--model_max_length", "128", "--save_strategy", "no", "--disable_tqdm", "True"]
@@ -363,6 +363,77 @@ def test_q_lora_with_bitsandbytes(tiny, tmp_path):
     assert found[-1] < found[0] - 0.1
     assert merge_adapter.main([str(tmp_path / "adapter"), str(tmp_path / "merged"), "--base", str(tiny)]) == 0
     assert not torch.equal(logits(loaded(tmp_path / "merged")), logits(loaded(tiny)))
+
+
+def stored(folder: Path) -> dict:
+    """All tensors of a checkpoint."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def demo_int4(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("quantised") / "demo-Int4"
+    arguments = ["--bits", "4", "--method", "rtn", "--group-size", "32", "--device", "cpu"]
+    assert quantize_weights.main([str(ROOT / "demo"), str(folder), *arguments]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo_dequantised(demo_int4) -> Path:
+    """The checkpoint in full precision that the codes of `demo_int4` stand for."""
+    folder = copy_demo(demo_int4.parent / "dequantised")
+    tensors, weights = stored(demo_int4), {}
+    for name in load_file(ROOT / "demo" / "model.safetensors"):
+        if name in tensors:
+            weights[name] = tensors[name]
+        else:
+            matrix = name[: -len("weight")]
+            parts = {part: tensors[matrix + part] for part in ("qweight", "qzeros", "scales", "g_idx")}
+            weights[name] = gptq.dequantized(parts, 4).contiguous()
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_q_lora_over_int4_learns_as_over_the_weights_that_the_codes_stand_for(demo_int4, demo_dequantised, tmp_path):
+    steps = ["--max_steps", "8", *LORA, "--lora_dropout", "0"]
+    over_codes = tune(demo_int4, tmp_path / "codes", *steps, "--q_lora")
+    over_weights = tune(demo_dequantised, tmp_path / "weights", *steps)
+    found = losses(tmp_path / "codes")
+    assert sum(found[-3:]) < 0.6 * sum(found[:3])
+    assert found == pytest.approx(losses(tmp_path / "weights"), rel=1e-3)
+
+    adapter = {name: p for name, p in over_codes.model.named_parameters() if p.requires_grad}
+    others = {name: p for name, p in over_weights.model.named_parameters() if p.requires_grad}
+    assert len(adapter) == 2 * 20
+    assert adapter.keys() == others.keys()
+    batch = over_codes.data_collator([over_codes.train_dataset[i] for i in range(4)])
+    with torch.no_grad():
+        for name, parameter in adapter.items():
+            others[name].copy_(parameter)
+    for trainer in (over_codes, over_weights):
+        trainer.model.zero_grad()
+        trainer.model(**batch).loss.backward()
+    for name, parameter in adapter.items():
+        assert parameter.grad.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, others[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_q_lora_over_int4_holds(demo_int4, tmp_path):
+    """Codes in place of all matrices of the blocks, as they are in the file after training too."""
+    model = tune(demo_int4, tmp_path / "adapter", "--max_steps", "1", *LORA, "--q_lora").model.get_base_model()
+    tensors = stored(demo_int4)
+    matrices = {name: m.base_layer for name, m in model.named_modules() if hasattr(m, "base_layer")}
+    assert len(matrices) == 20
+    for name, matrix in matrices.items():
+        assert torch.equal(matrix.qweight, tensors[f"{name}.qweight"])
+        held = [*matrix.parameters(), *matrix.buffers(), *(v for v in vars(matrix).values() if torch.is_tensor(v))]
+        numbers = sum(tensor.numel() for tensor in held if tensor.is_floating_point())
+        assert numbers < matrix.in_features * matrix.out_features / 16
+
+
+def test_codes_do_not_learn_whole(demo_int4, tmp_path):
+    with pytest.raises(finetune.Problem, match="c_attn is quantised here"):
+        tune(demo_int4, tmp_path, *LORA, "--q_lora", "--lora_modules_to_save", "wte", "attn.c_attn")
 
 
 # Resuming
