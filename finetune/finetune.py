@@ -114,10 +114,27 @@ def check(training, lora) -> None:
             "--label_smoothing_factor: transformers would smooth labels of a model loaded by remote code without "
             "shifting them. Leave it at 0."
         )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != training.world_size:
+        raise Problem(
+            f"{started} processes were started, and found no GPUs: each would train alone. On CPUs pass --use_cpu True."
+        )
     if training.n_gpu > 1:
         raise Problem(
             f"There are {training.n_gpu} GPUs and one process. Start one for each, torchrun --nproc_per_node "
             f"{training.n_gpu} finetune/finetune.py ..., or choose one GPU by CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_fsdp(trainer) -> None:
+    """Problem if FSDP was asked for, by accelerate launch or --fsdp, and accelerate leaves it aside without a word."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate sets it for --fsdp too
+    if asked and not trainer.is_fsdp_enabled:
+        raise Problem(
+            f"FSDP was asked for, but accelerate does not use it here (device {trainer.args.device}, processes: "
+            f"{trainer.args.world_size}), so each process would hold the whole model. FSDP needs GPUs, and accelerate "
+            f"launch or torchrun: see finetune/finetune_fsdp.sh. On CPUs start without it: torchrun --nproc_per_node 2 "
+            f"finetune/finetune.py --use_cpu True ..."
         )
 
 
@@ -420,6 +437,7 @@ def tune(arguments, data, training, lora) -> Tuner:
         processing_class=tokenizer,
         data_collator=PackedBatch(tokenizer.eod_id, flat),
     )
+    check_fsdp(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     save(trainer, tokenizer)

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -269,8 +270,22 @@ def test_arguments_of_the_published_scripts():
     ],
 )
 def test_contradictions_are_said(tiny, tmp_path, arguments, message):
-    with pytest.raises(finetune.Problem, match=message):
+    # transformers up to 4.57 notes --fsdp in the environment
+    with mock.patch.dict(os.environ), pytest.raises(finetune.Problem, match=message):
         tune(tiny, tmp_path, *arguments)
+
+
+def test_processes_that_do_not_know_each_other_are_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(finetune.Problem, match=r"2 processes.*each would train alone.*--use_cpu"):
+        tune(tiny, tmp_path, "--use_cpu", "False")
+
+
+def test_fsdp_that_accelerate_leaves_aside_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(finetune.Problem, match=r"FSDP was asked for.*\(device cpu, processes: 1\)"):
+        tune(tiny, tmp_path)
 
 
 def test_a_problem_is_a_line_and_not_a_traceback(tiny, tmp_path, capsys, monkeypatch):
@@ -478,27 +493,27 @@ TWO = ["--model_name_or_path", "{tiny}", *QUICK, "--per_device_train_batch_size"
 TWO += ["--learning_rate", "1e-3", "--output_dir", "{output}"]
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["accelerate.commands.launch", "--config_file", str(FINETUNE / "fsdp2.yaml"), "--num_processes", "2"],
-        ["torch.distributed.run", "--nproc_per_node", "2", "zero2"],
-        ["torch.distributed.run", "--nproc_per_node", "2", "zero3"],
-    ],
-    ids=["fsdp2", "zero2", "zero3"],
-)
-def test_two_processes_learn_what_one_learns(tiny, tmp_path, one_process, launcher):
+ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--config_file", str(FINETUNE / "fsdp2.yaml")]
+TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2"]
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_two_processes_learn_what_one_learns(tiny, tmp_path, one_process, way):
+    launcher, program = TORCHRUN, FINETUNE / "finetune.py"
     arguments = [argument.format(tiny=tiny, output=tmp_path / "out") for argument in TWO]
-    launcher = list(launcher)
-    if launcher[-1].startswith("zero"):
+    if way == "fsdp2":
+        if Version(torch.__version__) < Version("2.9"):
+            pytest.skip("needs FSDP2 that averages over gloo, which torch 2.8 does not")
+        launcher, program = ACCELERATE, ROOT / "tests" / "fsdp_on_cpu.py"
+    elif way != "ddp":
         if importlib.util.find_spec("deepspeed") is None:
             pytest.skip("needs deepspeed")
-        arguments += ["--deepspeed", str(FINETUNE / f"ds_config_{launcher.pop()}.json")]
+        arguments += ["--deepspeed", str(FINETUNE / f"ds_config_{way}.json")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launcher += ["--main_process_port" if launcher[0].startswith("accelerate") else "--master_port", port]
-    command = [sys.executable, "-m", *launcher, str(FINETUNE / "finetune.py"), *arguments]
+    port_argument = "--main_process_port" if launcher is ACCELERATE else "--master_port"
+    command = [sys.executable, "-m", *launcher, port_argument, port, str(program), *arguments]
     done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "out") == pytest.approx(one_process, abs=1e-4)
