@@ -380,6 +380,17 @@ def test_q_lora_with_bitsandbytes(tiny, tmp_path):
     assert not torch.equal(logits(loaded(tmp_path / "merged")), logits(loaded(tiny)))
 
 
+def test_an_optimiser_whose_moments_are_in_8_bits(tiny, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    steps = ["--max_steps", "8", "--learning_rate", "5e-3"]
+    optimizer = tune(tiny, tmp_path / "8", *steps, "--optim", "adamw_8bit").optimizer.optimizer
+    tune(tiny, tmp_path / "32", *steps)
+    assert losses(tmp_path / "8") == pytest.approx(losses(tmp_path / "32"), abs=0.02)
+    moments = [state["state1"] for state in optimizer.state.values() if state["state1"].dim() > 1]
+    small = [moment for moment in moments if moment.dtype == torch.uint8]
+    assert (len(small), len(moments)) == (2 * 5 + 1, 2 * 5 + 2)  # all but the embedding's
+
+
 def stored(folder: Path) -> dict:
     """All tensors of a checkpoint."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
