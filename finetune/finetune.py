@@ -277,6 +277,8 @@ def make_chat(model, tokenizer) -> None:
     settings.chat_format = "chatml"
     settings.eos_token_id = [tokenizer.eod_id, tokenizer.im_end_id]
     settings.pad_token_id = tokenizer.eod_id
+    # The Trainer would do this, and say that the tokens are new; up to 4.57 it would also name the first end twice.
+    model.config.eos_token_id = model.config.pad_token_id = tokenizer.eod_id
 
 
 class Tuner(Trainer):

@@ -41,6 +41,13 @@ ADAPTER = "adapter_model.safetensors"
 LORA = ["--use_lora", "--lora_r", "4", "--learning_rate", "1e-2"]
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """As it was, after each test: up to 4.57 transformers notes --bf16 and --fsdp there."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
 def copy_demo(target: Path) -> Path:
     """The demo's folder, without its weights and programs, with real files."""
     target.mkdir()
@@ -270,8 +277,7 @@ def test_arguments_of_the_published_scripts():
     ],
 )
 def test_contradictions_are_said(tiny, tmp_path, arguments, message):
-    # transformers up to 4.57 notes --fsdp in the environment
-    with mock.patch.dict(os.environ), pytest.raises(finetune.Problem, match=message):
+    with pytest.raises(finetune.Problem, match=message):
         tune(tiny, tmp_path, *arguments)
 
 
