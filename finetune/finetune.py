@@ -73,6 +73,10 @@ class LoraArguments:
     lora_alpha: int = 16
     lora_dropout: float = 0.05
     lora_target_modules: List[str] = field(default_factory=lambda: ["c_attn", "c_proj", "w1", "w2"])
+    lora_modules_to_save: Optional[List[str]] = field(
+        default=None,
+        metadata={"help": "Modules that learn whole beside the adapter; by default wte and lm_head of a base model."},
+    )
     lora_weight_path: str = field(default="", metadata={"help": "An adapter to go on from."})
     lora_bias: str = "none"
     q_lora: bool = field(default=False, metadata={"help": "With use_lora: the matrices below are in 4 bits."})
@@ -98,6 +102,11 @@ def check(training, lora) -> None:
     """Problem for arguments that can't be meant together."""
     if lora.q_lora and not training.use_lora:
         raise Problem("--q_lora learns adapters over 4-bit matrices; pass --use_lora too.")
+    if lora.lora_modules_to_save and lora.lora_weight_path:
+        raise Problem(
+            "--lora_modules_to_save is for a new adapter; the one at --lora_weight_path names its own modules in "
+            "adapter_config.json. Leave one of the two out."
+        )
     if lora.q_lora and (training.fsdp or is_zero3()):
         raise Problem("Q-LoRA needs all 4-bit matrices on each device: use ZeRO-2 or no --deepspeed, and no FSDP.")
     if training.label_smoothing_factor:
@@ -105,10 +114,27 @@ def check(training, lora) -> None:
             "--label_smoothing_factor: transformers would smooth labels of a model loaded by remote code without "
             "shifting them. Leave it at 0."
         )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != training.world_size:
+        raise Problem(
+            f"{started} processes were started, and found no GPUs: each would train alone. On CPUs pass --use_cpu True."
+        )
     if training.n_gpu > 1:
         raise Problem(
             f"There are {training.n_gpu} GPUs and one process. Start one for each, torchrun --nproc_per_node "
             f"{training.n_gpu} finetune/finetune.py ..., or choose one GPU by CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_fsdp(trainer) -> None:
+    """Problem if FSDP was asked for, by accelerate launch or --fsdp, and accelerate leaves it aside without a word."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # accelerate sets it for --fsdp too
+    if asked and not trainer.is_fsdp_enabled:
+        raise Problem(
+            f"FSDP was asked for, but accelerate does not use it here (device {trainer.args.device}, processes: "
+            f"{trainer.args.world_size}), so each process would hold the whole model. FSDP needs GPUs, and accelerate "
+            f"launch or torchrun: see finetune/finetune_fsdp.sh. On CPUs start without it: torchrun --nproc_per_node 2 "
+            f"finetune/finetune.py --use_cpu True ..."
         )
 
 
@@ -184,6 +210,21 @@ def check_quantized(model) -> None:
         )
 
 
+def check_modules_to_save(model, names: list[str]) -> None:
+    """Problem unless each name is of a module that can learn whole; peft passes over names that it does not find."""
+    for name in names:
+        found = [module for key, module in model.named_modules() if f".{key}".endswith(f".{name}")]
+        if not found:
+            raise Problem(
+                f"--lora_modules_to_save: the model has no module {name}. Name some, for instance wte lm_head."
+            )
+        if not all(parameter.is_floating_point() for module in found for parameter in module.parameters()):
+            raise Problem(
+                f"--lora_modules_to_save: {name} is quantised here, and its codes can't learn. Leave it out, or name "
+                f"the checkpoint in full precision that this one was made from."
+            )
+
+
 def is_chat_model(model, path: str) -> bool:
     """Whether it was tuned to ChatML: its generation configuration says so, or its name."""
     chat_format = getattr(model.generation_config, "chat_format", None)
@@ -199,10 +240,15 @@ def add_adapter(model, arguments, training, lora):
     if lora.lora_weight_path:
         model = PeftModel.from_pretrained(model, lora.lora_weight_path, is_trainable=True)
     else:
-        to_save = None
-        if not is_chat_model(model, path):
+        to_save = lora.lora_modules_to_save
+        if to_save is not None:
+            check_modules_to_save(model, to_save)
+        elif not is_chat_model(model, path):
             if lora.q_lora:
-                say(f"{path} is a base model, and with Q-LoRA its embedding and head don't learn ChatML's tokens.")
+                say(
+                    f"{path} is a base model, and with Q-LoRA its embedding and head don't learn ChatML's tokens, "
+                    f"unless you pass --lora_modules_to_save {' '.join(LEARNED_BY_BASE)}."
+                )
             else:
                 say(f"{path} is a base model: {' and '.join(LEARNED_BY_BASE)} learn ChatML's tokens, whole.")
                 to_save = LEARNED_BY_BASE
@@ -231,6 +277,8 @@ def make_chat(model, tokenizer) -> None:
     settings.chat_format = "chatml"
     settings.eos_token_id = [tokenizer.eod_id, tokenizer.im_end_id]
     settings.pad_token_id = tokenizer.eod_id
+    # The Trainer would do this, and say that the tokens are new; up to 4.57 it would also name the first end twice.
+    model.config.eos_token_id = model.config.pad_token_id = tokenizer.eod_id
 
 
 class Tuner(Trainer):
@@ -391,6 +439,7 @@ def tune(arguments, data, training, lora) -> Tuner:
         processing_class=tokenizer,
         data_collator=PackedBatch(tokenizer.eod_id, flat),
     )
+    check_fsdp(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     save(trainer, tokenizer)

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -31,13 +32,20 @@ pytest.importorskip("peft")
 FINETUNE = ROOT / "finetune"
 sys.path[:0] = [str(FINETUNE), str(ROOT / "tools"), str(ROOT / "demo")]
 finetune = importlib.import_module("finetune")
-merge_adapter = importlib.import_module("merge_adapter")
+merge_adapter, quantize_weights, gptq = map(importlib.import_module, ("merge_adapter", "quantize_weights", "gptq"))
 
 DATA = str(FINETUNE / "example.json")
 QUICK = ["--data_path", DATA, "--model_max_length", "128", "--save_strategy", "no", "--disable_tqdm", "True"]
 QUICK += ["--report_to", "none", "--use_cpu", "True", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 ADAPTER = "adapter_model.safetensors"
 LORA = ["--use_lora", "--lora_r", "4", "--learning_rate", "1e-2"]
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """As it was, after each test: up to 4.57 transformers notes --bf16 and --fsdp there."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 def copy_demo(target: Path) -> Path:
@@ -162,6 +170,31 @@ def test_a_base_model_learns_chat_tokens_and_becomes_a_chat_model(tiny_base, tmp
     assert not torch.equal(merged.lm_head.weight, loaded(tiny_base).lm_head.weight)
 
 
+def test_embedding_and_head_of_a_chat_model_learn_whole_beside_the_adapter(tiny, tmp_path):
+    names = {"wte": "transformer.wte.weight", "lm_head": "lm_head.weight"}
+    trainer = tune(tiny, tmp_path / "adapter", "--max_steps", "4", *LORA, "--lora_modules_to_save", *names)
+    saved, base = load_file(tmp_path / "adapter" / ADAPTER), load_file(tiny / "model.safetensors")
+    assert {name for name in saved if "lora_" not in name} == {f"base_model.model.{name}" for name in names.values()}
+    for name in names.values():
+        assert not torch.equal(saved[f"base_model.model.{name}"], base[name])
+    with torch.no_grad():
+        expected = trainer.model.eval()(torch.arange(50)[None]).logits[0, :, :3]
+    (tmp_path / "adapter").rename(tmp_path / "moved")
+    code = f"""
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "moved")!r}, trust_remote_code=True, fp32=True).eval()
+with torch.no_grad():
+    print(model(torch.arange(50)[None]).logits[0, :, :3].tolist(), model.get_input_embeddings().weight.sum().item())
+"""
+    found, total = run(code, tmp_path).splitlines()[-1].rsplit(" ", 1)  # some packages greet whoever imports peft
+    torch.testing.assert_close(torch.tensor(json.loads(found)), expected, rtol=0, atol=1e-4)
+    assert float(total) == pytest.approx(saved["base_model.model.transformer.wte.weight"].sum().item(), abs=1e-3)
+    assert merge_adapter.main([str(tmp_path / "moved"), str(tmp_path / "merged")]) == 0
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(merged[name], saved[f"base_model.model.{name}"]) for name in names.values())
+
+
 @pytest.mark.parametrize("saved_by_peft", [False, True])
 def test_an_adapted_head_merges(tiny, tmp_path, saved_by_peft):
     """peft saves the base's own weight beside the adapter of a head; finetune.py does not."""
@@ -239,11 +272,26 @@ def test_arguments_of_the_published_scripts():
         (["--q_lora"], "pass --use_lora"),
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor"),
         (["--q_lora", "--use_lora", "--fsdp", "full_shard"], "ZeRO-2"),
+        (["--use_lora", "--lora_modules_to_save", "wte", "--lora_weight_path", "adapter"], "one of the two"),
+        (["--use_lora", "--lora_modules_to_save", "wte", "head"], "no module head"),
     ],
 )
 def test_contradictions_are_said(tiny, tmp_path, arguments, message):
     with pytest.raises(finetune.Problem, match=message):
         tune(tiny, tmp_path, *arguments)
+
+
+def test_processes_that_do_not_know_each_other_are_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(finetune.Problem, match=r"2 processes.*each would train alone.*--use_cpu"):
+        tune(tiny, tmp_path, "--use_cpu", "False")
+
+
+def test_fsdp_that_accelerate_leaves_aside_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(finetune.Problem, match=r"FSDP was asked for.*\(device cpu, processes: 1\)"):
+        tune(tiny, tmp_path)
 
 
 def test_a_problem_is_a_line_and_not_a_traceback(tiny, tmp_path, capsys, monkeypatch):
@@ -338,6 +386,88 @@ def test_q_lora_with_bitsandbytes(tiny, tmp_path):
     assert not torch.equal(logits(loaded(tmp_path / "merged")), logits(loaded(tiny)))
 
 
+def test_an_optimiser_whose_moments_are_in_8_bits(tiny, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    steps = ["--max_steps", "8", "--learning_rate", "5e-3"]
+    optimizer = tune(tiny, tmp_path / "8", *steps, "--optim", "adamw_8bit").optimizer.optimizer
+    tune(tiny, tmp_path / "32", *steps)
+    assert losses(tmp_path / "8") == pytest.approx(losses(tmp_path / "32"), abs=0.02)
+    moments = [state["state1"] for state in optimizer.state.values() if state["state1"].dim() > 1]
+    small = [moment for moment in moments if moment.dtype == torch.uint8]
+    assert (len(small), len(moments)) == (2 * 5 + 1, 2 * 5 + 2)  # all but the embedding's
+
+
+def stored(folder: Path) -> dict:
+    """All tensors of a checkpoint."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def demo_int4(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("quantised") / "demo-Int4"
+    arguments = ["--bits", "4", "--method", "rtn", "--group-size", "32", "--device", "cpu"]
+    assert quantize_weights.main([str(ROOT / "demo"), str(folder), *arguments]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo_dequantised(demo_int4) -> Path:
+    """The checkpoint in full precision that the codes of `demo_int4` stand for."""
+    folder = copy_demo(demo_int4.parent / "dequantised")
+    tensors, weights = stored(demo_int4), {}
+    for name in load_file(ROOT / "demo" / "model.safetensors"):
+        if name in tensors:
+            weights[name] = tensors[name]
+        else:
+            matrix = name[: -len("weight")]
+            parts = {part: tensors[matrix + part] for part in ("qweight", "qzeros", "scales", "g_idx")}
+            weights[name] = gptq.dequantized(parts, 4).contiguous()
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_q_lora_over_int4_learns_as_over_the_weights_that_the_codes_stand_for(demo_int4, demo_dequantised, tmp_path):
+    steps = ["--max_steps", "8", *LORA, "--lora_dropout", "0"]
+    over_codes = tune(demo_int4, tmp_path / "codes", *steps, "--q_lora")
+    over_weights = tune(demo_dequantised, tmp_path / "weights", *steps)
+    found = losses(tmp_path / "codes")
+    assert sum(found[-3:]) < 0.6 * sum(found[:3])
+    assert found == pytest.approx(losses(tmp_path / "weights"), rel=1e-3)
+
+    adapter = {name: p for name, p in over_codes.model.named_parameters() if p.requires_grad}
+    others = {name: p for name, p in over_weights.model.named_parameters() if p.requires_grad}
+    assert len(adapter) == 2 * 20
+    assert adapter.keys() == others.keys()
+    batch = over_codes.data_collator([over_codes.train_dataset[i] for i in range(4)])
+    with torch.no_grad():
+        for name, parameter in adapter.items():
+            others[name].copy_(parameter)
+    for trainer in (over_codes, over_weights):
+        trainer.model.zero_grad()
+        trainer.model(**batch).loss.backward()
+    for name, parameter in adapter.items():
+        assert parameter.grad.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, others[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_q_lora_over_int4_holds(demo_int4, tmp_path):
+    """Codes in place of all matrices of the blocks, as they are in the file after training too."""
+    model = tune(demo_int4, tmp_path / "adapter", "--max_steps", "1", *LORA, "--q_lora").model.get_base_model()
+    tensors = stored(demo_int4)
+    matrices = {name: m.base_layer for name, m in model.named_modules() if hasattr(m, "base_layer")}
+    assert len(matrices) == 20
+    for name, matrix in matrices.items():
+        assert torch.equal(matrix.qweight, tensors[f"{name}.qweight"])
+        held = [*matrix.parameters(), *matrix.buffers(), *(v for v in vars(matrix).values() if torch.is_tensor(v))]
+        numbers = sum(tensor.numel() for tensor in held if tensor.is_floating_point())
+        assert numbers < matrix.in_features * matrix.out_features / 16
+
+
+def test_codes_do_not_learn_whole(demo_int4, tmp_path):
+    with pytest.raises(finetune.Problem, match="c_attn is quantised here"):
+        tune(demo_int4, tmp_path, *LORA, "--q_lora", "--lora_modules_to_save", "wte", "attn.c_attn")
+
+
 # Resuming
 
 
@@ -380,27 +510,27 @@ TWO = ["--model_name_or_path", "{tiny}", *QUICK, "--per_device_train_batch_size"
 TWO += ["--learning_rate", "1e-3", "--output_dir", "{output}"]
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["accelerate.commands.launch", "--config_file", str(FINETUNE / "fsdp2.yaml"), "--num_processes", "2"],
-        ["torch.distributed.run", "--nproc_per_node", "2", "zero2"],
-        ["torch.distributed.run", "--nproc_per_node", "2", "zero3"],
-    ],
-    ids=["fsdp2", "zero2", "zero3"],
-)
-def test_two_processes_learn_what_one_learns(tiny, tmp_path, one_process, launcher):
+ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--config_file", str(FINETUNE / "fsdp2.yaml")]
+TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2"]
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_two_processes_learn_what_one_learns(tiny, tmp_path, one_process, way):
+    launcher, program = TORCHRUN, FINETUNE / "finetune.py"
     arguments = [argument.format(tiny=tiny, output=tmp_path / "out") for argument in TWO]
-    launcher = list(launcher)
-    if launcher[-1].startswith("zero"):
+    if way == "fsdp2":
+        if Version(torch.__version__) < Version("2.9"):
+            pytest.skip("needs FSDP2 that averages over gloo, which torch 2.8 does not")
+        launcher, program = ACCELERATE, ROOT / "tests" / "fsdp_on_cpu.py"
+    elif way != "ddp":
         if importlib.util.find_spec("deepspeed") is None:
             pytest.skip("needs deepspeed")
-        arguments += ["--deepspeed", str(FINETUNE / f"ds_config_{launcher.pop()}.json")]
+        arguments += ["--deepspeed", str(FINETUNE / f"ds_config_{way}.json")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launcher += ["--main_process_port" if launcher[0].startswith("accelerate") else "--master_port", port]
-    command = [sys.executable, "-m", *launcher, str(FINETUNE / "finetune.py"), *arguments]
+    port_argument = "--main_process_port" if launcher is ACCELERATE else "--master_port"
+    command = [sys.executable, "-m", *launcher, port_argument, port, str(program), *arguments]
     done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "out") == pytest.approx(one_process, abs=1e-4)
