@@ -149,13 +149,23 @@ def stations(model) -> list[nn.Module]:
     return [transformer.wte, *transformer.h, transformer.ln_f, model.lm_head]
 
 
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    """The weights below a module, what this process has of them."""
-    return [local_tensor(t) for t in itertools.chain(module.parameters(), module.buffers())]
+def _tensors(station: nn.Module) -> list[torch.Tensor]:
+    """The weights that a step reads there, what this process has of them."""
+    modules = [station]
+    if hasattr(station, "attn"):
+        attn, mlp = station.attn, station.mlp
+        modules = [station.ln_1, station.ln_2, attn.c_attn, attn.c_proj, mlp.w1, mlp.w2, mlp.c_proj]
+    own = (t for module in modules for t in (*module._parameters.values(), *module._buffers.values()))
+    return [local_tensor(t) for t in own if t is not None]
 
 
 def device_of(station: nn.Module) -> torch.device:
     return next(itertools.chain(station.parameters(), station.buffers())).device
+
+
+def _is_on_one_gpu(station: nn.Module) -> bool:
+    devices = {t.device for t in _tensors(station)}
+    return len(devices) == 1 and has_graphs(devices.pop())
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -194,8 +204,7 @@ def is_plain(model) -> bool:
         first.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and all(type(t) in (nn.Parameter, torch.Tensor) and t.is_contiguous() for t in floats + codes)
         and all(t.dtype == first.dtype for t in floats)
-        and all(has_graphs(device_of(s)) for s in stations(model))
-        and all(t.device == device_of(s) for s in stations(model) for t in _tensors(s))
+        and all(map(_is_on_one_gpu, stations(model)))
         and (group is None or _is_split_evenly(model, group))
         and _kernels() is not None
         and model.config.kv_channels in GPU_HEAD_SIZES
