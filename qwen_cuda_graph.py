@@ -30,7 +30,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .qwen_cache import QWenCache
-from .qwen_ops import GPU_HEAD_SIZES, gptq_linear
+from .qwen_ops import GPU_HEAD_SIZES, gptq_linear, quantized_sizes
 from .qwen_quantization import QuantizedLinear
 from .transformers_compat import (
     CACHE,
@@ -219,6 +219,7 @@ def _is_split_evenly(model, group) -> bool:
 def takes(model, cache, rows: int) -> bool:
     """Whether steps of `rows` new tokens behind this cache, once it is filled, are for a graph of a plain model."""
     dtype, devices = model.transformer.ln_f.weight.dtype, [device_of(block) for block in model.transformer.h]
+    hd, projections = model.config.kv_channels, model.transformer.h[0].attn.c_attn.out_features
     return (
         isinstance(cache, QWenCache)
         and cache.kernel
@@ -226,10 +227,16 @@ def takes(model, cache, rows: int) -> bool:
         and all(map(has_graphs, devices))
         and 0 < rows <= MAX_ROWS
         and (cache.device is None or {torch.device(cache.device)} == set(devices))
+        # The cache of another model would have kernels read and write where nothing of it is.
+        and len(cache.layers) in (0, len(devices))
         and all(
-            t.device == device and (cache.bits is not None or t.dtype == dtype)
+            t.device == device
+            and (cache.bits is not None or t.dtype == dtype)
+            and t.shape[1::2] == (projections // (3 * hd), width)
             for layer, device in zip(cache.layers, devices)
-            for t in layer.storages()
+            for t, width in zip(
+                layer.storages(), 2 * ((hd,) if cache.bits is None else quantized_sizes(hd, cache.bits))
+            )
         )
     )
 
@@ -562,6 +569,7 @@ class GraphedSteps:
 _CAPTURE = threading.Lock()
 _LOCK = threading.Lock()
 _FREE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of every model: signature, and free graphs by kind
+_ENDING: weakref.WeakSet = weakref.WeakSet()  # models whose graphs end with the generation: no use for a step or a few
 
 
 @contextlib.contextmanager
@@ -610,6 +618,8 @@ def graphed_steps(model, cache, B: int, T: int):
                 if now == places.signature:
                     free.append((kind, steps))
                     del free[:-KEPT_GRAPHS]
+        elif steps is not None and not steps.may_stay:
+            _ENDING.add(model)
 
 
 def graphed_step(model, cache, input_ids, position_ids, attention_mask):
@@ -622,7 +632,7 @@ def graphed_step(model, cache, input_ids, position_ids, attention_mask):
     B, T = input_ids.shape
     width = 1 << (T - 1).bit_length()  # a graph for each power of two serves every number of drafts
     alpha, padding = getattr(cache, "ntk_alpha", None), (False, None)
-    ours = T <= MAX_TOKENS and takes(model, cache, B * width) and cache.get_seq_length() > 0
+    ours = T <= MAX_TOKENS and model not in _ENDING and takes(model, cache, B * width) and cache.get_seq_length() > 0
     if ours and (alpha is not None or not model.config.use_dynamic_ntk):
         padding = _left_padding(attention_mask, cache.get_seq_length() + T)
     if not padding[0]:
@@ -737,6 +747,7 @@ class GraphedGeneration:
             positions = positions[:, -1:].expand(B, 1) + 1
         alpha = getattr(cache, "ntk_alpha", None)
         takes_graph = known and takes(self, cache, B) and (alpha is not None or not self.config.use_dynamic_ntk)
+        takes_graph = takes_graph and not (getattr(settings, "is_assistant", False) and self in _ENDING)
         agree = _agreement(self)
         ahead = False  # a step is computed that may turn out not to be wanted
         with contextlib.ExitStack() as stack:

@@ -87,7 +87,7 @@ def _attends(model, cache, call: dict) -> bool:
     if (ids is None) == (embeds is None) or not (mask is None or mask.dim() == 2 or mask.dtype == torch.bool):
         return False
     new = ids if embeds is None else embeds
-    return new.dim() > 1 and cache.attends(new.shape[1])
+    return new.dim() > 1 and new.numel() > 0 and cache.attends(new.shape[1])
 
 
 # What a call may ask for without being more than a plain one; everything else that is not None is more.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import importlib.util
@@ -599,6 +600,47 @@ def test_calls_of_forward_step_by_graphs(steps_taken):
         found[name] = torch.cat(logits, 1)
     near(found["graphs"], found["network"], 1e-4)
     assert steps_taken[0] == 3
+
+
+@pytest.mark.parametrize("other", [{"num_hidden_layers": 3}, {"num_attention_heads": 4, "hidden_size": 128}])
+@pytest.mark.parametrize("bits", CACHES)
+def test_the_cache_of_another_model_is_not_for_a_graph(model, steps_taken, other, bits):
+    """Of fewer layers or heads: kernels would read where nothing is."""
+    cache, ids = CACHES[bits](), padded(6)[0]
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        with contextlib.suppress(RuntimeError):
+            small_model(**other)(ids[:, :1], past_key_values=cache)
+    assert steps_taken[0] == 0
+
+
+def test_no_tokens_behind_a_filled_cache(model):
+    cache, ids = caches.QWenCache(), padded(6)[0]
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="no tokens"):
+            model(ids[:, :0], past_key_values=cache)
+
+
+def test_graphs_that_may_not_stay_are_not_made_for_every_step(monkeypatch):
+    """As by tensor parallelism without the memory of the other GPUs: a capture takes longer than many steps."""
+    model, made, ids = small_model(num_hidden_layers=1), [], padded(6)[0]
+
+    class Ending(graphs.GraphedSteps):
+        may_stay = False
+
+        def __init__(self, *args):
+            made.append(args[1:])
+            super().__init__(*args)
+
+    monkeypatch.setattr(graphs, "GraphedSteps", Ending)
+    cache, found = caches.QWenCache(), []
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        found = [model(ids[:, i : i + n], past_key_values=cache).logits for i, n in ((0, 1), (1, 1), (2, 2))]
+        whole = model(torch.cat((ids, ids[:, :4]), 1)).logits
+    near(torch.cat(found, 1), whole[:, -4:])
+    assert len(made) == 1
 
 
 def test_drafts_are_checked_in_one_step(steps_taken):
