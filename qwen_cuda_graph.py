@@ -219,7 +219,8 @@ def _is_split_evenly(model, group) -> bool:
 def takes(model, cache, rows: int) -> bool:
     """Whether steps of `rows` new tokens behind this cache, once it is filled, are for a graph of a plain model."""
     dtype, devices = model.transformer.ln_f.weight.dtype, [device_of(block) for block in model.transformer.h]
-    hd, projections = model.config.kv_channels, model.transformer.h[0].attn.c_attn.out_features
+    hd, c_attn = model.config.kv_channels, model.transformer.h[0].attn.c_attn
+    projections = c_attn.out_features if type(c_attn) is QuantizedLinear else local_tensor(c_attn.weight).shape[0]
     return (
         isinstance(cache, QWenCache)
         and cache.kernel
@@ -704,9 +705,10 @@ class GraphedGeneration:
             and not synced_gpus
             and not (settings.output_attentions or settings.output_hidden_states)
             and getattr(settings, "prefill_chunk_size", None) is None
+            and has_graphs(input_ids.device)
+            and is_plain(self)
             and input_ids.device == device_of(self.transformer.wte)
             and takes(self, cache, input_ids.shape[0])
-            and is_plain(self)
         )
 
     def _own_loop(

@@ -332,7 +332,7 @@ class LayeredCache(DynamicCache if hasattr(DynamicCache, "crop") else transforme
 
     def crop(self, length):
         """Keep the first `length` tokens; a negative number removes as many at the end."""
-        length = int(length)  # 5.17 gives a tensor
+        length = int(length)  # some releases give a tensor (5.17)
         if length < 0 or (length == 0 and _CROP_REMOVES):
             length += self.get_seq_length()
         for layer in self.layers:
