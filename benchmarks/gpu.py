@@ -290,11 +290,17 @@ def quantised(ours, size: str, length: int, rows, bandwidth: float, tokens: int)
             table.row(name, held[name] / 1e9, n, prompts[name] * 1e3, found[0][0] * 1e3, share, peak)
 
 
-def batches(ours, theirs, rows: int, longest: int, tokens: int) -> None:
-    """Left-padded prompts of a third to the whole of the longest."""
-    table = Table("padded batch", "rows", "attention", "tokens/s", "peak GB")
+def lengths_of(rows: int, longest: int) -> torch.Tensor:
+    """Of prompts: a third to the whole of the longest, which is the first."""
     lengths = torch.randint(longest // 3, longest + 1, (rows,), generator=torch.Generator().manual_seed(0))
     lengths[0] = longest
+    return lengths
+
+
+def batches(ours, theirs, rows: int, longest: int, tokens: int) -> None:
+    """Left-padded prompts of `lengths_of`."""
+    table = Table("padded batch", "rows", "attention", "tokens/s", "peak GB")
+    lengths = lengths_of(rows, longest)
     inputs = prompt(ours.config, rows, longest)
     real = torch.arange(longest)[None] >= longest - lengths[:, None]
     inputs["attention_mask"] = real.long().to(DEVICE)
@@ -316,8 +322,7 @@ def batches(ours, theirs, rows: int, longest: int, tokens: int) -> None:
 def continuous(ours, theirs, rows: int, longest: int, tokens: int) -> None:
     """The requests of `batches` by `generate_batch`."""
     table = Table("generate_batch", "requests", "attention", "tokens/s", "first call s")
-    lengths = torch.randint(longest // 3, longest + 1, (rows,), generator=torch.Generator().manual_seed(0))
-    requests = [torch.randint(0, ours.config.vocab_size, (n,)).tolist() for n in lengths.tolist()]
+    requests = [torch.randint(0, ours.config.vocab_size, (n,)).tolist() for n in lengths_of(rows, longest).tolist()]
     settings = GenerationConfig(eos_token_id=-1, pad_token_id=0, do_sample=False, max_new_tokens=tokens)
     flash = ["flash_attention_2"] if transformers.utils.is_flash_attn_2_available() else []
     for (name, model), attention in itertools.product((("ours", ours), ("Qwen2", theirs)), ["sdpa", *flash]):
