@@ -32,6 +32,7 @@ from transformers.utils import logging
 from .qwen_cache import QWenCache
 from .qwen_ops import GPU_HEAD_SIZES, gptq_linear, quantized_sizes
 from .qwen_quantization import QuantizedLinear
+from .qwen_sampling import draw, in_fewer_passes
 from .transformers_compat import (
     CACHE,
     GenerateDecoderOnlyOutput,
@@ -727,6 +728,7 @@ class GraphedGeneration:
         as_dict = settings.return_dict_in_generate
         scores = () if as_dict and settings.output_scores else None
         raw_logits = () if as_dict and settings.output_logits else None
+        logits_processor = in_fewer_passes(logits_processor)
         has_ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         pad = settings._pad_token_tensor
         pad = None if pad is None else pad.to(device)
@@ -783,10 +785,7 @@ class GraphedGeneration:
                         scores += (wanted,)
                     if raw_logits is not None:
                         raw_logits += (last,)
-                    if settings.do_sample:
-                        tokens = torch.multinomial(wanted.softmax(-1), num_samples=1).squeeze(1)
-                    else:
-                        tokens = wanted.argmax(-1)
+                    tokens, drawn = draw(wanted) if settings.do_sample else (wanted.argmax(-1), None)
                     agree(tokens)
                     if has_ends:
                         tokens = tokens * unfinished + pad * (1 - unfinished)
@@ -794,7 +793,7 @@ class GraphedGeneration:
                     unfinished = unfinished & ~stopping_criteria(input_ids, scores)
                     agree(unfinished)
                     reads.reverse()
-                    reads[0].begin(unfinished, tokens)
+                    reads[0].begin(unfinished, tokens, drawn)
                     if max_length is None or input_ids.shape[1] < max_length:
                         logits = step(tokens[:, None])
                         ahead = True
@@ -834,9 +833,10 @@ class _Reading:
         self._tokens = torch.zeros(len(like), dtype=torch.int64, pin_memory=like.is_cuda) if with_tokens else None
         self._event = torch.cuda.Event() if like.is_cuda else None
 
-    def begin(self, unfinished: torch.Tensor, tokens: torch.Tensor) -> None:
-        """unfinished, tokens: int64 (B)."""
-        self._left.copy_(unfinished.max(), non_blocking=True)
+    def begin(self, unfinished: torch.Tensor, tokens: torch.Tensor, drawn: torch.Tensor | None) -> None:
+        """unfinished, tokens: int64 (B). drawn: bool (B), whether they could be, None if they were not drawn."""
+        left = unfinished.max()
+        self._left.copy_(left if drawn is None else torch.where(drawn.all(), left, -1), non_blocking=True)
         if self._tokens is not None:
             self._tokens.copy_(tokens, non_blocking=True)
         if self._event is not None:
@@ -845,4 +845,9 @@ class _Reading:
     def end(self):
         if self._event is not None:
             self._event.synchronize()
+        if self._left < 0:
+            raise RuntimeError(
+                "No token can be drawn: a score is not a number, or none is finite. float16 overflows in some models: "
+                "load with bfloat16 or float32; else look at the weights and at your logits processors."
+            )
         return not self._left.item(), None if self._tokens is None else self._tokens.clone()

@@ -403,6 +403,28 @@ def test_an_exception_in_a_streamer_leaves_everything_usable(model, no_kernels):
     assert torch.equal(generate(model, ids), ordinary(model, ids))
 
 
+class NoNumbers(transformers.LogitsProcessor):
+    """The scores of the second row, from a length on."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] >= self.length:
+            scores[1, 3] = float("nan")
+        return scores
+
+
+@needs_loop
+def test_scores_that_nothing_can_be_drawn_from_are_an_error(model, no_kernels):
+    ids, mask = padded(9, 5)
+    cache = caches.QWenCache()
+    with pytest.raises(RuntimeError, match="not a number"):
+        generate(model, ids, mask, past_key_values=cache, do_sample=True, logits_processor=[NoNumbers(11)])
+    assert cache.get_seq_length() == 11
+    assert torch.equal(generate(model, ids, mask), ordinary(model, ids, mask))
+
+
 @needs_loop
 def test_what_it_does_not_take_goes_the_ordinary_way(model, monkeypatch):
     monkeypatch.setattr(graphs.GraphedGeneration, "_own_loop", None)  # calling it would fail
