@@ -624,22 +624,71 @@ def graphed_steps(model, cache, B: int, T: int):
             _ENDING.add(model)
 
 
+class _Checks:
+    """The graphs that check the drafts of one generation: of each width the function of `graphed_steps`, and starts."""
+
+    def __init__(self, model, stack: contextlib.ExitStack):
+        self.model = model
+        self.stack = stack
+        self.rows = None
+        self.steps = {}
+
+
+@contextlib.contextmanager
+def checking_drafts(model, cache):
+    """
+    For one generation, which looks once at what its model and the padding of its prompt are: within it `graphed_step`
+    keeps the graphs behind this cache, and compares before each step only where the weights are.
+    """
+    if not isinstance(cache, QWenCache):
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        cache.checks = _Checks(model, stack)
+        try:
+            yield
+        finally:
+            cache.checks = None
+
+
+def _width(T: int) -> int:
+    """Of the graph for T tokens: one for each power of two serves every number of drafts."""
+    return 1 << (T - 1).bit_length()
+
+
+def is_checked(model, cache, input_ids: torch.Tensor) -> bool:
+    """Whether `graphed_step` has a graph for such a step of this generation already, and nothing is to be looked at."""
+    checks, (B, T) = getattr(cache, "checks", None), input_ids.shape
+    return checks is not None and checks.model is model and checks.rows == B and T > 0 and _width(T) in checks.steps
+
+
 def graphed_step(model, cache, input_ids, position_ids, attention_mask):
     """
-    One step on its own, of whoever calls `forward`: logits (B, T, vocab), or None if it is not for a graph.
+    One step on its own, of whoever calls `forward`: logits (B, T, vocab), or None if it is not for a graph, and then
+    it is no longer checked.
 
     input_ids, position_ids: int64 (B, T). attention_mask: None or (B, S), the tokens of this step included. The model
     is plain, which is not looked at here.
     """
     B, T = input_ids.shape
-    width = 1 << (T - 1).bit_length()  # a graph for each power of two serves every number of drafts
-    alpha, padding = getattr(cache, "ntk_alpha", None), (False, None)
+    alpha, checks = getattr(cache, "ntk_alpha", None), getattr(cache, "checks", None)
+    if is_checked(model, cache, input_ids):
+        step, starts = checks.steps[_width(T)]
+        logits = step(input_ids, position_ids.expand(B, T), starts, alpha)
+        if logits is None:
+            del checks.steps[_width(T)]
+        return None if logits is None else logits.clone()
+    width, padding = _width(T), (False, None)
     ours = T <= MAX_TOKENS and model not in _ENDING and takes(model, cache, B * width) and cache.get_seq_length() > 0
     if ours and (alpha is not None or not model.config.use_dynamic_ntk):
         padding = _left_padding(attention_mask, cache.get_seq_length() + T)
     if not padding[0]:
         return None
-    with graphed_steps(model, cache, B, width) as step:
+    with contextlib.ExitStack() as stack:
+        stays = checks is not None and checks.model is model
+        step = (checks.stack if stays else stack).enter_context(graphed_steps(model, cache, B, width))
+        if stays:
+            checks.rows, checks.steps[width] = B, (step, padding[1])
         logits = step(input_ids, position_ids.expand(B, T), padding[1], alpha)
         return None if logits is None else logits.clone()
 
@@ -684,6 +733,10 @@ class GraphedGeneration:
         if args or not self._is_for_own_loop(input_ids, **kwargs):
             return super()._sample(input_ids, *args, **kwargs)
         return self._own_loop(input_ids, **kwargs)
+
+    def _assisted_decoding(self, *args, **kwargs):
+        with checking_drafts(self, kwargs.get(CACHE)):
+            return super()._assisted_decoding(*args, **kwargs)
 
     def _is_for_own_loop(
         self,
