@@ -901,8 +901,8 @@ def attend(q, base, bits, table, slot, starts, scaling, launch=None):
 # If the outputs alone don't fill the card, several programs share the inputs out too; a second kernel adds their sums
 # up, in their order.
 #
-# Launches, the best of those measured on an H100. One row in 4 bits: by whether there is a gate, and the most outputs for
-# a multiprocessor; in 8 bits half as many slots have as many words.
+# Launches, the best of those measured on an H100. One row in 4 bits: by whether there is a gate, and the most outputs
+# for a multiprocessor; in 8 bits half as many slots have as many words.
 GPTQ_ROW = {
     False: {
         32: {"BN": 8, "SLOTS": 128, "num_warps": 4},
