@@ -631,7 +631,7 @@ def test_the_cache_of_another_model_is_not_for_a_graph(model, steps_taken, other
     cache, ids = CACHES[bits](), padded(6)[0]
     with torch.no_grad():
         model(ids, past_key_values=cache)
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, ValueError):  # what the network says of it
             small_model(**other)(ids[:, :1], past_key_values=cache)
     assert steps_taken[0] == 0
 
