@@ -98,6 +98,8 @@ def parse(arguments: list[str] | None = None):
         arguments = [f"--{new}{a[len(old) + 2 :]}" if a.split("=")[0] == f"--{old}" else a for a in arguments]
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, LoraArguments))
     if any(argument.split("=")[0] == "--deepspeed" for argument in arguments):
+        if importlib.util.find_spec("deepspeed") is None:
+            raise Problem("--deepspeed: DeepSpeed is not installed. pip install -r requirements-finetune-all.txt")
         # DeepSpeed looks for the other processes when the arguments are made; a script started alone has none.
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         if "WORLD_SIZE" not in os.environ:

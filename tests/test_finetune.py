@@ -312,6 +312,11 @@ def test_a_problem_is_a_line_and_not_a_traceback(tiny, tmp_path, capsys, monkeyp
     [
         ("--no_such_argument", "--no_such_argument"),
         pytest.param(
+            "--deepspeed",
+            "DeepSpeed is not installed. pip install -r requirements-finetune-all.txt",
+            marks=pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is there"),
+        ),
+        pytest.param(
             "--bf16",
             "No GPU was found; to train on a CPU pass --use_cpu True --bf16 False.",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
