@@ -413,6 +413,15 @@ def test_arguments_of_the_server(serve):
             serve.read_arguments(["model", "--api-auth", wrong])
 
 
+def test_packages_that_are_missing_are_named(serve, monkeypatch):
+    found = importlib.util.find_spec
+    there = {"transformers.cli": True, "transformers.cli.serving": True, "fastapi": None, "uvicorn": None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there[name] if name in there else found(name))
+    monkeypatch.setattr(sys, "argv", ["serve.py", PATH])
+    with pytest.raises(SystemExit, match=r'fastapi, uvicorn\..*pip install "transformers\[serving\]"'):
+        serve.main()
+
+
 @pytest.fixture(scope="module")
 def serve():
     sys.path.insert(0, str(ROOT / "tools"))

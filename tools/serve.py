@@ -402,6 +402,9 @@ def main() -> None:
         sys.exit("This needs transformers 5: the release here has no command `transformers serve`.")
     if importlib.util.find_spec("transformers.cli.serving") is None:
         sys.exit("This needs a newer transformers: the release here has no server for one checkpoint.")
+    missing = [name for name in ("fastapi", "openai", "pydantic", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f'Not installed: {", ".join(missing)}. Type: pip install "transformers[serving]"')
     path = str(Path(given).resolve()) if Path(given).is_dir() else given
     prepare(path, list(dict.fromkeys([given, path, Path(path).name])), credentials)
     sys.argv = ["transformers", "serve", path, "--trust-remote-code", *arguments]
