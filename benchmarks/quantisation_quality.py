@@ -133,6 +133,7 @@ def demo(folder: Path, samples: int) -> None:
         print("gptqmodel is not installed, and left out")
     else:
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it needs two
+        os.chdir(folder)  # it writes where it is called
         ways |= {n: lambda t, s=s: by_gptqmodel(source, t, s, same) for n, s in GPTQMODEL.items()}
     compare(source, ways, ids, labels)
 
