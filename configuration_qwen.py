@@ -24,6 +24,7 @@ CODE_FILES = (
     "configuration_qwen.py",
     "qwen_generation_utils.py",
     "qwen_chat.py",
+    "qwen_sampling.py",
     "qwen_cuda_graph.py",
     "qwen_attention.py",
     "qwen_decode.py",

@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # whoever copies this file, copies what it names: these stand
     from .qwen_cuda_graph import GraphedSteps  # noqa: F401
     from .qwen_ops import decode_blocks  # noqa: F401
     from .qwen_quantization import Int8Linear  # noqa: F401
+    from .qwen_sampling import draw  # noqa: F401
     from .triton_kernels import register  # noqa: F401
 
 __all__ = [

@@ -32,6 +32,7 @@ from transformers.utils import logging
 from .qwen_cache import QWenCache
 from .qwen_ops import GPU_HEAD_SIZES, gptq_linear, quantized_sizes
 from .qwen_quantization import QuantizedLinear
+from .qwen_sampling import draw, in_fewer_passes
 from .transformers_compat import (
     CACHE,
     GenerateDecoderOnlyOutput,
@@ -623,22 +624,71 @@ def graphed_steps(model, cache, B: int, T: int):
             _ENDING.add(model)
 
 
+class _Checks:
+    """The graphs that check the drafts of one generation: of each width the function of `graphed_steps`, and starts."""
+
+    def __init__(self, model, stack: contextlib.ExitStack):
+        self.model = model
+        self.stack = stack
+        self.rows = None
+        self.steps = {}
+
+
+@contextlib.contextmanager
+def checking_drafts(model, cache):
+    """
+    For one generation, which looks once at what its model and the padding of its prompt are: within it `graphed_step`
+    keeps the graphs behind this cache, and compares before each step only where the weights are.
+    """
+    if not isinstance(cache, QWenCache):
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        cache.checks = _Checks(model, stack)
+        try:
+            yield
+        finally:
+            cache.checks = None
+
+
+def _width(T: int) -> int:
+    """Of the graph for T tokens: one for each power of two serves every number of drafts."""
+    return 1 << (T - 1).bit_length()
+
+
+def is_checked(model, cache, input_ids: torch.Tensor) -> bool:
+    """Whether `graphed_step` has a graph for such a step of this generation already, and nothing is to be looked at."""
+    checks, (B, T) = getattr(cache, "checks", None), input_ids.shape
+    return checks is not None and checks.model is model and checks.rows == B and T > 0 and _width(T) in checks.steps
+
+
 def graphed_step(model, cache, input_ids, position_ids, attention_mask):
     """
-    One step on its own, of whoever calls `forward`: logits (B, T, vocab), or None if it is not for a graph.
+    One step on its own, of whoever calls `forward`: logits (B, T, vocab), or None if it is not for a graph, and then
+    it is no longer checked.
 
     input_ids, position_ids: int64 (B, T). attention_mask: None or (B, S), the tokens of this step included. The model
     is plain, which is not looked at here.
     """
     B, T = input_ids.shape
-    width = 1 << (T - 1).bit_length()  # a graph for each power of two serves every number of drafts
-    alpha, padding = getattr(cache, "ntk_alpha", None), (False, None)
+    alpha, checks = getattr(cache, "ntk_alpha", None), getattr(cache, "checks", None)
+    if is_checked(model, cache, input_ids):
+        step, starts = checks.steps[_width(T)]
+        logits = step(input_ids, position_ids.expand(B, T), starts, alpha)
+        if logits is None:
+            del checks.steps[_width(T)]
+        return None if logits is None else logits.clone()
+    width, padding = _width(T), (False, None)
     ours = T <= MAX_TOKENS and model not in _ENDING and takes(model, cache, B * width) and cache.get_seq_length() > 0
     if ours and (alpha is not None or not model.config.use_dynamic_ntk):
         padding = _left_padding(attention_mask, cache.get_seq_length() + T)
     if not padding[0]:
         return None
-    with graphed_steps(model, cache, B, width) as step:
+    with contextlib.ExitStack() as stack:
+        stays = checks is not None and checks.model is model
+        step = (checks.stack if stays else stack).enter_context(graphed_steps(model, cache, B, width))
+        if stays:
+            checks.rows, checks.steps[width] = B, (step, padding[1])
         logits = step(input_ids, position_ids.expand(B, T), padding[1], alpha)
         return None if logits is None else logits.clone()
 
@@ -684,6 +734,10 @@ class GraphedGeneration:
             return super()._sample(input_ids, *args, **kwargs)
         return self._own_loop(input_ids, **kwargs)
 
+    def _assisted_decoding(self, *args, **kwargs):
+        with checking_drafts(self, kwargs.get(CACHE)):
+            return super()._assisted_decoding(*args, **kwargs)
+
     def _is_for_own_loop(
         self,
         input_ids,
@@ -727,6 +781,7 @@ class GraphedGeneration:
         as_dict = settings.return_dict_in_generate
         scores = () if as_dict and settings.output_scores else None
         raw_logits = () if as_dict and settings.output_logits else None
+        logits_processor = in_fewer_passes(logits_processor)
         has_ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         pad = settings._pad_token_tensor
         pad = None if pad is None else pad.to(device)
@@ -783,10 +838,7 @@ class GraphedGeneration:
                         scores += (wanted,)
                     if raw_logits is not None:
                         raw_logits += (last,)
-                    if settings.do_sample:
-                        tokens = torch.multinomial(wanted.softmax(-1), num_samples=1).squeeze(1)
-                    else:
-                        tokens = wanted.argmax(-1)
+                    tokens, drawn = draw(wanted) if settings.do_sample else (wanted.argmax(-1), None)
                     agree(tokens)
                     if has_ends:
                         tokens = tokens * unfinished + pad * (1 - unfinished)
@@ -794,7 +846,7 @@ class GraphedGeneration:
                     unfinished = unfinished & ~stopping_criteria(input_ids, scores)
                     agree(unfinished)
                     reads.reverse()
-                    reads[0].begin(unfinished, tokens)
+                    reads[0].begin(unfinished, tokens, drawn)
                     if max_length is None or input_ids.shape[1] < max_length:
                         logits = step(tokens[:, None])
                         ahead = True
@@ -834,9 +886,10 @@ class _Reading:
         self._tokens = torch.zeros(len(like), dtype=torch.int64, pin_memory=like.is_cuda) if with_tokens else None
         self._event = torch.cuda.Event() if like.is_cuda else None
 
-    def begin(self, unfinished: torch.Tensor, tokens: torch.Tensor) -> None:
-        """unfinished, tokens: int64 (B)."""
-        self._left.copy_(unfinished.max(), non_blocking=True)
+    def begin(self, unfinished: torch.Tensor, tokens: torch.Tensor, drawn: torch.Tensor | None) -> None:
+        """unfinished, tokens: int64 (B). drawn: bool (B), whether they could be, None if they were not drawn."""
+        left = unfinished.max()
+        self._left.copy_(left if drawn is None else torch.where(drawn.all(), left, -1), non_blocking=True)
         if self._tokens is not None:
             self._tokens.copy_(tokens, non_blocking=True)
         if self._event is not None:
@@ -845,4 +898,9 @@ class _Reading:
     def end(self):
         if self._event is not None:
             self._event.synchronize()
+        if self._left < 0:
+            raise RuntimeError(
+                "No token can be drawn: a score is not a number, or none is finite. float16 overflows in some models: "
+                "load with bfloat16 or float32; else look at the weights and at your logits processors."
+            )
         return not self._left.item(), None if self._tokens is None else self._tokens.clone()

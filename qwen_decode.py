@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from .qwen_attention import AttendingCache
 from .qwen_cache import QWenCache, quantized_cache
-from .qwen_cuda_graph import GraphedGeneration, graphed_step, has_graphs, is_as_made, is_plain, is_untouched
+from .qwen_cuda_graph import GraphedGeneration, graphed_step, has_graphs, is_as_made, is_checked, is_plain, is_untouched
 from .qwen_generation_utils import StopWordsLogitsProcessor
 from .qwen_ops import decode_blocks, has_decode_kernel, rms_norm, times
 from .qwen_quantization import Int8Linear, QuantizedLinear, check_training
@@ -105,10 +105,11 @@ def _is_plain_call(model, call: dict) -> bool:
 def _compute(model, call: dict):
     """The output of the model for a plain call, from the weights; None if they are not plain, before a change."""
     network = getattr(model, "transformer", model)
-    if not is_as_made(network) or (network is not model and not is_untouched(network)):
-        return None
     cache = call["past_key_values"]
     ids, x = call.get("input_ids"), call.get("inputs_embeds")
+    checked = ids is not None and is_checked(model, cache, ids)
+    if not checked and (not is_as_made(network) or (network is not model and not is_untouched(network))):
+        return None
     new = ids if x is None else x
     if new.shape[0] != cache.layers[0].batch_size:
         return None
@@ -119,12 +120,14 @@ def _compute(model, call: dict):
         places = torch.arange(length, length + T, device=new.device) if places is None else places
         position_ids = network.positions(mask, places, length)
     has_head = network is not model
-    if has_head and ids is not None and has_graphs(ids.device) and is_plain(model):
+    if checked or (has_head and ids is not None and has_graphs(ids.device) and is_plain(model)):
         logits = graphed_step(model, cache, ids, position_ids, mask)
         if logits is not None:
             kept = call.get("logits_to_keep", 0)
             kept = slice(-kept, None) if isinstance(kept, int) else kept
             return CausalLMOutputWithPast(logits=logits[:, kept], past_key_values=cache)
+        if checked:
+            return _compute(model, call)
 
     like = network.ln_f.weight  # in device and precision
     head = _matrix(model.lm_head, like) if has_head else None

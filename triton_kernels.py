@@ -53,13 +53,19 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _hadamard(x, ROWS: tl.constexpr, HD: tl.constexpr, LOG_HD: tl.constexpr):
-    """qwen_ops.rotate of (ROWS, HD), in the same order of additions."""
-    for i in tl.static_range(LOG_HD):
-        pairs = tl.permute(tl.reshape(x, (ROWS * HD // (2 << i), 2, 1 << i)), (0, 2, 1))
+def _walsh(x, ROWS: tl.constexpr, N: tl.constexpr, LOG_N: tl.constexpr):
+    """The Walsh-Hadamard transform of (ROWS, N), not scaled, in qwen_ops.rotate's order of additions."""
+    for i in tl.static_range(LOG_N):
+        pairs = tl.permute(tl.reshape(x, (ROWS * N // (2 << i), 2, 1 << i)), (0, 2, 1))
         a, b = tl.split(pairs)
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS, HD))
-    return x * HD**-0.5
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS, N))
+    return x
+
+
+@triton.jit
+def _hadamard(x, ROWS: tl.constexpr, HD: tl.constexpr, LOG_HD: tl.constexpr):
+    """qwen_ops.rotate of (ROWS, HD)."""
+    return _walsh(x, ROWS, HD, LOG_HD) * HD**-0.5
 
 
 @triton.jit
@@ -98,6 +104,50 @@ def _store_at(base, table, slot, nh, stride_t):
 # --- Quantising --------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _four_rotated(x, there, first: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr, LOG_G: tl.constexpr):
+    """Eighths first to first + 3 of the channels, transformed as far as these four determine it; float32 (ROWS, G)."""
+    x += first * G + tl.arange(0, G)[None, :]
+    a = _walsh(tl.load(x, mask=there, other=0).to(tl.float32), ROWS, G, LOG_G)
+    b = _walsh(tl.load(x + G, mask=there, other=0).to(tl.float32), ROWS, G, LOG_G)
+    c = _walsh(tl.load(x + 2 * G, mask=there, other=0).to(tl.float32), ROWS, G, LOG_G)
+    d = _walsh(tl.load(x + 3 * G, mask=there, other=0).to(tl.float32), ROWS, G, LOG_G)
+    a, b, c, d = a + b, a - b, c + d, c - d
+    return a + c, b + d, a - c, b - d
+
+
+@triton.jit
+def _largest_of_four(a, b, c, d):
+    return tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
+
+
+@triton.jit
+def _divided(a, b, c, d, by):
+    return tl.div_rn(a, by), tl.div_rn(b, by), tl.div_rn(c, by), tl.div_rn(d, by)
+
+
+@triton.jit
+def _times(a, b, c, d, by):
+    return a * by, b * by, c * by, d * by
+
+
+@triton.jit
+def _code(scaled, zero):
+    return tl.minimum(tl.maximum(_round(scaled - zero), 0.0), 15.0)
+
+
+@triton.jit
+def _error(scaled, zero, step):
+    error = ((_code(scaled, zero) + zero) - scaled) * step
+    return error * error
+
+
+@triton.jit
+def _two_codes(low, high, by, zero):
+    low, high = _code(low * by, zero).to(tl.int32), _code(high * by, zero).to(tl.int32)
+    return (low | (high << 4)).to(tl.uint8)
+
+
 @triton.jit(do_not_specialize=["T", "position", "slot"])
 def _append_kernel(
     x, codes, scales, x_b, x_h, x_t, c_b, c_h, c_t, p_b, p_h, p_t, nh, T, position, table, slot, x_2,
@@ -114,12 +164,12 @@ def _append_kernel(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     valid = rows < T
     channels = tl.arange(0, HD)
-    x += b * x_b + h * x_h + rows[:, None] * x_t + channels[None, :]
-    value = tl.load(x, mask=valid[:, None], other=0).to(tl.float32)
-    value = _hadamard(value, ROWS, HD, LOG_HD)  # (ROWS, HD)
+    x += b * x_b + h * x_h + rows[:, None] * x_t
     codes += b * c_b + h * c_h + (position + rows[:, None]) * c_t
     scales += b * p_b + h * p_h + (position + rows) * p_t
     if BITS == 8:
+        value = tl.load(x + channels[None, :], mask=valid[:, None], other=0).to(tl.float32)
+        value = _hadamard(value, ROWS, HD, LOG_HD)  # (ROWS, HD)
         low, high = tl.min(value, 1), tl.max(value, 1)
         centre_bits = _bf16_bits(low * 0.5 + high * 0.5)
         centre = _from_bf16_bits(centre_bits)
@@ -133,33 +183,50 @@ def _append_kernel(
             tl.store(scales + i, (step_bits >> 8 * i).to(tl.uint8), mask=valid)
             tl.store(scales + 2 + i, (centre_bits >> 8 * i).to(tl.uint8), mask=valid)
     else:
+        # A group is eight channels, G apart: eight tensors (ROWS, G) hold one of each group, and what is done to a
+        # group needs no exchange between threads.
         G: tl.constexpr = HD // 8
-        base_bits = _bf16_bits(tl.max(tl.abs(value), 1) * (1 / 15))
+        there = tl.broadcast_to(valid[:, None], (ROWS, G))
+        v0, v1, v2, v3 = _four_rotated(x, there, 0, ROWS, G, LOG_HD - 3)
+        v4, v5, v6, v7 = _four_rotated(x, there, 4, ROWS, G, LOG_HD - 3)
+        scale: tl.constexpr = HD**-0.5
+        v0, v4 = (v0 + v4) * scale, (v0 - v4) * scale
+        v1, v5 = (v1 + v5) * scale, (v1 - v5) * scale
+        v2, v6 = (v2 + v6) * scale, (v2 - v6) * scale
+        v3, v7 = (v3 + v7) * scale, (v3 - v7) * scale
+        largest = tl.maximum(_largest_of_four(v0, v1, v2, v3), _largest_of_four(v4, v5, v6, v7))
+        base_bits = _bf16_bits(tl.max(largest, 1) * (1 / 15))
         base = _from_bf16_bits(base_bits)
-        divisor = tl.where(base > 0, base, 1.0)
-        value = tl.div_rn(value, tl.broadcast_to(divisor[:, None], (ROWS, HD)))
-        value = tl.reshape(value, (ROWS, 8, G))
+        divisor = tl.broadcast_to(tl.where(base > 0, base, 1.0)[:, None], (ROWS, G))
+        v0, v1, v2, v3 = _divided(v0, v1, v2, v3, divisor)
+        v4, v5, v6, v7 = _divided(v4, v5, v6, v7, divisor)
         best = tl.full((ROWS, G), float("inf"), tl.float32)
-        choice = tl.zeros((ROWS, G), tl.int32)
-        code = tl.zeros((ROWS, 8, G), tl.float32)
+        choice = tl.zeros((ROWS, G), tl.int32)  # 8 * step + 4 * sign + centre
         for i in tl.static_range(4):
             step = STEP + i * STEP_BY
-            scaled = value * (1 / step)
-            for j in tl.static_range(8):
+            s0, s1, s2, s3 = _times(v0, v1, v2, v3, 1 / step)
+            s4, s5, s6, s7 = _times(v4, v5, v6, v7, 1 / step)
+            for j in tl.range(8):
                 zero = CENTRE + j * CENTRE_BY - 7.5
-                rounded = tl.minimum(tl.maximum(_round(scaled - zero), 0.0), 15.0)
-                error = ((rounded + zero) - scaled) * step
-                error = _sum_of_eight(error * error, ROWS, G)
+                error = (_error(s0, zero, step) + _error(s4, zero, step)) + (
+                    _error(s2, zero, step) + _error(s6, zero, step)
+                )
+                error += (_error(s1, zero, step) + _error(s5, zero, step)) + (
+                    _error(s3, zero, step) + _error(s7, zero, step)
+                )
                 better = error < best
                 best = tl.where(better, error, best)
                 choice = tl.where(better, i * 8 + j, choice)
-                code = tl.where(better[:, None, :], rounded, code)
-        packed = tl.reshape(code.to(tl.int32), (ROWS, 2, HD // 2))
-        packed = tl.sum(packed << (4 * tl.arange(0, 2))[None, :, None], 1)  # (ROWS, HD / 2)
-        tl.store(codes + tl.arange(0, HD // 2)[None, :], packed.to(tl.uint8), mask=valid[:, None])
+        zero = CENTRE + (choice & 7) * CENTRE_BY - 7.5
+        by = tl.where(choice < 8, 1 / STEP, 1 / (STEP + STEP_BY))
+        by = tl.where(choice < 16, by, tl.where(choice < 24, 1 / (STEP + 2 * STEP_BY), 1 / (STEP + 3 * STEP_BY)))
+        codes += tl.arange(0, G)[None, :]
+        tl.store(codes, _two_codes(v0, v4, by, zero), mask=there)
+        tl.store(codes + G, _two_codes(v1, v5, by, zero), mask=there)
+        tl.store(codes + 2 * G, _two_codes(v2, v6, by, zero), mask=there)
+        tl.store(codes + 3 * G, _two_codes(v3, v7, by, zero), mask=there)
         for i in tl.static_range(2):
             tl.store(scales + i, (base_bits >> 8 * i).to(tl.uint8), mask=valid)
-        # choice = 8 * step + 4 * sign + centre
         fours = (choice >> 3) * 4 + (choice & 3)
         pairs = tl.reshape(fours, (ROWS, G // 2, 2)) << (4 * tl.arange(0, 2))[None, None, :]
         where = 2 + tl.arange(0, G // 2)
@@ -168,16 +235,6 @@ def _append_kernel(
         eights = tl.reshape((choice >> 2) & 1, (ROWS, BYTES, G // BYTES)) << tl.arange(0, G // BYTES)[None, None, :]
         where = 2 + G // 2 + tl.arange(0, BYTES)
         tl.store(scales[:, None] + where[None, :], tl.sum(eights, 2).to(tl.uint8), mask=valid[:, None])
-
-
-@triton.jit
-def _sum_of_eight(x, ROWS: tl.constexpr, G: tl.constexpr):
-    """(ROWS, 8, G) to (ROWS, G), in the order of qwen_ops.py."""
-    for i in tl.static_range(3):
-        halves = tl.reshape(x, (ROWS, 2, 4 >> i, G))
-        a, b = tl.split(tl.permute(halves, (0, 2, 3, 1)))
-        x = a + b
-    return tl.reshape(x, (ROWS, G))
 
 
 def quantize_append(codes, params, x, position):

@@ -84,7 +84,8 @@ ARROWS = {
     "qwen_generation_utils": {"transformers_compat"},
     "tokenization_qwen": {"transformers_compat", "qwen_generation_utils"},
     "qwen_loading": {"configuration_qwen", "cpp_kernels", "qwen_quantization", "transformers_compat"},
-    "qwen_cuda_graph": {"qwen_cache", "qwen_ops", "qwen_quantization", "transformers_compat"},
+    "qwen_sampling": set(),
+    "qwen_cuda_graph": {"qwen_cache", "qwen_ops", "qwen_quantization", "qwen_sampling", "transformers_compat"},
     "qwen_decode": {
         *("qwen_attention", "qwen_cache", "qwen_cuda_graph", "qwen_generation_utils", "qwen_ops"),
         *("qwen_quantization", "transformers_compat"),

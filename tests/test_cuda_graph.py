@@ -403,6 +403,28 @@ def test_an_exception_in_a_streamer_leaves_everything_usable(model, no_kernels):
     assert torch.equal(generate(model, ids), ordinary(model, ids))
 
 
+class NoNumbers(transformers.LogitsProcessor):
+    """The scores of the second row, from a length on."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] >= self.length:
+            scores[1, 3] = float("nan")
+        return scores
+
+
+@needs_loop
+def test_scores_that_nothing_can_be_drawn_from_are_an_error(model, no_kernels):
+    ids, mask = padded(9, 5)
+    cache = caches.QWenCache()
+    with pytest.raises(RuntimeError, match="not a number"):
+        generate(model, ids, mask, past_key_values=cache, do_sample=True, logits_processor=[NoNumbers(11)])
+    assert cache.get_seq_length() == 11
+    assert torch.equal(generate(model, ids, mask), ordinary(model, ids, mask))
+
+
 @needs_loop
 def test_what_it_does_not_take_goes_the_ordinary_way(model, monkeypatch):
     monkeypatch.setattr(graphs.GraphedGeneration, "_own_loop", None)  # calling it would fail
@@ -677,8 +699,49 @@ def test_generation_with_drafts(model, steps_taken):
         other.lm_head.weight[::3] *= 1.02
     for drafts in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": other}):
         steps_taken[0] = 0
-        assert torch.equal(generate(model, ids, **end, past_key_values=caches.QWenCache(), **drafts), plain)
+        cache = caches.QWenCache()
+        assert torch.equal(generate(model, ids, **end, past_key_values=cache, **drafts), plain)
         assert steps_taken[0] > 0
+        assert cache.checks is None
+
+
+class Editing(transformers.LogitsProcessor):
+    """Has a model's output layer be another parameter when the sequence has become so long."""
+
+    def __init__(self, model, length):
+        self.model, self.length = model, length
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] >= self.length and self.model is not None:
+            head, self.model = self.model.lm_head, None
+            head.weight = torch.nn.Parameter(head.weight.detach().flip(0).clone(), requires_grad=False)
+        return scores
+
+
+@needs_loop
+def test_a_generation_with_drafts_looks_once_at_what_its_model_is(steps_taken, monkeypatch):
+    """And takes what it becomes in the middle all the same."""
+    if "prompt_lookup_num_tokens" not in vars(transformers.GenerationConfig()):
+        pytest.skip("prompt look-up needs transformers 4.37")
+    looks = []
+    is_plain = graphs.is_plain
+    monkeypatch.setattr(importlib.import_module("qwen.qwen_decode"), "is_plain", lambda m: looks.append(m) or is_plain(m))
+    ids = padded(6)[0].repeat(1, 3)
+    settings = {"max_new_tokens": 12, "eos_token_id": 0, "prompt_lookup_num_tokens": 3}
+    for edited in (False, True):
+        found = []
+        for run in (generate, ordinary):
+            model = small_model()
+            with torch.no_grad():
+                model.lm_head.weight.copy_(model.transformer.wte.weight)  # says one token again and again
+            steps_taken[0], looks[:] = 0, []
+            more = {"logits_processor": [Editing(model, 24)]} if edited else {}
+            found.append(run(model, ids, past_key_values=caches.QWenCache(), **settings, **more))
+            if run is generate:
+                widths = {kind[1] for kind, _ in graphs._FREE[model][1]}
+                assert steps_taken[0] > len(looks) >= len(widths)
+                assert len(looks) <= 2 * len(widths) if edited else len(looks) == len(widths)
+        assert torch.equal(*found)
 
 
 @needs_gpu

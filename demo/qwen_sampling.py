@@ -1,0 +1,1 @@
+../qwen_sampling.py
