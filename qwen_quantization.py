@@ -81,7 +81,7 @@ def check_quantization_config(config: dict) -> GPTQFormat | None:
             f"tools/quantize_weights.py makes a GPTQ checkpoint of."
         )
     bits, group_size = config.get("bits"), config.get("group_size", -1)
-    if bits not in (4, 8):
+    if type(bits) is not int or bits not in (4, 8):
         raise ValueError(
             f"config.json: quantization_config.bits must be 4 or 8, found {bits!r}. Other checkpoints need the package "
             f"gptqmodel: pass quantization_config=GPTQConfig(bits={bits!r}) to from_pretrained."
@@ -261,10 +261,13 @@ class QuantizedLinear(_Quantized):
         """
         See from g_idx whether the inputs are in the groups' order, whatever the configuration says.
 
-        Raises ValueError for groups that there are not. What is offloaded to a disk is not looked at.
+        Raises ValueError for groups that there are not, or scales that are not finite. What is offloaded to a disk is
+        not looked at.
         """
         if self.g_idx.device.type == "meta":
             return
+        if not bool(torch.isfinite(self.scales).all()):
+            raise ValueError("some of its scales are not finite")
         self.is_ordered = bool((self.g_idx == self._ordered_groups()).all())
         low, high = int(self.g_idx.min()), int(self.g_idx.max())
         if low < 0 or high >= self.scales.shape[0]:
@@ -470,14 +473,19 @@ def check_tensors(model, info: dict, source) -> None:
     info: what `output_loading_info=True` gives; what was filled in is taken from its `missing_keys`. A bias may be
     missing where the network has none, g_idx where it can be derived.
 
-    Raises RuntimeError for tensors of other shapes, for a g_idx that is missing with desc_act, or names groups that
-    there are not.
+    Raises RuntimeError for tensors of other shapes, for a g_idx that is missing with desc_act or names groups that
+    there are not, and for scales that are not finite.
     """
     mismatched = info.get("mismatched_keys") or ()
-    if mismatched:  # names, in some releases (name, shape found, shape wanted)
-        shown = [
-            entry if isinstance(entry, str) else f"{entry[0]} is {tuple(entry[1])}" for entry in sorted(mismatched)
-        ]
+    if mismatched:  # (name, shape found, shape wanted), in some releases names
+        places = dict(model.named_parameters())
+
+        def said(entry) -> str:
+            if isinstance(entry, str):
+                return f"{entry} is not {tuple(places[entry].shape)}" if entry in places else entry
+            return "{} is {} instead of {}".format(entry[0], *map(tuple, entry[1:3]))
+
+        shown = [said(entry) for entry in sorted(mismatched)]
         raise RuntimeError(_other_shapes(source, ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")))
     missing = set(info["missing_keys"])
     keep_offloaded_dtypes(model, ("qweight", "qzeros", "scales", "g_idx", "weight_scale"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -433,6 +434,7 @@ def test_loading_takes_little_more_than_the_file(tmp_path):
     [
         ({"bits": 3}, r"bits must be 4 or 8, found 3.*gptqmodel"),
         ({"bits": None}, r"bits must be 4 or 8, found None"),
+        ({"bits": 4.0}, r"bits must be 4 or 8, found 4\.0"),
         ({"quant_method": "exl2"}, r"of the method 'exl2'.*GPTQ checkpoint"),
         ({"quant_method": None}, r"of the method None"),
         ({"group_size": 0}, r"group_size must be -1 or positive, found 0"),
@@ -479,6 +481,10 @@ def groups_that_are_not_there(tensors):
     tensors["transformer.h.2.attn.c_proj.g_idx"][5] = 7
 
 
+def a_scale_that_is_not_a_number(tensors):
+    tensors["transformer.h.1.mlp.w2.scales"][1, 3] = torch.nan
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
@@ -487,6 +493,7 @@ def groups_that_are_not_there(tensors):
         ({"desc_act": True}, without("h.0.mlp.w1.g_idx"), r"desc_act, but lacks .*h\.0\.mlp\.w1\.g_idx"),
         ({}, without("mlp.w2.scales"), r"3 weights missing.*mlp\.w2\.scales"),
         ({}, without("attn.c_attn.bias"), r"3 weights missing.*attn\.c_attn\.bias"),
+        ({}, a_scale_that_is_not_a_number, r"damaged.*h\.1\.mlp\.w2: some of its scales are not finite"),
         ({}, groups_that_are_not_there, r"damaged.*h\.2\.attn\.c_proj.*groups 0 to 7, but there are 2"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value))[:30],
@@ -501,8 +508,10 @@ def test_tensors_that_do_not_fit(tmp_path, kind, change, message):
 def test_codes_of_another_number_of_bits(published):
     folder, _ = published
     edit_config(folder, bits=8)
-    with pytest.raises(RuntimeError, match=r"other shapes.*qweight.*bits and group_size"):
+    with pytest.raises(RuntimeError, match=r"other shapes.*qweight.*bits and group_size") as error:
         QWenLMHeadModel.from_pretrained(folder, fp32=True)
+    both = r"c_attn\.qweight is (?:\(\d+, \d+\) instead of|not) \(\d+, \d+\)"
+    assert re.search(both if compat.REPORTS_MISMATCHES else r"torch\.Size\(.*torch\.Size\(", str(error.value))
 
 
 def test_sizes_that_cannot_be_packed():
