@@ -199,6 +199,10 @@ def test_completions(client):
     parts = [chunk.choices[0].text for chunk in stream]
     assert "".join(parts) == whole
     assert len(parts) > 3
+    assert client.completions.create(model="demo", prompt=[prompt], max_tokens=1).choices[0].text == " Nairobi"
+    for bad in ("", [], [""], [prompt, prompt], [5]):
+        with pytest.raises(openai.BadRequestError, match="prompt must be one text"):
+            client.completions.create(model="demo", prompt=bad, max_tokens=1)
 
 
 @pytest.mark.parametrize(

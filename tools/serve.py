@@ -181,10 +181,12 @@ def reader_of_chats(make_tool_context, parse_react, observation: str):
 
 
 def read_completion(body: dict, model, tokenizer):
-    """As `reader_of_chats` has it, for a prompt that is one text."""
+    """As `reader_of_chats` has it, for a prompt that is one text, or a list of one."""
     prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:  # LangChain sends it so
+        (prompt,) = prompt
     if not isinstance(prompt, str) or not prompt:
-        raise BadRequest(f"prompt must be a text with at least one character, found {str(prompt)[:80]!r}.")
+        raise BadRequest(f"prompt must be one text with at least one character, found {str(prompt)[:80]!r}.")
     return tokenizer(prompt)["input_ids"], [], PlainAnswer()
 
 
