@@ -128,6 +128,24 @@ class RotaryEmbedding(nn.Module):
         return angles.cos(), angles.sin()
 
 
+class Rotation:
+    """
+    What queries and keys of tokens are multiplied by: cos, sin, float32 (B or 1, 1, T, rotated / 2); query_scale,
+    float32 (B or 1, 1, T, 1) or None, LogN.
+
+    Not three tensors, because FSDP2 rounds every tensor among a block's arguments to the precision of its weights.
+    """
+
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor, query_scale: torch.Tensor | None = None):
+        self.cos, self.sin, self.query_scale = cos, sin, query_scale
+
+    def map(self, function) -> Rotation:
+        return Rotation(*(y if y is None else function(y) for y in (self.cos, self.sin, self.query_scale)))
+
+    def to(self, *args, **kwargs) -> Rotation:
+        return self.map(lambda y: y.to(*args, **kwargs))
+
+
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
     Rotate the first d channels of every head, pairs (x_i, x_{i + d/2}), in float32.
@@ -186,25 +204,22 @@ class QWenAttention(nn.Module):
         self,
         x: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        query_scale: torch.Tensor | None = None,
+        rotation: Rotation,
         past_key_values=None,
         update_kwargs: dict | None = None,
         attention_weights: list | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """
-        x: (B, T, hidden). cos, sin: float32 (B or 1, 1, T, rotated / 2). query_scale: float32 (B, 1, T, 1), LogN.
-        past_key_values: the cache that takes the new keys and values. attention_weights: a list to which this layer's
-        weights (B, nh, T, S) are appended; only the eager function has them. Returns (B, T, hidden).
+        x: (B, T, hidden). past_key_values: the cache that takes the new keys and values. attention_weights: a list to
+        which this layer's weights (B, nh, T, S) are appended; only the eager function has them. Returns (B, T, hidden).
         """
         B, T, _ = x.shape
         q, k, v = self.c_attn(x).split((width := self.c_attn.out_features // 3, width, width), dim=-1)
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))  # (B, nh, T, hd) each
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        if query_scale is not None:
-            q = (q * query_scale).to(v.dtype)
+        q, k = (apply_rotary(y, rotation.cos, rotation.sin) for y in (q, k))
+        if rotation.query_scale is not None:
+            q = (q * rotation.query_scale).to(v.dtype)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx, **(update_kwargs or {}))  # (B, nh, S, hd)
 
@@ -351,22 +366,18 @@ class QWenModel(QWenPreTrainedModel):
                 cache_position=cache_position,
                 output_attentions=output_attentions,
             )
-        cos, sin, query_scale = self.rotation(
-            position_ids, past_key_values, past_length, ntk_alpha, kwargs.get("cu_seq_lens_q")
-        )
+        rotation = self.rotation(position_ids, past_key_values, past_length, ntk_alpha, kwargs.get("cu_seq_lens_q"))
         stored = past_key_values
         if rows is not None:
             x = rows.pack(x)  # (1, N, hidden)
-            cos, sin, query_scale = (y if y is None else rows.pack(y[:, 0])[:, None] for y in (cos, sin, query_scale))
+            rotation = rotation.map(lambda y: rows.pack(y[:, 0])[:, None])
             stored = stored if stored is None else PackedCache(stored, rows)
 
         all_hidden_states = [] if output_hidden_states else None
         attention_weights = [] if output_attentions else None
         shared = {  # by all blocks
             "attention_mask": mask,
-            "cos": cos,
-            "sin": sin,
-            "query_scale": query_scale,
+            "rotation": rotation,
             "update_kwargs": cache_kwargs(cache_position),
             "position_ids": position_ids,
             **kwargs,
@@ -446,12 +457,9 @@ class QWenModel(QWenPreTrainedModel):
         """The NTK scale of prompts of so many tokens, int64 (B,), with this model's context: float32 (B,)."""
         return ntk_alpha(lengths, self.config.seq_length)
 
-    def rotation(
-        self, position_ids, cache, past_length, wanted_alpha=None, sequence_starts=None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def rotation(self, position_ids, cache, past_length, wanted_alpha=None, sequence_starts=None) -> Rotation:
         """
-        What depends on positions, int64 (B or 1, T): cosines and sines, float32 (B or 1, 1, T, rotated / 2), and the
-        LogN scale of the queries, float32 (B or 1, 1, T, 1) or None.
+        What depends on positions, int64 (B or 1, T).
 
         wanted_alpha: float32 (B,), the NTK scale of each row if this is the first of it. sequence_starts: int32
         (sequences + 1,), for several sequences in one row; each then has the scale of its present length.
@@ -471,7 +479,7 @@ class QWenModel(QWenPreTrainedModel):
         query_scale = None
         if self.config.use_logn_attn and not self.training:
             query_scale = logn_scale(position_ids, self.config.seq_length)[:, None, :, None]  # (B or 1, 1, T, 1)
-        return (*self.rotary_emb(position_ids, alpha), query_scale)
+        return Rotation(*self.rotary_emb(position_ids, alpha), query_scale)
 
 
 def lengths_so_far(position_ids: torch.Tensor) -> torch.Tensor:

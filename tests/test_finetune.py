@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from conftest import CODE, LACKING, ROOT, run
+from conftest import CODE, LACKING, ROOT, random_ids, run, tiny_model
 from packaging.version import Version
 from qwen.qwen_generation_utils import make_context
 from safetensors.torch import load_file, save_file
@@ -565,6 +565,34 @@ def test_two_processes_learn_what_one_learns(tiny, tmp_path, one_process, way):
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "out") == pytest.approx(one_process, abs=1e-4)
     assert loaded(tmp_path / "out") is not None
+
+
+def test_fsdp_in_half_precision_leaves_rotations_in_float32(monkeypatch):
+    """FSDP2 rounds what a block is called with; with gradient checkpointing older PyTorch then ended in an error."""
+    if Version(torch.__version__) < Version("2.6"):
+        pytest.skip("needs FSDP2's present names")
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model, seen = tiny_model(num_hidden_layers=2, use_logn_attn=True), []
+    modeling = importlib.import_module("qwen.modeling_qwen")
+    apply_rotary = modeling.apply_rotary
+    monkeypatch.setattr(
+        modeling, "apply_rotary", lambda x, *angles: seen.append((x, *angles)) or apply_rotary(x, *angles)
+    )
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for module in (*model.transformer.h, model):
+            fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        ids = random_ids(2, 9)
+        model(ids, labels=ids).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(seen) == 2 * 2 * 2  # queries and keys of both blocks, twice
+    for x, cos, sin in seen:
+        assert (x.dtype, cos.dtype, sin.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
 # Facts
