@@ -171,7 +171,8 @@ def _library() -> Path:
         raise _Unavailable(f"They are built on Linux and macOS only, this is {platform.system()}.")
     folder = _private(_cache_folder() / NAMESPACE)
     flags = _flags()
-    key = _digest(torch.__version__, platform.machine(), *flags)
+    standard = _standard_library()
+    key = _digest(torch.__version__, platform.machine(), *flags, *standard)
     compiler = (
         shlex.split(os.environ.get("CXX", ""))
         or [found for found in map(shutil.which, ("g++", "c++", "clang++")) if found][:1]
@@ -198,7 +199,7 @@ def _library() -> Path:
             raise OSError(f"other users can change {_who_else_writes(folder)}")
         with _only_process(library.with_suffix(".lock")):
             if not library.exists() or _who_else_writes(library):
-                _build(source, compiler, [*flags, *(["-fopenmp"] if openmp else [])], library)
+                _build(source, compiler, [*flags, *(["-fopenmp"] if openmp else [])], standard, library)
     except OSError as error:
         raise _Unavailable(
             f"The folder {folder} can't be written ({error}). Set TORCH_EXTENSIONS_DIR to one that can."
@@ -317,7 +318,22 @@ def _only_process(path: Path):
         yield
 
 
-def _build(source: bytes, compiler: list, flags: list, library: Path) -> None:
+def _standard_library() -> list:
+    """
+    The path of the C++ library that this process has loaded, on Linux.
+
+    Named to the linker first, it is the one that the kernels call. A compiler that finds no shared one would put a
+    second one into them, and a process crashes on two of them as soon as an error message is written.
+    """
+    try:
+        mapped = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    paths = {line.split(maxsplit=5)[-1] for line in mapped}
+    return sorted(path for path in paths if "/libstdc++.so" in path and os.path.exists(path))[:1]
+
+
+def _build(source: bytes, compiler: list, flags: list, standard: list, library: Path) -> None:
     """Compile in a folder of its own; the library appears in one step, complete."""
     try:
         from torch.utils.cpp_extension import include_paths, library_paths
@@ -334,7 +350,7 @@ def _build(source: bytes, compiler: list, flags: list, library: Path) -> None:
         libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
         log = library.with_suffix(".log")
         _run([*compiler, *flags, *paths, "-c", str(file), "-o", str(object_file)], log)
-        _run([*compiler, "-shared", str(object_file), "-o", str(built), *libraries], log)
+        _run([*compiler, "-shared", str(object_file), "-o", str(built), *libraries, *standard], log)
         built.chmod(built.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
         os.replace(built, library)
 

@@ -16,6 +16,7 @@ In the shapes below N is a block of keys, hd the width of a head, G the groups o
 
 import functools
 import importlib
+import math
 
 import torch
 
@@ -900,10 +901,16 @@ def attend(q, base, bits, table, slot, starts, scaling, launch=None):
 # If the outputs alone don't fill the card, several programs share the inputs out too; a second kernel adds their sums
 # up, in their order.
 #
-# Launches, the best of those measured on an H100. One row: by whether there are two programs for every multiprocessor.
+# Launches, the best of those measured on an H100. One row in 4 bits: by whether there is a gate, and the most outputs
+# for a multiprocessor; in 8 bits half as many slots have as many words.
 GPTQ_ROW = {
-    False: {"BN": 32, "SLOTS": 128, "num_warps": 8},
-    True: {"BN": 32, "SLOTS": 32, "num_warps": 4},
+    False: {
+        32: {"BN": 8, "SLOTS": 128, "num_warps": 4},
+        64: {"BN": 32, "SLOTS": 128, "num_warps": 8},
+        128: {"BN": 16, "SLOTS": 64, "num_warps": 2},
+        math.inf: {"BN": 64, "SLOTS": 32, "num_warps": 4},
+    },
+    True: {128: {"BN": 8, "SLOTS": 32, "num_warps": 1}, math.inf: {"BN": 16, "SLOTS": 32, "num_warps": 1}},
 }
 # Several: by the most rows they are for, and whether there is a gate. programs: how many of them for each
 # multiprocessor the inputs are shared out to, 0: to one.
@@ -1239,13 +1246,19 @@ def takes_gptq(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset) ->
     return g_idx is None and group_size % (32 // bits) == 0
 
 
+def _launch_of_row(gated: bool, bits: int, outputs: float) -> dict:
+    """outputs: of a multiprocessor."""
+    launch = next(launch for most, launch in GPTQ_ROW[gated].items() if outputs <= most)
+    return {**launch, "SLOTS": launch["SLOTS"] * 4 // bits}
+
+
 def gptq_product(
     x, matrix, bias=None, *, norm=None, eps=0.0, gate=None, gate_bias=None, residual=None, tuning=None
 ):  # fmt: skip
     """
     `product` with matrices of GPTQ, `QuantizedLinear.tensors()`, that `takes_gptq`, both of one format and contiguous.
 
-    x: (M, K), contiguous, M at most `GPTQ_MAX_ROWS`, 1 with `norm`. tuning: as an entry of `GPTQ_ROW`, or `GPTQ_ROWS`.
+    x: (M, K), contiguous, M at most `GPTQ_MAX_ROWS`, 1 with `norm`. tuning: a launch of `GPTQ_ROW`, or `GPTQ_ROWS`.
     """
     bits, group, offset = matrix[4:]
     (M, K), (words, N) = x.shape, matrix[0].shape
@@ -1256,7 +1269,7 @@ def gptq_product(
     asked = {"GATE": gate is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None}
     format = {"BITS": bits, "GROUP": group, "OFFSET": offset}
     if M == 1 and x.element_size() == 2 and K % 32 == 0 and (group == K or group % 32 == 0):
-        tuning = tuning or GPTQ_ROW[_multiprocessors(x.device) * 64 <= N]
+        tuning = tuning or _launch_of_row(gate is not None, bits, N / _multiprocessors(x.device))
         even = N % tuning["BN"] == 0 and K % (32 * tuning["SLOTS"]) == 0
         _gptq_row_kernel[(triton.cdiv(N, tuning["BN"]),)](
             x, x if norm is None else norm, *tensors, *ends, y, words, N, eps,

@@ -3,15 +3,16 @@ Speed of Qwen-1.8B's shape on a CPU: ours, transformers' Qwen2 and llama.cpp on 
 
     pip install gguf llama-cpp-python       for llama.cpp; it is left out where these are missing
     python benchmarks/cpu.py --threads 2
-    python benchmarks/cpu.py --threads 2 --disturbed    with and without another process that computes
-    python benchmarks/cpu.py --threads 1 2 4 8 16       ours with each number of threads
-    python benchmarks/cpu.py --threads 2 --prompts 512  ours alone, prompts of this length
-    python benchmarks/cpu.py --threads 2 --memory       how much memory ours takes at most
+    python benchmarks/cpu.py --threads 1 2 4 8 16       with each number of threads
+    python benchmarks/cpu.py --threads 2 --disturbed    beside another process that computes, and without it, instead
+    python benchmarks/cpu.py --threads 2 --prompts 512 4096 --contexts    prompts alone
+    python benchmarks/cpu.py --threads 2 --engines ours llama.cpp         two of the three
+    python benchmarks/cpu.py --threads 2 --memory       how much memory ours takes at most, instead
 
 Ours and Qwen2 decode through `generate`, greedily, with the caches that they choose; llama.cpp takes its own defaults
-(a cache in float16) and decodes in a loop that takes the largest logit. Everything runs once a round, in turn; figures
-are medians. A decoding step is compared with the bytes that it reads, weights and keys and values, and those with what
-the sum of a large tensor reads in the same rounds.
+(a cache in float16) and decodes in a loop that takes the largest logit. With each number of threads everything runs
+once a round, in turn; figures are medians. A decoding step is compared with the bytes that it reads, weights and keys
+and values, and those with what the sum of a large tensor reads in the same rounds with as many threads.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import transformers
 from kv_cache import ROOT, QWenCache, kernels, medians, modeling, qwen2_of, random_model
 
-PREFILL, CONTEXTS, TOKENS = 512, (512, 4096), 24
 HAS_LLAMA = all(importlib.util.find_spec(name) for name in ("gguf", "llama_cpp"))
 
 
@@ -41,6 +42,9 @@ class Ours:
 
     def __init__(self, model, make_cache):
         self.model, self.make_cache = model, make_cache
+
+    def use(self, threads: int) -> None:
+        torch.set_num_threads(threads)
 
     def prefill(self, ids: torch.Tensor) -> None:
         self.model.generate(ids, max_new_tokens=1, do_sample=False, past_key_values=self.make_cache())
@@ -57,18 +61,18 @@ class Ours:
     def forget(self) -> None:
         self.cache.crop(self.ids.shape[1] - 1 - self.cache.get_seq_length())
 
-    def decode(self) -> None:
+    def decode(self, tokens: int) -> None:
         new = self.model.generate(
-            self.ids, max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, past_key_values=self.cache
+            self.ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, past_key_values=self.cache
         )
-        assert new.shape[1] == self.ids.shape[1] + TOKENS
+        assert new.shape[1] == self.ids.shape[1] + tokens
         self.forget()
 
 
 class Llama:
     """llama.cpp on a GGUF file."""
 
-    def __init__(self, path: Path, threads: int, context: int):
+    def __init__(self, path: Path, context: int):
         import llama_cpp
 
         self.api = llama_cpp
@@ -77,10 +81,14 @@ class Llama:
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx, parameters.n_threads, parameters.n_threads_batch = context, threads, threads
+        parameters.n_ctx = parameters.n_batch = context
         self.context = llama_cpp.llama_init_from_model(self.model, parameters)
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def use(self, threads: int) -> None:
+        torch.set_num_threads(threads)  # for the largest logit
+        self.api.llama_set_n_threads(self.context, threads, threads)
 
     def run(self, ids: list[int]) -> torch.Tensor:
         tokens = (self.api.llama_token * len(ids))(*ids)
@@ -108,9 +116,9 @@ class Llama:
         self.forget(self.length)
         return logits
 
-    def decode(self) -> None:
+    def decode(self, tokens: int) -> None:
         token = self.last
-        for _ in range(TOKENS):
+        for _ in range(tokens):
             token = self.run([token]).argmax().item()
         self.forget(self.length)
 
@@ -171,11 +179,13 @@ def write_gguf(model, path: Path, kind: str) -> None:
         layer = {"ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "ln_2": "ffn_norm"}
         layer |= {"mlp.w1": "ffn_up", "mlp.w2": "ffn_gate", "mlp.c_proj": "ffn_down"}
         names |= {f"transformer.h.{i}.{ours}": f"blk.{i}.{theirs}" for ours, theirs in layer.items()}
-    for name, tensor in model.state_dict().items():
-        module, _, last = name.rpartition(".")
-        kept = gguf.GGMLQuantizationType[kind if tensor.dim() == 2 else "F32"]
-        data = gguf.quants.quantize(tensor.float().numpy(), kept)
-        writer.add_tensor(f"{names[module]}.{last}", data, raw_dtype=kept)
+    tensors = model.state_dict()
+    kept = {name: gguf.GGMLQuantizationType[kind if tensor.dim() == 2 else "F32"] for name, tensor in tensors.items()}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        stored = pool.map(lambda name: gguf.quants.quantize(tensors[name].float().numpy(), kept[name]), tensors)
+        for name, data in zip(tensors, stored):
+            module, _, last = name.rpartition(".")
+            writer.add_tensor(f"{names[module]}.{last}", data, raw_dtype=kept[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -191,57 +201,85 @@ def random_ids(config, length: int) -> torch.Tensor:
     return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def our_engines(model) -> dict:
-    """Name to engine and the bytes of weights that it reads, in three precisions."""
-    models = {"ours, bfloat16": model, "ours, int8": int8_of(model), "ours, int4": int4_of(model)}
-    return {name: (Ours(each, QWenCache), weights_read(each)) for name, each in models.items()}
-
-
-def other_engines(model, threads: int, context: int, folder: Path, kinds: tuple) -> dict:
-    """The same of Qwen2 and, where it is installed, of llama.cpp with matrices of these kinds."""
+def all_engines(model, wanted: list[str], context: int, folder: Path) -> dict:
+    """Name to engine and the bytes of weights that it reads, of those whose names begin with one that is wanted."""
     read = weights_read(model)
-    engines = {"Qwen2, bfloat16": (Ours(qwen2_of(model), transformers.DynamicCache), read)}
-    for kind in kinds if HAS_LLAMA else ():
+    made = {
+        "ours, bfloat16": lambda: (Ours(model, QWenCache), read),
+        "ours, int8": lambda: ours(int8_of(model)),
+        "ours, int4": lambda: ours(int4_of(model)),
+        "Qwen2, bfloat16": lambda: (Ours(qwen2_of(model), transformers.DynamicCache), read),
+        "llama.cpp, bfloat16": lambda: llama("BF16", 64),
+        "llama.cpp, q8_0": lambda: llama("Q8_0", 34),
+        "llama.cpp, q4_0": lambda: llama("Q4_0", 18),
+    }
+
+    def ours(other):
+        return Ours(other, QWenCache), weights_read(other)
+
+    def llama(kind: str, bytes_of_32: int):
         path = folder / f"{kind}.gguf"
-        write_gguf(model, path, kind)
-        name = f"llama.cpp, {kind.lower().replace('bf16', 'bfloat16')}"
-        engines[name] = Llama(path, threads, context + TOKENS), read * {"BF16": 64, "Q8_0": 34, "Q4_0": 18}[kind] // 64
-    return engines
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_gguf(model, path.with_suffix(".part"), kind)
+            path.with_suffix(".part").rename(path)
+        return Llama(path, context), read * bytes_of_32 // 64
+
+    wanted = [name for name in made if name.startswith(tuple(wanted)) and (HAS_LLAMA or "llama" not in name)]
+    return {name: made[name]() for name in wanted}
 
 
-def speeds(threads: int, rounds: int, folder: Path) -> None:
-    model = random_model("cpu")
-    config = model.config
-    both = {**our_engines(model), **other_engines(model, threads, max(CONTEXTS), folder, ("BF16", "Q8_0", "Q4_0"))}
-    engines, read = ({name: each[i] for name, each in both.items()} for i in range(2))
-    ids = random_ids(config, max(CONTEXTS))
-    source = torch.ones(1 << 28)
+def prompts(engines: dict, config, threads: list[int], lengths: list[int], rounds: int) -> None:
+    """Seconds for a prompt of each length, and the speed relative to that of the first engine."""
+    ids = random_ids(config, max(lengths))
+    print("\nprompts\n\n| tokens | threads | | seconds | tokens/s | times the first |\n|---|---|---|---|---|---|")
+    for length in lengths:
+        for number in threads:
 
-    taken = medians({name: lambda e=e: e.prefill(ids[:, :PREFILL]) for name, e in engines.items()}, rounds, "cpu")
-    print(f"\nprefill of {PREFILL} tokens\n\n| | seconds | tokens/s |\n|---|---|---|")
-    for name, seconds in taken.items():
-        print(f"| {name} | {seconds:.2f} | {PREFILL / seconds:.0f} |", flush=True)
+            def prefill(engine, number=number, length=length):
+                engine.use(number)
+                engine.prefill(ids[:, :length])
 
-    for S in CONTEXTS:
-        logits = {name: engine.fill(ids[:, :S]) for name, engine in engines.items()}
-        expected = logits["ours, bfloat16"]
-        functions = {name: engine.decode for name, engine in engines.items()}
-        taken = medians({"memory": source.sum, **functions}, rounds, "cpu")
-        memory = source.nbytes / taken.pop("memory") / 1e9
-        print(f"\ndecoding behind {S} tokens; the sum of a large tensor reads {memory:.1f} GB/s\n")
-        print("| | tokens/s | GB/s | share of the sum's | logits differ from ours by |\n|---|---|---|---|---|")
-        for name, seconds in taken.items():
-            keys = 4 * config.num_hidden_layers * config.hidden_size * (S + TOKENS // 2)
-            speed = (read[name] + keys) * TOKENS / seconds / 1e9
-            error = ((logits[name] - expected).norm() / expected.norm()).item()
-            print(f"| {name} | {TOKENS / seconds:.2f} | {speed:.1f} | {speed / memory:.0%} | {error:.1%} |", flush=True)
+            taken = medians({name: lambda e=e: prefill(e) for name, (e, _) in engines.items()}, rounds, "cpu")
+            first = next(iter(taken.values()))
+            for name, seconds in taken.items():
+                row = f"{seconds:.2f} | {length / seconds:.0f} | {first / seconds:.2f}"
+                print(f"| {length} | {number} | {name} | {row} |", flush=True)
 
 
-def disturbed(threads: int, rounds: int, folder: Path) -> None:
-    """Decoding beside a process that spins on one core, against the same alone, in turn."""
-    model, context = random_model("cpu"), min(CONTEXTS)
-    engines = {"ours, bfloat16": (Ours(model, QWenCache), weights_read(model))}
-    engines |= other_engines(model, threads, context, folder, ("BF16",))
+def decoding(engines: dict, config, threads: list[int], contexts: list[int], tokens: int, rounds: int) -> None:
+    """Tokens a second behind each context, and how much of what the memory gives that is."""
+    ids, source = random_ids(config, max(contexts)), torch.ones(1 << 28)
+    for S in contexts:
+        logits = {}
+        for name, (engine, _) in engines.items():
+            engine.use(max(threads))
+            logits[name] = engine.fill(ids[:, :S])
+        expected = next(iter(logits.values()))
+        keys = 4 * config.num_hidden_layers * config.hidden_size * (S + tokens // 2)
+        print(f"\ndecoding behind {S} tokens; sum: what the sum of a large tensor reads\n")
+        print("| threads | sum, GB/s | | tokens/s | GB/s | share of the sum's | logits differ from the first's by |")
+        print("|---|---|---|---|---|---|---|")
+        for number in threads:
+
+            def decode(engine, number=number):
+                engine.use(number)
+                engine.decode(tokens)
+
+            torch.set_num_threads(number)
+            functions = {name: lambda e=e: decode(e) for name, (e, _) in engines.items()}
+            taken = medians({"memory": source.sum, **functions}, rounds, "cpu")
+            memory = source.nbytes / taken.pop("memory") / 1e9
+            for name, seconds in taken.items():
+                speed = (engines[name][1] + keys) * tokens / seconds / 1e9
+                error = ((logits[name] - expected).norm() / expected.norm()).item()
+                row = f"{tokens / seconds:.2f} | {speed:.1f} | {speed / memory:.0%} | {error:.1%}"
+                print(f"| {number} | {memory:.1f} | {name} | {row} |", flush=True)
+
+
+def disturbed(engines: dict, config, threads: int, context: int, tokens: int, rounds: int) -> None:
+    """Decoding beside a process that spins on one of the cores that this one has, against the same alone, in turn."""
+    cores = os.sched_getaffinity(0)
     spinning = subprocess.Popen([sys.executable, "-c", "while True: pass"])
 
     def beside(function):
@@ -252,72 +290,23 @@ def disturbed(threads: int, rounds: int, folder: Path) -> None:
             os.kill(spinning.pid, signal.SIGSTOP)
 
     try:
+        os.sched_setaffinity(spinning.pid, {max(cores)})
         os.kill(spinning.pid, signal.SIGSTOP)
         cases = {}
         for name, (engine, _) in engines.items():
-            engine.fill(random_ids(model.config, context))
-            cases[name, "alone"] = engine.decode
-            cases[name, "beside"] = lambda engine=engine: beside(engine.decode)
+            engine.use(threads)
+            engine.fill(random_ids(config, context))
+            cases[name, "alone"] = lambda engine=engine: engine.decode(tokens)
+            cases[name, "beside"] = lambda engine=engine: beside(lambda: engine.decode(tokens))
         taken = medians(cases, rounds, "cpu")
     finally:
         spinning.kill()
         spinning.wait()
-    print(f"\ndecoding behind {context} tokens, {threads} threads on {os.cpu_count()} cores, tokens/s\n")
+    print(f"\ndecoding behind {context} tokens, {threads} threads on {len(cores)} cores, tokens/s\n")
     print("| | alone | beside a process that spins | share |\n|---|---|---|---|")
     for name in engines:
-        alone, beside_it = (TOKENS / taken[name, how] for how in ("alone", "beside"))
-        print(f"| {name} | {alone:.2f} | {beside_it:.2f} | {beside_it / alone:.2f} |")
-
-
-def by_threads(numbers: list[int], rounds: int) -> None:
-    """Ours with each number of threads, and what the sum of a large tensor reads with as many."""
-    engines, context, source = our_engines(random_model("cpu")), min(CONTEXTS), torch.ones(1 << 28)
-
-    def with_threads(number, function):
-        torch.set_num_threads(number)
-        function()
-
-    functions = {"memory": source.sum}
-    for name, (engine, _) in engines.items():
-        engine.fill(random_ids(engine.model.config, context))
-        functions[name] = engine.decode
-    cases = {
-        (name, number): lambda function=function, number=number: with_threads(number, function)
-        for number in numbers
-        for name, function in functions.items()
-    }
-    taken = medians(cases, rounds, "cpu")
-    config = next(iter(engines.values()))[0].model.config
-    keys = 4 * config.num_hidden_layers * config.hidden_size * (context + TOKENS // 2)
-    print(f"\ndecoding behind {context} tokens: tokens/s, and the share of what the sum of a large tensor reads\n")
-    print(f"| threads | memory, GB/s | {' | '.join(engines)} |\n|---|---|{'---|' * len(engines)}")
-    for number in numbers:
-        memory = source.nbytes / taken["memory", number] / 1e9
-        row = []
-        for name, (_, read) in engines.items():
-            speed = TOKENS / taken[name, number]
-            row.append(f"{speed:.2f} ({(read + keys) * speed / 1e9 / memory:.0%})")
-        print(f"| {number} | {memory:.1f} | {' | '.join(row)} |")
-
-
-def prompts(lengths: list[int], rounds: int) -> None:
-    """Ours in every precision, prompts of each length."""
-    engines = our_engines(random_model("cpu"))
-    engines = {name: engine for name, (engine, _) in engines.items()}
-    ids = random_ids(next(iter(engines.values())).model.config, max(lengths))
-    cases = {
-        (name, length): lambda engine=engine, length=length: engine.prefill(ids[:, :length])
-        for length in lengths
-        for name, engine in engines.items()
-    }
-    taken = medians(cases, rounds, "cpu")
-    print("\nprompts: seconds, tokens/s, and the speed as a share of bfloat16's\n")
-    print(f"| tokens | {' | '.join(engines)} |\n|---|{'---|' * len(engines)}")
-    for length in lengths:
-        of_bfloat16 = taken["ours, bfloat16", length]
-        seconds = [taken[name, length] for name in engines]
-        row = [f"{each:.2f} s, {length / each:.0f} ({of_bfloat16 / each:.2f})" for each in seconds]
-        print(f"| {length} | {' | '.join(row)} |")
+        alone, beside_it = (tokens / taken[name, how] for how in ("alone", "beside"))
+        print(f"| {name} | {alone:.2f} | {beside_it:.2f} | {beside_it / alone:.2f} |", flush=True)
 
 
 def resident(field: str) -> int:
@@ -326,7 +315,7 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def memory(context: int) -> None:
+def memory(context: int, tokens: int) -> None:
     """Prefill in one piece and decoding, against weights and cache."""
     warm = torch.ones(1, 64, dtype=torch.bfloat16)
     kernels.linear(warm, warm)  # builds or loads the kernels
@@ -335,10 +324,10 @@ def memory(context: int) -> None:
     model = random_model("cpu")
     cache = QWenCache()
     ids = torch.randint(model.config.vocab_size, (1, context))
-    model.generate(ids, max_new_tokens=TOKENS, do_sample=False, past_key_values=cache)
+    model.generate(ids, max_new_tokens=tokens, do_sample=False, past_key_values=cache)
     weights = sum(t.nbytes for t in model.state_dict().values())
     peak = resident("VmHWM") - before
-    print(f"\n{context} tokens and {TOKENS} new ones: at most {peak / 1e9:.2f} GB above the {before / 1e9:.2f} before")
+    print(f"\n{context} tokens and {tokens} new ones: at most {peak / 1e9:.2f} GB above the {before / 1e9:.2f} before")
     both = weights + cache.nbytes
     print(f"weights {weights / 1e9:.2f} GB, cache {cache.nbytes / 1e9:.2f} GB: {peak / both:.3f} of both")
 
@@ -347,29 +336,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure decoding on a CPU.")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="default: PyTorch's")
+    parser.add_argument("--prompts", type=int, nargs="*", default=[512], metavar="LENGTH", help="default: 512")
+    parser.add_argument(
+        "--contexts", type=int, nargs="*", default=[512, 4096], metavar="LENGTH", help="to decode behind"
+    )
+    parser.add_argument("--tokens", type=int, default=24, help="to decode at a time; default: %(default)s")
+    parser.add_argument(
+        "--engines", nargs="+", default=[""], metavar="NAME", help="the beginnings of names; default: all"
+    )
     parser.add_argument("--disturbed", action="store_true", help="beside a process that spins, instead")
-    parser.add_argument("--prompts", type=int, nargs="+", metavar="LENGTH", help="prompts of ours alone, instead")
     parser.add_argument("--memory", action="store_true", help="the most memory that ours takes, instead")
-    parser.add_argument("--folder", type=Path, help="for the GGUF files, 5.5 GB; default: a temporary one")
-    arguments = parser.parse_args()
-    threads = arguments.threads[0]
-    if len(arguments.threads) > 1 and (arguments.disturbed or arguments.memory or arguments.prompts):
-        parser.error("--disturbed, --memory and --prompts take one number of threads.")
-    torch.set_num_threads(threads)
+    parser.add_argument("--folder", type=Path, help="keeps the GGUF files, 5.5 GB; default: a temporary one")
+    args = parser.parse_args()
+    if len(args.threads) > 1 and (args.disturbed or args.memory):
+        parser.error("--disturbed and --memory take one number of threads.")
     transformers.utils.logging.set_verbosity_error()
-    with torch.no_grad(), tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        if arguments.memory:
-            memory(PREFILL)
-        elif arguments.prompts:
-            prompts(arguments.prompts, arguments.rounds)
-        elif arguments.disturbed:
-            disturbed(threads, arguments.rounds, Path(folder))
-        elif len(arguments.threads) > 1:
-            by_threads(arguments.threads, arguments.rounds)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as temporary:
+        if args.memory:
+            torch.set_num_threads(args.threads[0])
+            memory(max(args.prompts, default=512), args.tokens)
         else:
-            speeds(threads, arguments.rounds, Path(folder))
+            torch.manual_seed(0)  # a file that was kept has these weights
+            model, longest = random_model("cpu"), max([*args.prompts, *args.contexts], default=0)
+            folder = args.folder or Path(temporary)
+            engines = all_engines(model, args.engines, longest + args.tokens, folder)
+            if args.disturbed:
+                disturbed(engines, model.config, args.threads[0], min(args.contexts), args.tokens, args.rounds)
+            elif args.prompts:
+                prompts(engines, model.config, args.threads, args.prompts, args.rounds)
+            if args.contexts and not args.disturbed:
+                decoding(engines, model.config, args.threads, args.contexts, args.tokens, args.rounds)
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"\n{', '.join(map(str, arguments.threads))} threads, kernels: {kernels.implementation('cpu')}, {versions}")
+    print(f"\nkernels: {kernels.implementation('cpu')}, {versions}, {os.cpu_count()} cores")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ Tokens a second and peak memory of tuning, beside transformers' Qwen2 with the s
 A case is SIZE-METHOD-ROWSxTOKENS. The methods: `lora`, bfloat16; `int4`, LoRA over matrices of 4 bits (GPTQ, groups of
 128; Qwen2 gets the same modules, as it has none of its own); `full`, all weights in float32, computed in bfloat16.
 ROWSxTOKENSxN accumulates N batches a step, and `-plain` at the end means no gradient checkpointing. With several
-processes the model is divided among them by FSDP2, and each has ROWS of its own.
+processes the model is divided among them by FSDP2, and each has ROWS of its own. With `--deepspeed`, and torchrun,
+DeepSpeed divides it as its file says, and keeps the float32 copy of what learns itself.
 
 Random weights of the published shapes, made on the GPU, the same for every number of processes; random tokens without
 padding. Ours goes through finetune.py's batches, both through transformers' Trainer with the same adapters (r = 64 on
@@ -20,6 +21,7 @@ printed as it comes; what would begin after --seconds is left out, and that is s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import os
@@ -31,7 +33,9 @@ import time
 import torch
 from gpu import CUDA, SIZES, modeling, quantization, synchronize
 from kv_cache import ROOT
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PrinterCallback, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 sys.path.append(str(ROOT / "finetune"))
 from data import PackedBatch
@@ -51,28 +55,35 @@ CASES = [  # what is asked for most first
 CASE = re.compile(r"(?P<size>[\d.]+B|tiny)-(?P<method>lora|int4|full)-(?P<shape>\d+x\d+(x\d+)?)(?P<plain>-plain)?")
 
 
-def network(engine: str, size: str, length: int):
-    """Without weights, on the meta device."""
+def network(engine: str, size: str, length: int, dtype: torch.dtype, attention: str):
+    """Without weights, on the meta device; under ZeRO-3 on the device, divided among the processes."""
     hidden, layers, heads, intermediate, vocabulary = SIZES[size]
     common = {"vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers, "use_cache": False}
     common |= {"num_attention_heads": heads, "max_position_embeddings": max(length, 8192)}
-    with torch.device("meta"):
-        if engine == "qwen2":
-            width = intermediate // 2
-            return Qwen2ForCausalLM(Qwen2Config(**common, num_key_value_heads=heads, intermediate_size=width))
-        width = hidden // heads
-        return modeling.QWenLMHeadModel(
-            modeling.QWenConfig(**common, kv_channels=width, intermediate_size=intermediate, seq_length=8192)
+    if engine == "qwen2":
+        maker = Qwen2ForCausalLM
+        config = Qwen2Config(**common, num_key_value_heads=heads, intermediate_size=intermediate // 2)
+    else:
+        maker = modeling.QWenLMHeadModel
+        config = modeling.QWenConfig(
+            **common, kv_channels=hidden // heads, intermediate_size=intermediate, seq_length=8192
         )
+    with contextlib.ExitStack() as making:
+        if is_deepspeed_zero3_enabled():
+            import deepspeed
+
+            deepspeed.init_distributed()  # dividing takes a group of processes
+        else:
+            making.enter_context(torch.device("meta"))
+        return maker._from_config(config, dtype=dtype, attn_implementation=attention)
 
 
-def make_model(engine: str, size: str, method: str, length: int, attention: str, fp32: bool):
-    """On the meta device: what learns is in float32, the rest in bfloat16 or 4 bits."""
-    model = network(engine, size, length)
-    model.set_attn_implementation(attention)
+def make_model(engine: str, size: str, method: str, length: int, args):
+    """Without weights: what learns is in float32 (not for DeepSpeed), the rest in bfloat16 or 4 bits."""
+    single = args.fp32 or (method == "full" and args.deepspeed is None)
+    model = network(engine, size, length, torch.float32 if single else torch.bfloat16, args.attention)
     if method == "full":
         return model
-    model.to(torch.float32 if fp32 else torch.bfloat16)
     if method == "int4":
         for name, old in list(model.named_modules()):
             if isinstance(old, torch.nn.Linear) and name != "lm_head":
@@ -90,10 +101,11 @@ def make_model(engine: str, size: str, method: str, length: int, attention: str,
 @torch.no_grad()
 def make_weights(model) -> None:
     """On the device, random: by the number of the parameter, so that any number of processes has the same."""
-    model.to_empty(device=DEVICE)
+    if not is_deepspeed_zero3_enabled():
+        model.to_empty(device=DEVICE)
     for number, (name, parameter) in enumerate(model.named_parameters()):
         draw = torch.Generator(DEVICE).manual_seed(number)
-        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=DEVICE)
+        whole = torch.empty(getattr(parameter, "ds_shape", parameter.shape), dtype=parameter.dtype, device=DEVICE)
         if name.endswith("qweight"):
             whole.random_(-(2**31), 2**31 - 1, generator=draw)
         elif name.endswith("qzeros"):
@@ -102,15 +114,18 @@ def make_weights(model) -> None:
             whole.uniform_(0.8, 1.2, generator=draw).mul_(0.07 / 16)  # weights deviate by 0.02
         elif name.endswith("g_idx"):
             whole.copy_(torch.arange(len(whole)) // FORMAT.group_size)
-        elif parameter.dim() == 1:
+        elif whole.dim() == 1:
             whole.fill_(0 if name.endswith("bias") else 1)
         elif "lora_B" in name:
             whole.zero_()
         else:
             whole.normal_(std=0.02, generator=draw)
-        if PROCESSES > 1:
-            from torch.distributed.tensor import distribute_tensor
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
 
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(whole)
+        elif isinstance(parameter, DTensor):
             part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.to_local().copy_(part.to_local())
         else:
@@ -124,7 +139,7 @@ class ShardingTrainer(Trainer):
     """Has accelerate divide a model while it is on the meta device, and makes the weights then."""
 
     def create_optimizer(self, *args, **kwargs):
-        if PROCESSES > 1:
+        if self.is_fsdp_enabled:
             from accelerate.utils import fsdp2_prepare_model
 
             fsdp2_prepare_model(self.accelerator, self.model)
@@ -178,9 +193,10 @@ def measure(engine: str, case: re.Match, args) -> list:
             report_to="none",
             disable_tqdm=True,
             use_cpu=not CUDA,
+            deepspeed=args.deepspeed,
         )
-        model = make_model(engine, size, method, length, args.attention, args.fp32)
-        if PROCESSES == 1:
+        model = make_model(engine, size, method, length, args)
+        if PROCESSES == 1 or args.deepspeed:
             make_weights(model)
         trainer = ShardingTrainer(
             model=model,
@@ -220,6 +236,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=CASES, help="as 7B-lora-8x2048")
     parser.add_argument("--engines", nargs="+", choices=LORA_TARGETS, default=list(LORA_TARGETS))
     parser.add_argument("--attention", default="sdpa", help="by transformers' name, for both")
+    parser.add_argument("--deepspeed", help="its configuration, such as finetune/ds_config_zero3.json")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3600, help="what would begin later is left out")

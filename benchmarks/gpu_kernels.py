@@ -138,10 +138,10 @@ def products(sizes, rows, tune: bool, bandwidth: float) -> None:
 
 
 def gptq_launches(rows: int):
-    """Sensible entries of `triton_kernels.GPTQ_ROW`, or of `GPTQ_ROWS`."""
+    """Sensible launches of `triton_kernels.GPTQ_ROW`, or of `GPTQ_ROWS`."""
     if rows == 1:
-        found = [(32, 32, 4), (32, 32, 8), (32, 64, 8), (32, 128, 16), (32, 128, 8), (16, 128, 8), (16, 128, 16)]
-        found += [(16, 64, 8), (16, 64, 4), (32, 64, 16), (64, 64, 16), (64, 32, 8), (16, 32, 4)]
+        sizes = itertools.product((8, 16, 32, 64), (16, 32, 64, 128, 256), (1, 2, 4, 8))
+        found = [launch for launch in sizes if 64 <= launch[0] * launch[1] // launch[2] <= 512]  # 2 to 16 a thread
         return [dict(zip(("BN", "SLOTS", "num_warps"), launch)) for launch in found]
     found = [(32, 8, 4, 3, 0), (32, 4, 2, 3, 0), (64, 4, 4, 3, 0), (64, 2, 2, 4, 0), (64, 2, 2, 4, 4)]
     found += [(256, 1, 4, 3, 2), (128, 1, 2, 4, 4), (128, 1, 4, 4, 4), (128, 1, 4, 4, 2)]

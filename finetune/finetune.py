@@ -83,19 +83,33 @@ class LoraArguments:
 
 
 def parse(arguments: list[str] | None = None):
-    """The four groups of arguments; names that transformers has changed since the published scripts are understood."""
+    """
+    The four groups of arguments; names that transformers has changed since the published scripts are understood.
+    Problem for arguments that are unknown, or that transformers refuses.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     known = {one.name for one in fields(TrainingArguments)}
-    for old, new in (("evaluation_strategy", "eval_strategy"), ("warmup_ratio", "warmup_steps")):
-        if old not in known:  # warmup_steps below 1 are a ratio then
-            arguments = [f"--{new}{a[len(old) + 2 :]}" if a.split("=")[0] == f"--{old}" else a for a in arguments]
+    renamed = [("evaluation_strategy", "eval_strategy"), ("warmup_ratio", "warmup_steps")]
+    renamed = [names for names in renamed if names[0] not in known]  # warmup_steps below 1 are a ratio then
+    if "activation_checkpointing" in known:  # the old names still work there, with a warning
+        kinds = "checkpointing", "checkpointing_kwargs"
+        renamed += [(f"gradient_{kind}", f"activation_{kind}") for kind in kinds]
+    for old, new in renamed:
+        arguments = [f"--{new}{a[len(old) + 2 :]}" if a.split("=")[0] == f"--{old}" else a for a in arguments]
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, LoraArguments))
     if any(argument.split("=")[0] == "--deepspeed" for argument in arguments):
+        if importlib.util.find_spec("deepspeed") is None:
+            raise Problem("--deepspeed: DeepSpeed is not installed. pip install -r requirements-finetune-all.txt")
         # DeepSpeed looks for the other processes when the arguments are made; a script started alone has none.
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         if "WORLD_SIZE" not in os.environ:
             os.environ.update(alone)
-    return parser.parse_args_into_dataclasses(arguments)
+    try:
+        return parser.parse_args_into_dataclasses(arguments)
+    except ValueError as error:  # an argument that nobody knows, or one that transformers refuses here
+        no_gpu = not torch.cuda.is_available() and "gpu" in str(error)
+        hint = " No GPU was found; to train on a CPU pass --use_cpu True --bf16 False." if no_gpu else ""
+        raise Problem(f"{error}{hint}") from error
 
 
 def check(training, lora) -> None:

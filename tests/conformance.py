@@ -29,6 +29,7 @@ from matrix import CACHE, ROOT, packages
 ECOSYSTEM = (
     *("bitsandbytes==0.50.2", "torchao==0.18.0", "optimum-quanto==0.2.7", "parameterized==0.9.0"),
     *("onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.32.0", "gguf==0.19.0", "sentencepiece"),
+    *("langchain==1.5.2", "langchain-openai==1.7.4", "langchain-huggingface==1.2.3"),
 )
 # What installs and runs in a minute or two; the kernels of quanto are compiled for minutes.
 QUICK = tuple(name for name in ECOSYSTEM if name.startswith(("bitsandbytes", "torchao", "parameterized")))

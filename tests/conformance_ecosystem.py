@@ -450,3 +450,35 @@ def test_llama_cpp_converts(tmp_path):
                 assert torch.equal(tensors[f"blk.{i}.{theirs}.weight"].view_as(module.weight), module.weight)
                 written += 1
     assert written == 5 * model.config.num_hidden_layers
+
+
+# --- LangChain ---------------------------------------------------------------------------------------------------
+
+
+def printed_by_snippet(code: str, names: dict, capsys) -> list[str]:
+    exec(code, names)
+    return capsys.readouterr().out.splitlines()
+
+
+def promised_by_snippet(code: str) -> list[str]:
+    return [line[2:] for line in code.splitlines() if line.startswith("# ")]
+
+
+@needs("langchain", "langchain_openai", "langchain_huggingface")
+def test_langchain(tmp_path, capsys, monkeypatch):
+    """The snippets of docs/deployment.md; the agent's with a server whose model calls tools as it is written down."""
+    from test_serving import PATH, SCRIPTED, serving
+
+    page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    section = page.split("\n## LangChain\n")[1].split("\n## ")[0]
+    chat, agent, pipeline = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    chat = chat.replace("CHECKPOINT", "demo")
+    monkeypatch.chdir(ROOT)
+    assert printed_by_snippet(pipeline, {}, capsys) == promised_by_snippet(pipeline) != []
+    with serving([ROOT / "tools" / "serve.py", PATH], tmp_path / "log") as address:
+        here = chat.replace("http://127.0.0.1:8000", address)
+        assert printed_by_snippet(here, {}, capsys) == promised_by_snippet(chat) != []
+    with serving(["-c", SCRIPTED, "-c", PATH], tmp_path / "log") as address:
+        names: dict = {}
+        exec(chat.partition("print(")[0].replace("http://127.0.0.1:8000", address), names)
+        assert printed_by_snippet(agent, names, capsys) == ["In Lima it is 22 °C,", "an Observation."]

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -869,6 +870,22 @@ def test_a_library_that_others_can_change_is_not_taken(make_version, quick_compi
     monkeypatch.delenv("CXX")
     with pytest.raises(version.module._Unavailable, match=r"There is no C\+\+ compiler"):
         version.module._library()
+
+
+@needs_compiler
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
+def test_there_is_one_standard_library_in_a_process(make_version, monkeypatch):
+    """Also where the compiler would take a static one: what writes a message has to be what PyTorch writes with."""
+    if b"clang" in subprocess.run([COMPILER, "--version"], stdout=subprocess.PIPE).stdout:
+        pytest.skip("needs g++")
+    monkeypatch.setenv("CXX", f"{COMPILER} -static-libstdc++")
+    version = make_version(
+        SMALL + "#include <sstream>\nstd::string text(long n) { std::ostringstream s; s << n; return s.str(); }\n"
+    )
+    symbols = subprocess.run(["nm", "-DC", str(version.module._library())], stdout=subprocess.PIPE, text=True).stdout
+    defined = [line for line in symbols.splitlines() if re.search(r" [TDBVui] std::(codecvt|locale|num_put)", line)]
+    assert "std::" in symbols
+    assert defined == []
 
 
 @needs_compiler

@@ -235,7 +235,7 @@ def test_what_is_a_name_in_a_table(tmp_path):
 
 # Named in our pages, but programs of QwenLM/Qwen.
 PUBLISHED = re.compile(
-    r"examples/(react_prompt\.md|react_demo|vllm_wrapper|function_call_examples|tokenizer_showcase|add_merges)"
+    r"examples/(react_prompt\.md|react_demo|vllm_wrapper|function_call_examples|langchain_tooluse|tokenizer_showcase|add_merges)"
 )
 
 

@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -258,9 +259,13 @@ def test_merging_refuses_what_it_would_do_wrongly(tiny, tmp_path, capsys, change
 def test_arguments_of_the_published_scripts():
     arguments = ["--evaluation_strategy", "steps", "--eval_steps", "5", "--warmup_ratio=0.1", "--fp16", "False"]
     common = ["--data_path", DATA, "--output_dir", "out", "--use_cpu", "True"]
-    _, data, training, lora = finetune.parse([*common, *arguments, "--lazy_preprocess", "True", "--q_lora"])
+    arguments += ["--gradient_checkpointing", "True", "--lazy_preprocess", "True", "--q_lora"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # of names that transformers has since changed
+        _, data, training, lora = finetune.parse([*common, *arguments])
     assert training.eval_strategy == "steps"
     assert training.get_warmup_steps(100) == 10
+    assert training.gradient_checkpointing
     assert data.lazy_preprocess
     assert (lora.lora_r, lora.lora_alpha, lora.lora_dropout) == (64, 16, 0.05)
     assert lora.lora_target_modules == ["c_attn", "c_proj", "w1", "w2"]
@@ -300,6 +305,31 @@ def test_a_problem_is_a_line_and_not_a_traceback(tiny, tmp_path, capsys, monkeyp
     monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments, "--data_path", str(tmp_path / "data.json")])
     assert finetune.main() == 2
     assert capsys.readouterr().err.startswith("problem: ")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--no_such_argument", "--no_such_argument"),
+        pytest.param(
+            "--deepspeed",
+            "DeepSpeed is not installed. pip install -r requirements-finetune-all.txt",
+            marks=pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is there"),
+        ),
+        pytest.param(
+            "--bf16",
+            "No GPU was found; to train on a CPU pass --use_cpu True --bf16 False.",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_are_a_line_and_not_a_traceback(tmp_path, capsys, monkeypatch, argument, message):
+    monkeypatch.setattr(
+        sys, "argv", ["finetune.py", "--data_path", DATA, "--output_dir", str(tmp_path), argument, "True"]
+    )
+    assert finetune.main() == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("problem: ")]
+    assert message in line
 
 
 def test_what_is_cut_and_left_out_is_said(tiny, tmp_path, capsys):

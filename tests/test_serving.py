@@ -199,6 +199,10 @@ def test_completions(client):
     parts = [chunk.choices[0].text for chunk in stream]
     assert "".join(parts) == whole
     assert len(parts) > 3
+    assert client.completions.create(model="demo", prompt=[prompt], max_tokens=1).choices[0].text == " Nairobi"
+    for bad in ("", [], [""], [prompt, prompt], [5]):
+        with pytest.raises(openai.BadRequestError, match="prompt must be one text"):
+            client.completions.create(model="demo", prompt=bad, max_tokens=1)
 
 
 @pytest.mark.parametrize(
@@ -411,6 +415,15 @@ def test_arguments_of_the_server(serve):
     for wrong in ("me", ":secret", ""):
         with pytest.raises(ValueError, match="USER:PASSWORD"):
             serve.read_arguments(["model", "--api-auth", wrong])
+
+
+def test_packages_that_are_missing_are_named(serve, monkeypatch):
+    found = importlib.util.find_spec
+    there = {"transformers.cli": True, "transformers.cli.serving": True, "fastapi": None, "uvicorn": None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there[name] if name in there else found(name))
+    monkeypatch.setattr(sys, "argv", ["serve.py", PATH])
+    with pytest.raises(SystemExit, match=r'fastapi, uvicorn\..*pip install "transformers\[serving\]"'):
+        serve.main()
 
 
 @pytest.fixture(scope="module")

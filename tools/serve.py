@@ -181,10 +181,12 @@ def reader_of_chats(make_tool_context, parse_react, observation: str):
 
 
 def read_completion(body: dict, model, tokenizer):
-    """As `reader_of_chats` has it, for a prompt that is one text."""
+    """As `reader_of_chats` has it, for a prompt that is one text, or a list of one."""
     prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:  # LangChain sends it so
+        (prompt,) = prompt
     if not isinstance(prompt, str) or not prompt:
-        raise BadRequest(f"prompt must be a text with at least one character, found {str(prompt)[:80]!r}.")
+        raise BadRequest(f"prompt must be one text with at least one character, found {str(prompt)[:80]!r}.")
     return tokenizer(prompt)["input_ids"], [], PlainAnswer()
 
 
@@ -402,6 +404,9 @@ def main() -> None:
         sys.exit("This needs transformers 5: the release here has no command `transformers serve`.")
     if importlib.util.find_spec("transformers.cli.serving") is None:
         sys.exit("This needs a newer transformers: the release here has no server for one checkpoint.")
+    missing = [name for name in ("fastapi", "openai", "pydantic", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f'Not installed: {", ".join(missing)}. Type: pip install "transformers[serving]"')
     path = str(Path(given).resolve()) if Path(given).is_dir() else given
     prepare(path, list(dict.fromkeys([given, path, Path(path).name])), credentials)
     sys.argv = ["transformers", "serve", path, "--trust-remote-code", *arguments]
