@@ -767,8 +767,9 @@ void quantize_append(Tensor& codes, Tensor& params, const Tensor& x, int64_t pos
   TORCH_CHECK(codes.stride(3) == 1 && params.stride(3) == 1, "a row of codes or parameters must be contiguous");
   const bool int4 = is_int4(codes, params, x.size(3));
   const Tensor rows = with_rows(x);
-  Append a{rows.data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2), codes.data_ptr<uint8_t>(),
-           params.data_ptr<uint8_t>()};
+  Append a{};
+  a.x = rows.data_ptr(), a.x_batch = rows.stride(0), a.x_head = rows.stride(1), a.x_token = rows.stride(2);
+  a.codes = codes.data_ptr<uint8_t>(), a.params = params.data_ptr<uint8_t>();
   a.codes_batch = codes.stride(0), a.codes_head = codes.stride(1), a.codes_token = codes.stride(2);
   a.params_batch = params.stride(0), a.params_head = params.stride(1), a.params_token = params.stride(2);
   a.codes += position * a.codes_token, a.params += position * a.params_token;
@@ -802,7 +803,9 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin) {
                   (cos.size(0) == 1 || cos.size(0) == x.size(0)),
               "rotary: x ", x.sizes(), " and angles ", cos.sizes(), " don't fit");
   const Tensor rows = with_rows(x), c = floats(cos), n = floats(sin);
-  Rotary a{rows.data_ptr(), rows.stride(0), rows.stride(1), rows.stride(2), c.data_ptr<float>(), n.data_ptr<float>()};
+  Rotary a{};
+  a.x = rows.data_ptr(), a.x_batch = rows.stride(0), a.x_head = rows.stride(1), a.x_token = rows.stride(2);
+  a.cos = c.data_ptr<float>(), a.sin = n.data_ptr<float>();
   a.nh = x.size(1), a.T = x.size(2), a.hd = x.size(3), a.half = c.size(3);
   a.angles_batch = c.size(0) == 1 ? 0 : a.T * a.half;
   Tensor y = at::empty(x.sizes(), x.options());
@@ -863,9 +866,10 @@ Tensor decode_blocks(const Tensor& input, at::TensorList norms, const c10::List<
                      at::TensorList store, int64_t position, const optional<Tensor>& mask, double eps,
                      at::ArrayRef<double> scaling, bool causal) {
   const int64_t blocks = norms.size() / 2, number = store.size();
-  TORCH_CHECK(blocks > 0 && norms.size() % 2 == 0 && matrices.size() == 25 * blocks && formats.size() == 15 * blocks &&
+  const int64_t tensors = matrices.size(), numbers = formats.size();
+  TORCH_CHECK(blocks > 0 && norms.size() % 2 == 0 && tensors == 25 * blocks && numbers == 15 * blocks &&
                   number % blocks == 0 && static_cast<int64_t>(scaling.size()) == blocks,
-              "decode_blocks: ", norms.size(), " norms, ", matrices.size(), " tensors and ", formats.size(),
+              "decode_blocks: ", norms.size(), " norms, ", tensors, " tensors and ", numbers,
               " numbers of matrices, ", number, " tensors of a store and ", scaling.size(),
               " scales are not those of whole blocks");
   // PyTorch's products, of many rows or other weights, have threads of their own.

@@ -8,6 +8,7 @@ Speed of Qwen-1.8B's shape on a CPU: ours, transformers' Qwen2 and llama.cpp on 
     python benchmarks/cpu.py --threads 2 --prompts 512 4096 --contexts    prompts alone
     python benchmarks/cpu.py --threads 2 --engines ours llama.cpp         two of the three
     python benchmarks/cpu.py --threads 2 --memory       how much memory ours takes at most, instead
+    python benchmarks/cpu.py --threads 2 --drafts       prompt look-up on code and on prose, instead
 
 Ours and Qwen2 decode through `generate`, greedily, with the caches that they choose; llama.cpp takes its own defaults
 (a cache in float16) and decodes in a loop that takes the largest logit. With each number of threads everything runs
@@ -23,10 +24,13 @@ import ctypes
 import gc
 import importlib.util
 import os
+import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -309,6 +313,64 @@ def disturbed(engines: dict, config, threads: int, context: int, tokens: int, ro
         print(f"| {name} | {alone:.2f} | {beside_it:.2f} | {beside_it / alone:.2f} |", flush=True)
 
 
+class Clock(transformers.generation.BaseStreamer):
+    """When `generate` had how many tokens, step by step; begins with the prompt."""
+
+    def __init__(self):
+        self.times, self.tokens = [], []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        self.tokens.append(value.numel())
+
+    def end(self) -> None:
+        pass
+
+
+class Says(transformers.LogitsProcessor):
+    """Makes a model say these ids, whatever it computes."""
+
+    def __init__(self, ids: torch.Tensor):
+        self.ids = ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        said = torch.full_like(scores, -torch.inf)
+        said[:, self.ids[input_ids.shape[1]]] = 0
+        return said
+
+
+def drafts(model, vocabulary: Path, context: int, tokens: int, rounds: int) -> None:
+    """Prompt look-up where the answer is a text that is known, so that as many drafts are right as that text has."""
+    tokenization = importlib.import_module(modeling.__name__.replace("modeling_qwen", "tokenization_qwen"))
+    tokenizer = tokenization.QWenTokenizer(vocabulary)
+    code, prose = ((ROOT / name).read_text("utf-8") for name in ("qwen_cache.py", "docs/architecture.md"))
+    answer = tokens + 16  # drafts go beyond
+    code = code[code.index("    def ") :]
+    prompt, going_on = tokenizer.encode(code)[:context], tokenizer.encode(prose)[: context + answer]
+    renamed = re.sub(r"\bself\b", "cache", tokenizer.decode(prompt))
+    texts = {
+        "code said again, a name changed": prompt + tokenizer.encode(renamed)[:answer],
+        "prose that goes on": going_on,
+    }
+    print(f"\nprompt look-up behind {context} tokens, {tokens} new ones\n")
+    print("| | drafts | tokens a step | tokens/s | times without |\n|---|---|---|---|---|")
+    for name, text in texts.items():
+        ids, found = torch.tensor([text]), {}
+        for _ in range(rounds):
+            for number in (0, 3, 7, 15):
+                clock = Clock()
+                settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "streamer": clock}
+                settings |= {"prompt_lookup_num_tokens": number} if number else {}
+                model.generate(ids[:, :context], logits_processor=[Says(ids[0])], **settings)
+                # The first step reads the prompt.
+                speed = sum(clock.tokens[2:]) / (clock.times[-1] - clock.times[1])
+                found.setdefault(number, []).append((speed, sum(clock.tokens[1:]) / len(clock.tokens[1:])))
+        speeds = {number: statistics.median(speed for speed, _ in each) for number, each in found.items()}
+        for number, speed in speeds.items():
+            row = f"{found[number][0][1]:.2f} | {speed:.2f} | {speed / speeds[0]:.2f}"
+            print(f"| {name} | {number} | {row} |", flush=True)
+
+
 def resident(field: str) -> int:
     """Bytes of this process's memory: VmRSS, now, or VmHWM, at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -346,15 +408,22 @@ def main() -> None:
     )
     parser.add_argument("--disturbed", action="store_true", help="beside a process that spins, instead")
     parser.add_argument("--memory", action="store_true", help="the most memory that ours takes, instead")
+    parser.add_argument("--drafts", action="store_true", help="prompt look-up, instead")
+    parser.add_argument(
+        "--vocabulary", type=Path, default=ROOT / "demo" / "qwen.tiktoken", help="for drafts; default: %(default)s"
+    )
     parser.add_argument("--folder", type=Path, help="keeps the GGUF files, 5.5 GB; default: a temporary one")
     args = parser.parse_args()
-    if len(args.threads) > 1 and (args.disturbed or args.memory):
-        parser.error("--disturbed and --memory take one number of threads.")
+    if len(args.threads) > 1 and (args.disturbed or args.memory or args.drafts):
+        parser.error("--disturbed, --memory and --drafts take one number of threads.")
     transformers.utils.logging.set_verbosity_error()
     with torch.no_grad(), tempfile.TemporaryDirectory() as temporary:
         if args.memory:
             torch.set_num_threads(args.threads[0])
             memory(max(args.prompts, default=512), args.tokens)
+        elif args.drafts:
+            torch.set_num_threads(args.threads[0])
+            drafts(random_model("cpu"), args.vocabulary, min(args.contexts), 4 * args.tokens, args.rounds)
         else:
             torch.manual_seed(0)  # a file that was kept has these weights
             model, longest = random_model("cpu"), max([*args.prompts, *args.contexts], default=0)

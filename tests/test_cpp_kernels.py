@@ -1001,6 +1001,31 @@ def test_what_was_built_is_used_where_there_is_no_compiler(make_version, monkeyp
 
 
 @needs_operators
+@pytest.mark.parametrize(
+    ("says", "is_gnu"),
+    [("Apple clang version 17.0.0 (clang-1700.0.13.3)", False), ("g++ (Debian 12.2.0-14) 12.2.0", True)],
+)
+def test_the_commands(make_version, tmp_path, monkeypatch, says, is_gnu):
+    """On macOS g++ is clang too: its OpenMP is not PyTorch's, and it takes fewer options than GNU's compiler does."""
+    script, commands = tmp_path / "compiler", tmp_path / "commands"
+    script.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "{says}" && exit\necho "$@" >> {commands}\n'
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done; true\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(torch.__config__, "parallel_info", lambda: "ATen parallel backend: OpenMP")
+    version = make_version()
+    version.module._library()
+    compiled, linked = ([word for word in line.split() if word[0] == "-"] for line in commands.read_text().splitlines())
+    assert ("-fopenmp" in compiled) == is_gnu
+    both = ["-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w", "-c", "-o"]
+    rest = [word for word in compiled if word[:2] not in ("-I", "-D") and word != "-fopenmp" and word not in both]
+    assert rest in (["-std=c++17"], ["-std=c++20"])
+    assert [word for word in linked if word[:2] != "-L"] == ["-shared", "-o", "-ltorch_cpu", "-lc10"]
+
+
+@needs_operators
 def test_without_a_compiler(make_version, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
