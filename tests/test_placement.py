@@ -83,6 +83,7 @@ def pretended(monkeypatch):
     if TorchFunctionMode is None:
         pytest.skip("needs the function modes of torch 1.13")
     mode = PretendedDevices()
+    monkeypatch.setattr(torch.version, "cuda", None)  # PyTorch with CUDA would ask its driver about the devices
     monkeypatch.setattr(
         accelerate.hooks,
         "set_module_tensor_to_device",
