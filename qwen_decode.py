@@ -28,11 +28,13 @@ from .transformers_compat import (
     ASSISTANTS_GENERATE,
     CACHE,
     DRAFTS_CROP_CACHES,
+    DRAFTS_READ_PROMPTS_AGAIN,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     GenerationMixin,
     accepts_cache,
     computes_attention,
+    crop_cache,
     is_compiling,
     parameter_names,
 )
@@ -251,6 +253,10 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
                 stop_words_ids, eos[0] if isinstance(eos, (list, tuple)) else eos, prompt_length=prompt_length
             )
             logits_processor = [*(logits_processor or []), stop]
+        if DRAFTS_READ_PROMPTS_AGAIN and self._has_drafts(generation_config, kwargs):
+            cache = kwargs.get("past_key_values")
+            if cache is not None and 0 < cache.get_seq_length() <= prompt_length:
+                crop_cache(cache, 0)
         alpha = self._prompt_alpha(settings, ids, kwargs)
         if alpha is not None:
             kwargs["ntk_alpha"] = alpha
@@ -285,16 +291,21 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
             return None
         return self.transformer.prompt_alpha(lengths)
 
+    def _setting(self, name: str, generation_config, kwargs: dict):
+        """Of a call of `generate`, which may leave it to the model's configuration."""
+        configs = generation_config, self.generation_config
+        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
+
+    def _has_drafts(self, *call) -> bool:
+        names = "assistant_model", "prompt_lookup_num_tokens", "penalty_alpha"
+        return any(self._setting(name, *call) for name in names)
+
     def _with_cache(self, generation_config, kwargs: dict, bits: int | None) -> dict:
         """The arguments of `generate`, with a cache of ours unless that is left to the caller or to transformers."""
 
         def setting(name):
-            values = (
-                kwargs.get(name),
-                getattr(generation_config, name, None),
-                getattr(self.generation_config, name, None),
-            )
-            return next((value for value in values if value is not None), None)
+            return self._setting(name, generation_config, kwargs)
 
         named = setting("cache_implementation")
         unwanted = kwargs.get("past_key_values") is not None or setting("use_cache") is False
@@ -303,13 +314,12 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
                 f"cache_bits={bits} asks for a quantised cache, but there is past_key_values, use_cache=False or "
                 f"cache_implementation={named!r}. Pass one of them, or past_key_values=QWenQuantizedCache({bits})."
             )
-        drafts = kwargs.get("assistant_model") or setting("prompt_lookup_num_tokens") or setting("penalty_alpha")
         # transformers' own cache copies everything for every token. On a CPU SDPA reads bfloat16 slowly; on new GPUs it
         # takes cuDNN, which plans anew for every length.
         is_faster = (
             has_decode_kernel(self.device, self.dtype, self.config.kv_channels)
             and (self.device.type == "cuda" or self.config._attn_implementation == "sdpa")
-            and (DRAFTS_CROP_CACHES or not drafts)
+            and (DRAFTS_CROP_CACHES or not self._has_drafts(generation_config, kwargs))
         )
         if unwanted:
             return kwargs

@@ -234,6 +234,10 @@ _CACHE_WANTS_POSITIONS = (
 # Up to 4.41 assisted decoding and contrastive search slice the tensors of a cache themselves, and believe, up to 4.35,
 # that any cache has the prompt.
 DRAFTS_CROP_CACHES = hasattr(getattr(transformers, "DynamicCache", None), "crop")
+# From 5.0 its first step gives the model the whole prompt, whatever the cache already has of it.
+DRAFTS_READ_PROMPTS_AGAIN = (
+    "next_sequence_length" in inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
+)
 
 # Up to 4.36 the forward of an assistant was called, later its `generate` is; then its rows are compared, too.
 ASSISTANTS_GENERATE = importlib.util.find_spec("transformers.generation.candidate_generator") is not None

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import HAS_STATIC, lacks, needs_prefill_in_chunks, random_ids, static_cache, tiny_model
+from qwen.qwen_cache import QWenCache
 from qwen.qwen_generation_utils import StopWordsLogitsProcessor
 from qwen.transformers_compat import ASSISTANTS_GENERATE, DynamicCache
 from reference import greedy as reference_greedy
@@ -227,6 +228,21 @@ def test_prompt_lookup_gives_the_greedy_ids(model, length):
     ids = random_ids(1, length)
     expected = generate(model, ids, max_new_tokens=16, eos_token_id=319)
     assert torch.equal(generate(model, ids, max_new_tokens=16, eos_token_id=319, prompt_lookup_num_tokens=4), expected)
+
+
+@pytest.mark.parametrize("kind", [QWenCache, transformers.DynamicCache])
+def test_drafts_behind_a_cache_that_has_a_part_of_the_prompt(model, kind):
+    """transformers 5 gives the model all of the prompt once more, behind these keys."""
+    if not hasattr(GenerationConfig(), "prompt_lookup_num_tokens") or not hasattr(transformers.DynamicCache, "crop"):
+        pytest.skip("needs prompt look-up, and caches that can be cropped")
+    ids = random_ids(1, 6).repeat(1, 3)
+    expected = generate(model, ids, max_new_tokens=8, eos_token_id=319)
+    cache = kind()
+    with torch.no_grad():
+        model(ids[:, :7], past_key_values=cache)
+    found = generate(model, ids, max_new_tokens=8, eos_token_id=319, prompt_lookup_num_tokens=3, past_key_values=cache)
+    assert torch.equal(found, expected)
+    assert cache.get_seq_length() in (expected.shape[1] - 1, expected.shape[1])
 
 
 def test_prefill_in_chunks_equals_whole(model):

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from conftest import CODE, ROOT, modeling_qwen, random_ids, run, tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -217,6 +218,19 @@ def test_what_there_is_to_know_about_a_weight(int8):
     assert not weight.requires_grad
     assert "torch.int8 codes for (320, 64) on cpu" in repr(weight)
     assert "Int8Linear" in repr(int8.lm_head)
+
+
+def test_loading_to_a_gpu_may_ask_for_the_bytes(int8):
+    """As transformers does there before it loads, to have the memory in one piece."""
+    count = getattr(transformers.modeling_utils, "get_total_byte_count", None)
+    if count is None:
+        pytest.skip("needs transformers 4.55 or so")
+    names = [name for name in int8.state_dict() if not name.endswith("lm_head.weight")]
+    held = sum(int8.get_parameter_or_buffer(name).nbytes for name in names)
+    assert count(int8, dict.fromkeys(names, torch.device("cpu"))) == {torch.device("cpu"): held}
+    weight = int8.transformer.h[0].mlp.w1.weight
+    assert held > weight.numel() * weight.element_size() > 0
+    assert weight.stride()[1] == 1
 
 
 def test_training_all_of_it_is_refused(int8):
