@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model and short texts, on any device")
     arguments = parser.parse_args()
     deadline = time.perf_counter() + arguments.seconds
-    size, length, tokens = ("tiny", 24, 4) if arguments.quick else (arguments.size, 2048, 32)
+    size, length, tokens = ("tiny", 24, 4) if arguments.quick else (arguments.size, 2048, 96)
     name = torch.cuda.get_device_name() if CUDA else "CPU"
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, Qwen-{size}", flush=True)
     transformers.logging.disable_progress_bar()
