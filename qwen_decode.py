@@ -255,7 +255,7 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
             logits_processor = [*(logits_processor or []), stop]
         if DRAFTS_READ_PROMPTS_AGAIN and self._has_drafts(generation_config, kwargs):
             cache = kwargs.get("past_key_values")
-            if cache is not None and 0 < cache.get_seq_length() <= prompt_length:
+            if hasattr(cache, "get_seq_length") and 0 < cache.get_seq_length() <= prompt_length:
                 crop_cache(cache, 0)
         alpha = self._prompt_alpha(settings, ids, kwargs)
         if alpha is not None:

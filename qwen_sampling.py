@@ -1,6 +1,6 @@
 """
 Choosing the next token on a GPU: what transformers' processors and `torch.multinomial` choose, in fewer passes over the
-vocabulary, of which the GPU works at one for as long as at two blocks of a 7B model.
+vocabulary.
 
 Knows scores and the state of random numbers, not the network.
 """
