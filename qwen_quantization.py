@@ -137,18 +137,7 @@ class _NoWeight(nn.Parameter):
     ANSWERED = {
         *(
             getattr(torch.Tensor, name).__get__
-            for name in (
-                "shape",
-                "ndim",
-                "dtype",
-                "device",
-                "requires_grad",
-                "grad",
-                "is_meta",
-                "is_cuda",
-                "layout",
-                "nbytes",
-            )
+            for name in ("shape", "ndim", "dtype", "device", "is_meta", "requires_grad", "grad")
         ),
         *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.data_ptr, torch.Tensor.is_contiguous),
         *(torch.Tensor.element_size, torch.Tensor.stride, torch.Tensor.is_floating_point, torch.Tensor.is_complex),
