@@ -256,7 +256,7 @@ def test_errors_of_the_application_are_objects_too(address, client):
         assert set(body["error"]) == {"message", "type", "param", "code"}
     with pytest.raises(openai.UnprocessableEntityError, match=r"Unexpected fields in the request: \{'colour'\}"):
         client.chat.completions.create(model="demo", messages=KENYA, extra_body={"colour": 1})
-    with pytest.raises(openai.BadRequestError, match="prompt must be a text"):
+    with pytest.raises(openai.BadRequestError, match="prompt must be one text"):
         client.completions.create(model="demo", prompt=[1, 2])
 
 
