@@ -230,10 +230,10 @@ def test_prompt_lookup_gives_the_greedy_ids(model, length):
     assert torch.equal(generate(model, ids, max_new_tokens=16, eos_token_id=319, prompt_lookup_num_tokens=4), expected)
 
 
-@pytest.mark.parametrize("kind", [QWenCache, transformers.DynamicCache])
+@pytest.mark.parametrize("kind", [QWenCache, DynamicCache])
 def test_drafts_behind_a_cache_that_has_a_part_of_the_prompt(model, kind):
     """transformers 5 gives the model all of the prompt once more, behind these keys."""
-    if not hasattr(GenerationConfig(), "prompt_lookup_num_tokens") or not hasattr(transformers.DynamicCache, "crop"):
+    if not hasattr(GenerationConfig(), "prompt_lookup_num_tokens") or not hasattr(DynamicCache, "crop"):
         pytest.skip("needs prompt look-up, and caches that can be cropped")
     ids = random_ids(1, 6).repeat(1, 3)
     expected = generate(model, ids, max_new_tokens=8, eos_token_id=319)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from qwen import qwen_sampling
-from transformers import LogitsProcessorList, MinLengthLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -57,13 +57,13 @@ def test_only_the_two_as_they_are_become_one():
     class Mine(TopPLogitsWarper):
         pass
 
-    k, p, length = TopKLogitsWarper(5), TopPLogitsWarper(0.5), MinLengthLogitsProcessor(3, 0, device="cpu")
-    for processors in ([p, k], [k, length, p], [k, Mine(0.5)], [TopKLogitsWarper(5, filter_value=-1e9), p], [k], []):
+    k, p, penalty = TopKLogitsWarper(5), TopPLogitsWarper(0.5), RepetitionPenaltyLogitsProcessor(1.2)
+    for processors in ([p, k], [k, penalty, p], [k, Mine(0.5)], [TopKLogitsWarper(5, filter_value=-1e9), p], [k], []):
         found = qwen_sampling.in_fewer_passes(LogitsProcessorList(processors))
         assert list(found) == processors
-    found = qwen_sampling.in_fewer_passes(LogitsProcessorList([length, k, p, length]))
+    found = qwen_sampling.in_fewer_passes(LogitsProcessorList([penalty, k, p, penalty]))
     assert [type(each).__name__ for each in found] == [
-        *("MinLengthLogitsProcessor", "TopKThenTopP", "MinLengthLogitsProcessor"),
+        *("RepetitionPenaltyLogitsProcessor", "TopKThenTopP", "RepetitionPenaltyLogitsProcessor"),
     ]
     own = [k, p]  # not transformers' list
     assert qwen_sampling.in_fewer_passes(own) is own
