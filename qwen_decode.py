@@ -144,13 +144,13 @@ def _compute(model, call: dict):
     if x.dtype != like.dtype:
         return None
     rotation = network.rotation(position_ids, cache, length, call.get("ntk_alpha"))
-    rotation = rotation.cos, rotation.sin, rotation.query_scale
     mask = None if mask is None else mask[..., : length + T].bool()
     eps = network.ln_f.eps
     weights = [[each for block in blocks for each in block[i]] for i in range(3)]  # norms, matrices, formats
     store = [tensor for layer in cache.layers for tensor in layer.room_for(T)]
     scaling = [block.attn.scaling for block in network.h]
-    x = decode_blocks(x, *weights, *rotation, store, length, mask, eps, scaling)
+    angles = rotation.cos, rotation.sin, rotation.query_scale
+    x = decode_blocks(x, *weights, *angles, store, length, mask, eps, scaling)
     x = rms_norm(x, like, eps)
     if head is None:
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)

@@ -33,7 +33,8 @@ class TopKThenTopP(LogitsProcessor):
         shares = ordered.masked_fill(beyond_k, -math.inf).softmax(-1).cumsum(-1)
         beyond_p = shares <= 1 - self.top_p
         beyond_p[:, -self.min_tokens_to_keep :] = False
-        return scores.masked_fill((beyond_k | beyond_p).scatter(1, order, beyond_k | beyond_p), -math.inf)
+        removed = beyond_k | beyond_p
+        return scores.masked_fill(removed.scatter(1, order, removed), -math.inf)
 
 
 def in_fewer_passes(processors):
