@@ -244,7 +244,11 @@ class QuantizedLinear(_Quantized):
         if torch.is_grad_enabled() and x.requires_grad and not is_compiling():
             y = _FrozenProduct.apply(x, *self.tensors())
             return y if self.bias is None else y + self.bias
-        return (gptq_linear_reference if is_compiling() else gptq_linear)(x, *self.tensors(), self.bias)
+        return self.product(x, self.bias)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `forward`, with a bias of the caller's, or without."""
+        return (gptq_linear_reference if is_compiling() else gptq_linear)(x, *self.tensors(), bias)
 
     def tensors(self) -> tuple:
         """What the operations `gptq_linear` and `gptq_dequantize` take."""
@@ -354,8 +358,15 @@ class Int8Linear(_Quantized):
         self._parameters.setdefault(name, None)  # PyTorch refuses the name of an attribute that is no parameter
         nn.Linear.register_parameter(self, name, codes)
 
+    def tensors(self) -> tuple:
+        """Codes, int8 (out, in), and scales, float32 (out)."""
+        return self.codes, self.weight_scale
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return (linear_reference if is_compiling() else linear)(x, self.codes, bias, self.weight_scale)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (linear_reference if is_compiling() else linear)(x, self.codes, self.bias, self.weight_scale)
+        return self.product(x, self.bias)
 
 
 def check_training(network) -> None:
