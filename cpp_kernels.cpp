@@ -340,6 +340,9 @@ class Team {
     });
   }
 
+  // Threads of the team that this thread leads, or would lead.
+  static int64_t size() { return led ? led->counters.size() : number_of_threads(); }
+
  private:
   static thread_local Team* led;  // by this thread
 
@@ -447,6 +450,18 @@ thread_local Team* Team::led = nullptr;
 constexpr int64_t PIECE = 1 << 17;  // bytes read
 
 int64_t piece(int64_t bytes_each) { return std::max<int64_t>(1, PIECE / std::max<int64_t>(1, bytes_each)); }
+
+// Outputs of a quantised matrix that make a piece, a multiple of all vectors. They lie side by side: many are read from
+// memory in long runs, fewer leave fewer threads without work in the end.
+int64_t gptq_piece(int64_t out, int64_t bytes_each) {
+  constexpr int64_t WIDTHS[] = {256, 128, 64}, TIMES[] = {100, 115, 140};  // an output's, measured
+  int64_t best = 0, least = std::numeric_limits<int64_t>::max();
+  for (int i = 0; i < 3; ++i) {
+    const int64_t each = Team::size() * WIDTHS[i], time = (out + each - 1) / each * WIDTHS[i] * TIMES[i];
+    if (time < least) least = time, best = WIDTHS[i];
+  }
+  return std::max(best, piece(2 * bytes_each) / 64 * 64);
+}
 
 #ifndef QWEN_KERNELS_ONLY
 
@@ -650,9 +665,7 @@ Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales
   const Tensor b = bias ? floats(*bias) : Tensor();
   const float* added = bias ? b.data_ptr<float>() : nullptr;
   const auto run = bf16 ? bf16 : kernels().gptq;
-  constexpr int64_t PART = 256;  // fills vectors, and is read from memory in runs of a kilobyte
-  Team::share((a.out + PART - 1) / PART, piece(a.in * bits / 8 * PART), [&](int64_t begin, int64_t end) {
-    begin *= PART, end = std::min(a.out, end * PART);
+  Team::share(a.out, gptq_piece(a.out, a.in * bits / 8), [&](int64_t begin, int64_t end) {
     run(a, begin, end);
     if (kind == at::kFloat) gptq_finish<float>(a, added, y, begin, end);
     if (kind == at::kBFloat16) gptq_finish<BFloat16>(a, added, y, begin, end);
@@ -1221,6 +1234,7 @@ template <int R, int C, int BITS, int U>
 INLINE int64_t gptq_block(const Gptq& a, int64_t i, int64_t channel, int64_t first, int64_t width, float* sums) {
   constexpr int N = 32 / BITS;
   const int32_t* q = a.qweight + i / N * a.qweight_stride + channel;
+  const int64_t ahead = std::max<int64_t>(U, AHEAD / 4 / width);  // rows
 #ifdef QWEN_BF16
   static const uint16_t VALUES[32] = {
       0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160,
@@ -1237,7 +1251,7 @@ INLINE int64_t gptq_block(const Gptq& a, int64_t i, int64_t channel, int64_t fir
       vi words[C];
       for (int c = 0; c < C; ++c) {
         words[c] = read<vi>(q + u * a.qweight_stride + o + c * W);
-        __builtin_prefetch(q + (U + u) * a.qweight_stride + o + c * W);
+        __builtin_prefetch(q + (ahead + u) * a.qweight_stride + o + c * W);
       }
 #ifdef QWEN_BF16
       for (int j = 0; j < 4; ++j) {

@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "259e8a4293ee0485f4d9ad103fa2afe078e55e3b62d560e922b12e96b9afa747"
+SOURCE_SHA256 = "f09262a7dfae2877a817321abbbebe823f4c5c05e8ba8bf97201244ba1697159"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 

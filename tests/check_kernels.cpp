@@ -121,7 +121,7 @@ void check_gptq() {
   a.bits = pick({4, 8}), a.zero_offset = pick({0, 1}), a.rows = 1 + engine() % 8;
   const int n = 32 / a.bits, mask = (1 << a.bits) - 1;
   const bool any_order = engine() % 3 == 0;
-  a.in = n * pick({1, 4, 16, 48}), a.out = 8 * pick({1, 2, 5, 9, 16, 17}), a.group_size = n * pick({1, 4, 16, 40});
+  a.in = n * pick({1, 4, 16, 48}), a.out = 8 * pick({1, 2, 5, 9, 16, 17, 90}), a.group_size = n * pick({1, 4, 16, 40});
   a.groups = (a.in + a.group_size - 1) / a.group_size;
   int64_t padded = 1;
   while (padded < a.rows) padded *= 2;
@@ -147,6 +147,11 @@ void check_gptq() {
   a.qweight_stride = a.out, a.qzeros_stride = a.out / n, a.scales_stride = a.out;
   run("gptq", (a.out + 63) / 64, 1, y.memory,
       [&](int64_t begin, int64_t end) { kernels().gptq(a, begin * 64, std::min(a.out, end * 64)); });
+  Numbers whole(padded * a.out, false);
+  std::fill(whole.memory.begin(), whole.memory.end(), 0);
+  a.y = static_cast<float*>(whole.data());
+  kernels().gptq(a, 0, a.out);
+  if (whole.memory != y.memory) fail("gptq, in one piece", -1, 0, 1);
   const bool bf16 = engine() % 2;
   Numbers weight(a.in * a.out, bf16);
   a.weight = weight.data();

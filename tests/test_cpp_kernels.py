@@ -579,6 +579,10 @@ def in_pieces():
     int8, scale = torch.randint(-128, 128, (2001, 1000), dtype=torch.int8), torch.rand(2001)
     packed = [torch.randint(-(2**31), 2**31, size, dtype=torch.int32) for size in ((64, 2048), (4, 256))]
     packed.append(torch.rand(4, 2048).half())
+    # Handed out in pieces of 256, 128 or 64 outputs: of 264 by 2, by 3 and by 5 threads.
+    narrow = [torch.randint(-(2**31), 2**31, size, dtype=torch.int32) for size in ((256, 264), (16, 33))]
+    narrow.append(torch.rand(16, 264).half())
+    wide_x, order = torch.randn(3, 2048).bfloat16(), (torch.arange(2048) // 128)[torch.randperm(2048)].int()
     q, k, v = (torch.randn(2, 4, n, 64).bfloat16() for n in (2, 1500, 1500))
     norm, angles = torch.randn(64).bfloat16(), torch.rand(1, 1, 1500, 32)
 
@@ -590,6 +594,9 @@ def in_pieces():
         "linear, one row": lambda: kernels.linear(x[:1], weight, bias),
         "linear, int8": lambda: kernels.linear(x, int8, bias, scale),
         "gptq": lambda: kernels.gptq_linear(x[:, :512], *packed, None, 4, 128, 1),
+        "gptq, of few outputs": lambda: kernels.gptq_linear(wide_x, *narrow, None, 4, 128, 1),
+        "gptq, of few outputs, one row": lambda: kernels.gptq_linear(wide_x[:1].float(), *narrow, None, 4, 128, 1),
+        "gptq, of few outputs, in any order": lambda: kernels.gptq_linear(wide_x, *narrow, order, 4, 128, 1),
         "linear, int8, a prompt": lambda: kernels.linear(torch.eye(1000).bfloat16(), int8, bias, scale),
         "gptq, a prompt": lambda: kernels.gptq_linear(torch.eye(512).bfloat16(), *packed, None, 4, 128, 1),
         "gptq, 20 rows": lambda: kernels.gptq_linear(x.repeat(7, 1)[:20, :512], *packed, None, 4, 128, 1),
