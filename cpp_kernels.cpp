@@ -21,8 +21,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/silu.h>
-#include <ATen/ops/zeros.h>
 #include <c10/util/Optional.h>
 #include <torch/library.h>
 #endif
@@ -34,7 +32,9 @@
 #include <condition_variable>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <limits>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -113,6 +113,8 @@ struct Attention {
   float* partial;  // (B * nh, splits, T, hd + 2): weighted sum of the values, largest score, sum of the weights
   BFloat16* out_bf16;  // (B, T, nh, hd), one of the two
   float* out;
+
+  int64_t first_key(int64_t split) const { return S * split / splits; }
 };
 
 struct Append {
@@ -151,6 +153,8 @@ struct Kernels {
   void (*append)(const Append&, bool bf16, bool int4, int64_t begin, int64_t end);  // rows of x
   void (*norm)(const Norm&, bool bf16, int64_t begin, int64_t end);              // rows
   void (*rotary)(const Rotary&, bool bf16, int64_t begin, int64_t end);          // rows
+  void (*add)(const void* x, bool bf16, int64_t n, void* y);                     // y + x
+  void (*gate)(const void* x, bool bf16, int64_t n, void* y);                    // y * silu(x)
 };
 
 #define QWEN_STRING(x) #x
@@ -451,16 +455,18 @@ constexpr int64_t PIECE = 1 << 17;  // bytes read
 
 int64_t piece(int64_t bytes_each) { return std::max<int64_t>(1, PIECE / std::max<int64_t>(1, bytes_each)); }
 
-// Outputs of a quantised matrix that make a piece, a multiple of all vectors. They lie side by side: many are read from
+constexpr int64_t GPTQ_UNIT = 64;  // outputs, a multiple of all vectors
+
+// Outputs of a quantised matrix that make a piece. They lie side by side: many are read from
 // memory in long runs, fewer leave fewer threads without work in the end.
 int64_t gptq_piece(int64_t out, int64_t bytes_each) {
-  constexpr int64_t WIDTHS[] = {256, 128, 64}, TIMES[] = {100, 115, 140};  // an output's, measured
+  constexpr int64_t WIDTHS[] = {4 * GPTQ_UNIT, 2 * GPTQ_UNIT, GPTQ_UNIT}, TIMES[] = {100, 115, 140};  // an output's, measured
   int64_t best = 0, least = std::numeric_limits<int64_t>::max();
   for (int i = 0; i < 3; ++i) {
     const int64_t each = Team::size() * WIDTHS[i], time = (out + each - 1) / each * WIDTHS[i] * TIMES[i];
     if (time < least) least = time, best = WIDTHS[i];
   }
-  return std::max(best, piece(2 * bytes_each) / 64 * 64);
+  return std::max(best, piece(2 * bytes_each) / GPTQ_UNIT * GPTQ_UNIT);
 }
 
 #ifndef QWEN_KERNELS_ONLY
@@ -499,60 +505,164 @@ Tensor product_by_blocks(const Tensor& x, int64_t out, const optional<Tensor>& b
   return y.to(x.scalar_type()).view(shape);
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias,
-              const optional<Tensor>& scale) {
+// The sums of every row of x over the segments of the groups, in their order.
+std::vector<float> segment_sums(const float* x, int64_t rows, int64_t in, int64_t group_size) {
+  std::vector<float> sums;
+  for (int64_t r = 0; r < rows; ++r, x += in)
+    for (int64_t group = 0; group < in; group += group_size)
+      for (int64_t i = group, last = std::min(in, group + group_size); i < last; i += SEGMENT) {
+        float part[8] = {};
+        int64_t k = i;
+        const int64_t end = std::min(last, i + SEGMENT);
+        for (; k + 8 <= end; k += 8)
+          for (int j = 0; j < 8; ++j) part[j] += x[k + j];
+        for (; k < end; ++k) part[0] += x[k];
+        sums.push_back(((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7])));
+      }
+  return sums;
+}
+
+// Up to 8 rows of x in the forms that kernels read, each made when it is first asked for; rows of zeros fill them up to
+// a power of two.
+class Rows {
+ public:
+  Tensor tensor;  // contiguous; float32 instead of float16
+  int64_t number, padded = 1, in;
+  bool bf16;
+
+  explicit Rows(const Tensor& x)
+      : tensor(x.scalar_type() == at::kHalf ? x.to(at::kFloat).contiguous() : x.contiguous()), number(rows_of(x)), in(x.size(-1)),
+        bf16(x.scalar_type() == at::kBFloat16) {
+    while (padded < number) padded *= 2;
+  }
+
+  const BFloat16* halves() {  // of bfloat16
+    if (padded == number) return tensor.data_ptr<BFloat16>();
+    return filled<BFloat16>(filled_halves).data();
+  }
+
+  const float* floats() {
+    if (!bf16 && padded == number) return tensor.data_ptr<float>();
+    return bf16 ? filled<BFloat16>(widened).data() : filled<float>(widened).data();
+  }
+
+  const BFloat16* pairs() {  // of bfloat16: inputs j and j + 4 of an integer of codes side by side
+    if (!turned.empty()) return turned.data();
+    turned.resize(padded * in);
+    const BFloat16* x = halves();
+    for (size_t i = 0; i < turned.size(); i += 8)
+      for (int j = 0; j < 8; ++j) turned[i + j] = x[i + j / 2 + j % 2 * 4];
+    return turned.data();
+  }
+
+  const float* sums(int64_t group_size) {
+    for (const auto& each : summed)
+      if (each.first == group_size) return each.second.data();
+    summed.emplace_back(group_size, segment_sums(floats(), padded, in, group_size));
+    return summed.back().second.data();
+  }
+
+ private:
+  std::vector<std::pair<int64_t, std::vector<float>>> summed;
+  std::vector<float> widened;
+  std::vector<BFloat16> filled_halves, turned;
+
+  template <class T, class U>
+  std::vector<U>& filled(std::vector<U>& to) {
+    if (!to.empty()) return to;
+    to.resize(padded * in);
+    std::copy(tensor.data_ptr<T>(), tensor.data_ptr<T>() + number * in, to.begin());
+    return to;
+  }
+};
+
+// A product of rows, which outlive it, with a matrix: of outputs [begin, end), from a multiple of `unit` on.
+struct Product {
+  int64_t out, unit, bytes;  // bytes that an output reads
+  std::function<void(int64_t begin, int64_t end)> run;
+};
+
+// Products with matrices of as many outputs, in pieces: all of them, and then finish(begin, end).
+template <class F>
+void multiply(const std::vector<Product>& products, const F& finish) {
+  const int64_t out = products[0].out;
+  int64_t unit = 0, bytes = 0;
+  for (const Product& product : products) {
+    TORCH_CHECK(product.out == out, "matrices of ", out, " and ", product.out, " outputs don't belong together");
+    unit = std::max(unit, product.unit), bytes += product.bytes;
+  }
+  const int64_t width = unit == GPTQ_UNIT ? gptq_piece(out, bytes) : 2 * piece(2 * bytes);
+  Team::share(out, std::max(unit, width), [&](int64_t begin, int64_t end) {
+    for (const Product& product : products) product.run(begin, end);
+    finish(begin, end);
+  });
+}
+
+void nothing(int64_t, int64_t) {}
+
+// What is said about the matrix, checked; the tensors are kept alive by the caller.
+Linear linear_matrix(Tensor& weight, optional<Tensor>& bias, optional<Tensor>& scale) {
   const bool int8 = weight.scalar_type() == at::kChar;
-  if (int8 && x.scalar_type() == at::kHalf) return linear(x.to(at::kFloat), weight, bias, scale).to(at::kHalf);
   TORCH_CHECK(int8 || weight.scalar_type() == at::kBFloat16, "linear: weight must be bfloat16 or int8, found ",
               weight.scalar_type());
+  TORCH_CHECK(weight.dim() == 2, "linear: weight must be a matrix, found ", weight.sizes());
+  TORCH_CHECK(int8 == scale.has_value(), "linear: int8 weights have a scale, others don't");
+  if (weight.stride(1) != 1 && weight.size(1) > 1) weight = weight.contiguous();
+  Linear a{};
+  a.in = weight.size(1), a.out = weight.size(0), a.weight = weight.data_ptr(), a.weight_stride = weight.stride(0);
+  if (bias) {
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == a.out, "linear: bias must be (", a.out, "), found ", bias->sizes());
+    a.bf16_bias = bias->scalar_type() == at::kBFloat16;
+    bias = a.bf16_bias ? bias->contiguous() : floats(*bias), a.bias = bias->data_ptr();
+  }
+  if (int8) {
+    TORCH_CHECK(scale->size(0) == a.out && scale->dim() <= 2, "linear: scale must be (out,) or (out, groups)");
+    scale = floats(*scale), a.scale = scale->data_ptr<float>(), a.groups = scale->dim() == 2 ? scale->size(1) : 1;
+    TORCH_CHECK(a.groups > 0 && a.in % a.groups == 0, "linear: ", a.groups, " groups don't divide ", a.in);
+  }
+  return a;
+}
+
+Product linear_product(Rows& x, Tensor weight, optional<Tensor> bias, optional<Tensor> scale, void* y) {
+  Linear a = linear_matrix(weight, bias, scale);
+  TORCH_CHECK(x.in == a.in, "linear: x of ", x.in, " inputs and weight ", weight.sizes(), " don't fit");
+  const bool int8 = a.scale;
+  const bool bf16 = x.bf16 && !int8 && levels()[level].linear_bf16;
+  a.rows = x.number, a.bf16_out = x.bf16, a.y = y;
+  a.x = bf16 ? static_cast<const void*>(x.halves()) : x.floats();
+  const auto run = bf16 ? levels()[level].linear_bf16 : kernels().linear;
+  // Pairs of channels stay together: a channel alone has another order of sums.
+  return {a.out, 2, a.in * static_cast<int64_t>(weight.element_size()),
+          [=](int64_t begin, int64_t end) { run(a, int8, begin, end); (void)weight, (void)bias, (void)scale; }};
+}
+
+Tensor linear(const Tensor& x, Tensor weight, optional<Tensor> bias, optional<Tensor> scale) {
+  const bool int8 = weight.scalar_type() == at::kChar;
+  if (int8 && x.scalar_type() == at::kHalf) return linear(x.to(at::kFloat), weight, bias, scale).to(at::kHalf);
   TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
               "linear: x must be float32 or bfloat16, found ", x.scalar_type());
   TORCH_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), "linear: x ", x.sizes(),
               " and weight ", weight.sizes(), " don't fit");
-  TORCH_CHECK(int8 == scale.has_value(), "linear: int8 weights have a scale, others don't");
-  const Tensor w = weight.stride(1) == 1 || weight.size(1) <= 1 ? weight : weight.contiguous();
-  Tensor b, s;
-  Linear a{};
-  a.in = w.size(1), a.out = w.size(0), a.rows = rows_of(x);
-  TORCH_CHECK(int8 || a.rows <= 8, "linear: x has ", a.rows, " rows, more than 8");
-  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == a.out), "linear: bias must be (", a.out, "), found ",
-              bias->sizes());
-  a.weight = w.data_ptr(), a.weight_stride = w.stride(0);
-  if (int8) {
-    TORCH_CHECK(scale->size(0) == a.out && scale->dim() <= 2, "linear: scale must be (out,) or (out, groups)");
-    s = floats(*scale), a.scale = s.data_ptr<float>(), a.groups = s.dim() == 2 ? s.size(1) : 1;
-    TORCH_CHECK(a.groups > 0 && a.in % a.groups == 0, "linear: ", a.groups, " groups don't divide ", a.in);
-  }
-  if (a.rows > 8)
-    return product_by_blocks(x, a.out, bias, [&](int64_t first, int64_t length, bool bf16, void* to) {
+  const int64_t rows = rows_of(x), out = weight.size(0);
+  TORCH_CHECK(int8 || rows <= 8, "linear: x has ", rows, " rows, more than 8");
+  if (rows > 8) {
+    optional<Tensor> none;
+    const Linear a = linear_matrix(weight, none, scale);
+    TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == out), "linear: bias must be (", out, "), found ",
+                bias->sizes());
+    return product_by_blocks(x, out, bias, [&](int64_t first, int64_t length, bool bf16, void* to) {
       Linear part = a;
-      part.weight = w.data_ptr<int8_t>() + first * a.weight_stride, part.scale += first * a.groups, part.widened = to;
+      part.weight = weight.data_ptr<int8_t>() + first * a.weight_stride, part.scale += first * a.groups, part.widened = to;
       Team::share(length, piece(a.in),
                   [&](int64_t begin, int64_t end) { kernels().widen(part, bf16, begin, end); });
     });
-  int64_t padded = 1;
-  while (padded < a.rows) padded *= 2;
-  a.bf16_out = x.scalar_type() == at::kBFloat16;
-  const bool bf16 = a.bf16_out && !int8 && levels()[level].linear_bf16;
-  Tensor rows = x;
-  if (padded != a.rows || bf16 != a.bf16_out || !x.is_contiguous()) {
-    rows = at::zeros({padded, a.in}, x.options().dtype(bf16 ? at::kBFloat16 : at::kFloat));
-    rows.narrow(0, 0, a.rows).copy_(x.reshape({a.rows, a.in}));
-  }
-  if (bias) {
-    a.bf16_bias = bias->scalar_type() == at::kBFloat16;
-    b = a.bf16_bias ? bias->contiguous() : floats(*bias), a.bias = b.data_ptr();
   }
   auto shape = x.sizes().vec();
-  shape.back() = a.out;
+  shape.back() = out;
   Tensor y = at::empty(shape, x.options());
-  if (y.numel() == 0) return y;
-  a.x = rows.data_ptr(), a.y = y.data_ptr();
-  const auto run = bf16 ? levels()[level].linear_bf16 : kernels().linear;
-  // Pairs of channels stay together: a channel alone has another order of sums.
-  Team::share((a.out + 1) / 2, piece(2 * a.in * w.element_size()), [&](int64_t begin, int64_t end) {
-    run(a, int8, 2 * begin, std::min(a.out, 2 * end));
-  });
+  Rows few(x);
+  const Product product = linear_product(few, weight, bias, scale, y.data_ptr());
+  if (y.numel() > 0) multiply({product}, nothing);
   return y;
 }
 
@@ -587,39 +697,53 @@ Gptq gptq_matrix(Tensor& qweight, Tensor& qzeros, Tensor& scales, optional<Tenso
   return a;
 }
 
-// The sums of every row of x over the segments of the groups, in their order.
-std::vector<float> segment_sums(const float* x, int64_t rows, int64_t in, int64_t group_size) {
-  std::vector<float> sums;
-  for (int64_t r = 0; r < rows; ++r, x += in)
-    for (int64_t group = 0; group < in; group += group_size)
-      for (int64_t i = group, last = std::min(in, group + group_size); i < last; i += SEGMENT) {
-        float part[8] = {};
-        int64_t k = i;
-        const int64_t end = std::min(last, i + SEGMENT);
-        for (; k + 8 <= end; k += 8)
-          for (int j = 0; j < 8; ++j) part[j] += x[k + j];
-        for (; k < end; ++k) part[0] += x[k];
-        sums.push_back(((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7])));
-      }
-  return sums;
-}
-
-// Sums of outputs [begin, end) plus bias, in the precision of y.
-template <class T>
-void gptq_finish(const Gptq& a, const float* bias, const Tensor& y, int64_t begin, int64_t end) {
-  T* to = y.data_ptr<T>();
-  for (int64_t r = 0; r < a.rows; ++r)
-    for (int64_t o = begin; o < end; ++o) to[r * a.out + o] = a.y[r * a.out + o] + (bias ? bias[o] : 0.f);
+// The matrix from output `first` on, a multiple of 8.
+Gptq gptq_from(Gptq a, int64_t first) {
+  a.qweight += first, a.qzeros += first / (32 / a.bits), a.scales += first;
+  return a;
 }
 
 // Writes outputs [first, first + length) of the matrix, first a multiple of 8, as (length, in).
 void gptq_write(const Gptq& a, int64_t first, int64_t length, bool bf16, void* to) {
-  Gptq part = a;
-  part.qweight += first, part.qzeros += first / (32 / a.bits), part.scales += first, part.weight = to;
+  Gptq part = gptq_from(a, first);
+  part.weight = to;
   constexpr int64_t PART = 64;
   Team::share((length + PART - 1) / PART, piece(a.in * a.bits / 8 * PART), [&](int64_t begin, int64_t end) {
     kernels().dequantize(part, bf16, begin * PART, std::min(length, end * PART));
   });
+}
+
+// y (rows, out) in `kind`.
+Product gptq_product(Rows& x, Tensor qweight, Tensor qzeros, Tensor scales, optional<Tensor> g_idx, int64_t bits,
+                     int64_t group_size, int64_t zero_offset, const optional<Tensor>& bias, void* y, at::ScalarType kind) {
+  Gptq a = gptq_matrix(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset);
+  TORCH_CHECK(x.in == a.in, "gptq_linear: x of ", x.in, " and a matrix of ", a.in, " inputs don't fit");
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == a.out), "gptq_linear: bias must be (", a.out,
+              "), found ", bias->sizes());
+  a.rows = x.number, a.x = x.floats();
+  const auto bf16 = x.bf16 && bits == 4 && !a.g_idx ? levels()[level].gptq_bf16 : nullptr;
+  if (bf16) a.pairs = x.pairs();
+  if (!a.g_idx) a.sums = x.sums(group_size);
+  const auto run = bf16 ? bf16 : kernels().gptq;
+  const optional<Tensor> added = bias ? optional<Tensor>(floats(*bias)) : bias;
+  const int64_t padded = x.padded;
+  return {a.out, GPTQ_UNIT, a.in * bits / 8, [=](int64_t begin, int64_t end) {
+            const int64_t width = end - begin;
+            std::vector<float> totals(padded * width);
+            Gptq part = gptq_from(a, begin);
+            part.out = width, part.y = totals.data();
+            run(part, 0, width);
+            const float* b = added ? added->data_ptr<float>() + begin : nullptr;
+            const auto finish = [&](auto* to) {
+              for (int64_t r = 0; r < a.rows; ++r)
+                for (int64_t o = 0; o < width; ++o)
+                  to[r * a.out + begin + o] = totals[r * width + o] + (b ? b[o] : 0.f);
+            };
+            if (kind == at::kFloat) finish(static_cast<float*>(y));
+            if (kind == at::kBFloat16) finish(static_cast<BFloat16*>(y));
+            if (kind == at::kHalf) finish(static_cast<c10::Half*>(y));
+            (void)qweight, (void)qzeros, (void)scales, (void)g_idx;
+          }};
 }
 
 Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales, optional<Tensor> g_idx, int64_t bits,
@@ -647,30 +771,10 @@ Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales
     return at::cat(parts).view(shape);
   }
   const Tensor y = at::empty(shape, x.options());
-  if (a.rows == 0 || a.out == 0) return y;
-  int64_t padded = 1;
-  while (padded < a.rows) padded *= 2;
-  Tensor rows = floats(x.reshape({a.rows, a.in}));
-  if (padded != a.rows) rows = at::cat({rows, at::zeros({padded - a.rows, a.in}, rows.options())});
-  const Tensor totals = at::zeros({padded, a.out}, rows.options());
-  a.x = rows.data_ptr<float>(), a.y = totals.data_ptr<float>();
-  const auto bf16 = kind == at::kBFloat16 && bits == 4 && !a.g_idx ? levels()[level].gptq_bf16 : nullptr;
-  std::vector<BFloat16> pairs(bf16 ? padded * a.in : 0);
-  for (size_t i = 0; i < pairs.size(); i += 8)  // inputs j and j + 4 of an integer side by side
-    for (int j = 0; j < 8; ++j) pairs[i + j] = a.x[i + j / 2 + j % 2 * 4];
-  a.pairs = pairs.data();
-  std::vector<float> sums;
-  if (!a.g_idx) sums = segment_sums(a.x, padded, a.in, group_size);
-  a.sums = sums.data();
-  const Tensor b = bias ? floats(*bias) : Tensor();
-  const float* added = bias ? b.data_ptr<float>() : nullptr;
-  const auto run = bf16 ? bf16 : kernels().gptq;
-  Team::share(a.out, gptq_piece(a.out, a.in * bits / 8), [&](int64_t begin, int64_t end) {
-    run(a, begin, end);
-    if (kind == at::kFloat) gptq_finish<float>(a, added, y, begin, end);
-    if (kind == at::kBFloat16) gptq_finish<BFloat16>(a, added, y, begin, end);
-    if (kind == at::kHalf) gptq_finish<c10::Half>(a, added, y, begin, end);
-  });
+  if (y.numel() == 0) return y;
+  Rows few(x);
+  multiply({gptq_product(few, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias, y.data_ptr(), kind)},
+           nothing);
   return y;
 }
 
@@ -693,6 +797,40 @@ Store store(const Tensor& rows, const Tensor& params) {
           params.stride(0), params.stride(1), params.stride(2)};
 }
 
+void set_mask(Attention& a, const optional<Tensor>& mask) {
+  if (!mask) return;
+  TORCH_CHECK(mask->scalar_type() == at::kBool && mask->dim() == 4, "mask must be boolean (B, nh, T, S)");
+  const int64_t sizes[4] = {a.B, a.nh, a.T, a.S};
+  for (int i = 0; i < 4; ++i) {
+    TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == sizes[i], "mask ", mask->sizes(), " does not fit");
+    a.mask_strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+  }
+  a.mask = mask->data_ptr<bool>();
+}
+
+// y (B, T, nh, hd). The keys of a head are split into items, for each of which `each(run, item)` calls run(a, item), with
+// an `a` of its own if it likes.
+template <class F>
+void attend(Attention& a, Kind kind, Tensor& y, const F& each) {
+  y.scalar_type() == at::kFloat ? a.out = y.data_ptr<float>() : nullptr;
+  y.scalar_type() == at::kFloat ? nullptr : a.out_bf16 = y.data_ptr<BFloat16>();
+  constexpr int64_t ENOUGH = 256;  // pieces of at least 256 keys, for any number of threads
+  const int64_t heads = a.B * a.nh;
+  a.splits = std::max<int64_t>(1, std::min((ENOUGH + heads - 1) / heads, a.S / 256));
+  const std::unique_ptr<float[]> partial(new float[heads * a.splits * a.T * (a.hd + 2)]);
+  a.partial = partial.get();
+  std::vector<std::atomic<int64_t>> attended(heads);  // items
+  const Kernels& kernel = kernels(kind == INT4 ? a.hd / GROUP : 0);
+  const auto run = [&](const Attention& of, int64_t item) { kernel.attend(of, kind, item, item + 1); };
+  Team::share(heads * a.splits, piece(a.S / a.splits * a.T * a.hd * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      each(run, item);
+      const int64_t head = item / a.splits;
+      if (++attended[head] == a.splits) kernel.merge(a, kind >= INT8, head * a.T, (head + 1) * a.T);
+    }
+  });
+}
+
 Tensor attention(Attention& a, const Tensor& q, const optional<Tensor>& mask, double scaling, bool causal,
                  Kind kind) {
   TORCH_CHECK(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16,
@@ -701,32 +839,9 @@ Tensor attention(Attention& a, const Tensor& q, const optional<Tensor>& mask, do
   const Tensor queries = with_rows(q);
   a.q = queries.data_ptr(), a.q_bf16 = q.scalar_type() == at::kBFloat16, a.scaling = static_cast<float>(scaling);
   a.q_batch = queries.stride(0), a.q_head = queries.stride(1), a.q_token = queries.stride(2);
-  if (mask) {
-    TORCH_CHECK(mask->scalar_type() == at::kBool && mask->dim() == 4, "mask must be boolean (B, nh, T, S)");
-    const int64_t sizes[4] = {a.B, a.nh, a.T, a.S};
-    for (int i = 0; i < 4; ++i) {
-      TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == sizes[i], "mask ", mask->sizes(), " does not fit");
-      a.mask_strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
-    }
-    a.mask = mask->data_ptr<bool>();
-  }
+  set_mask(a, mask);
   Tensor y = at::empty({a.B, a.T, a.nh, a.hd}, q.options());
-  if (q.scalar_type() == at::kFloat)
-    a.out = y.data_ptr<float>();
-  else
-    a.out_bf16 = y.data_ptr<BFloat16>();
-  if (y.numel() == 0) return y;
-
-  constexpr int64_t ENOUGH = 256;  // pieces of at least 256 keys, for any number of threads
-  const int64_t heads = a.B * a.nh;
-  a.splits = std::max<int64_t>(1, std::min((ENOUGH + heads - 1) / heads, a.S / 256));
-  Tensor partial = at::empty({heads * a.splits * a.T, a.hd + 2}, q.options().dtype(at::kFloat));
-  a.partial = partial.data_ptr<float>();
-  const Kernels& run = kernels(kind == INT4 ? a.hd / GROUP : 0);
-  Team::share(heads * a.splits, piece(a.S / a.splits * a.T * a.hd * 4),
-                   [&](int64_t begin, int64_t end) { run.attend(a, kind, begin, end); });
-  Team::share(heads * a.T, piece(a.splits * a.hd * 16),
-                   [&](int64_t begin, int64_t end) { run.merge(a, kind >= INT8, begin, end); });
+  if (y.numel() > 0) attend(a, kind, y, [&](const auto& run, int64_t item) { run(a, item); });
   return y;
 }
 
@@ -793,6 +908,10 @@ void quantize_append(Tensor& codes, Tensor& params, const Tensor& x, int64_t pos
   });
 }
 
+void norm(const Norm& a, bool bf16, int64_t rows) {
+  Team::share(rows, piece(a.n * 4), [&](int64_t begin, int64_t end) { kernels().norm(a, bf16, begin, end); });
+}
+
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const bool bf16 = x.scalar_type() == at::kBFloat16;
   TORCH_CHECK((bf16 || x.scalar_type() == at::kFloat) && weight.scalar_type() == x.scalar_type() && weight.dim() == 1 &&
@@ -801,10 +920,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
               " don't fit");
   const Tensor rows = x.contiguous(), w = weight.contiguous();
   Tensor y = at::empty(x.sizes(), x.options());
-  if (y.numel() == 0) return y;
-  const Norm a{rows.data_ptr(), w.data_ptr(), y.data_ptr(), w.size(0), static_cast<float>(eps)};
-  Team::share(y.numel() / a.n, piece(a.n * 4),
-                   [&](int64_t begin, int64_t end) { kernels().norm(a, bf16, begin, end); });
+  if (y.numel() > 0) norm({rows.data_ptr(), w.data_ptr(), y.data_ptr(), w.size(0), static_cast<float>(eps)}, bf16, rows_of(x));
   return y;
 }
 
@@ -830,47 +946,150 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin) {
 
 bool has_kernel(const Tensor& weight) { return weight.scalar_type() == at::kBFloat16 || weight.scalar_type() == at::kChar; }
 
-// PyTorch's product, where `linear` has no kernel.
-Tensor product(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, const optional<Tensor>& scale) {
-  return scale || (rows_of(x) <= 8 && has_kernel(weight)) ? linear(x, weight, bias, scale) : at::linear(x, weight, bias);
+// What the blocks of a call write to in turn; allocated by the first of them.
+struct Buffers {
+  Tensor normed, qkv, attended, up, gate, sum;
+};
+
+Tensor& sized(Tensor& t, at::IntArrayRef sizes, const Tensor& like) {
+  if (!t.defined() || t.sizes() != sizes) t = at::empty(sizes, like.options());
+  return t;
 }
 
-// A block for a few tokens behind a filled cache; qwen_ops.py has the same in PyTorch.
-Tensor one_block(const Tensor& input, at::TensorList norms, const c10::List<optional<Tensor>>& matrices,
-                 at::IntArrayRef formats, const Tensor& cos, const Tensor& sin, const optional<Tensor>& query_scale,
-                 at::TensorList store, int64_t position, const optional<Tensor>& mask, double eps, double scaling,
-                 bool causal) {
-  TORCH_CHECK(input.dim() == 3 && norms.size() == 2 && matrices.size() == 25 && formats.size() == 15 &&
-                  (store.size() == 2 || store.size() == 4),
-              "decode_blocks: 2 norms, 25 tensors and 15 numbers of matrices, and 2 or 4 tensors of a store belong to x "
-              "(B, T, hidden)");
-  const auto times = [&](const Tensor& x, int i) {
-    const auto part = [&](int j) { return matrices.get(5 * i + j); };  // weight, bias, scale, zeros, g_idx
-    const int64_t* format = formats.data() + 3 * i;                   // bits, group_size, zero_offset
-    if (format[0] == 0) return product(x, *part(0), part(1), part(2));
-    return gptq_linear(x, *part(0), *part(3), *part(2), part(4), format[0], format[1], format[2], part(1));
+// The address of number i of a tensor's row r (B, T), or of what lies at three indices.
+char* at_row(const Tensor& t, int64_t r, int64_t i) {
+  return static_cast<char*>(t.data_ptr()) + (r * t.size(-1) + i) * t.element_size();
+}
+char* at_token(const Tensor& t, int64_t b, int64_t h, int64_t token) {
+  return static_cast<char*>(t.data_ptr()) + (b * t.stride(0) + h * t.stride(1) + token * t.stride(2)) * t.element_size();
+}
+
+// Rotates the new tokens' queries and keys, stores their keys and values, and attends: y (B, T, nh, hd). The item of a
+// head that reads a key stores it.
+void attend_and_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const optional<Tensor>& query_scale,
+                      at::TensorList store_, int64_t position, const optional<Tensor>& mask, double scaling, bool causal,
+                      Tensor& y) {
+  const bool bf16 = qkv.scalar_type() == at::kBFloat16, plain = store_.size() == 2;
+  const int64_t n = qkv.element_size();
+  Attention a{};
+  a.B = y.size(0), a.T = y.size(1), a.nh = y.size(2), a.hd = y.size(3), a.S = position + a.T, a.causal = causal;
+  a.scaling = static_cast<float>(scaling), a.q_bf16 = bf16, a.q_token = a.hd;  // of an item's own queries
+  TORCH_CHECK(position >= 0, "decode_blocks: position is ", position);
+  for (const Tensor& t : store_)
+    TORCH_CHECK(t.dim() == 4 && t.size(0) == a.B && t.size(1) == a.nh && a.S <= t.size(2) && t.stride(3) == 1 &&
+                    (!plain || (t.size(3) == a.hd && t.scalar_type() == qkv.scalar_type())),
+                "decode_blocks: ", a.B, " rows of ", a.T, " tokens at position ", position, ", in ", a.nh, " heads of ",
+                a.hd, " ", qkv.scalar_type(), ", don't fit a store of ", t.sizes(), " ", t.scalar_type());
+  Kind kind = bf16 ? BF16 : F32;
+  if (!plain) kind = is_int4(store_[0], store_[1], a.hd) ? INT4 : INT8, is_int4(store_[2], store_[3], a.hd);
+  const Tensor &keys = store_[0], &key_params = store_[plain ? 0 : 1], &values = store_[plain ? 1 : 2];
+  const Tensor& value_params = store_[plain ? 1 : 3];
+  a.k = store(keys, key_params), a.v = store(values, value_params);
+  set_mask(a, mask);
+  TORCH_CHECK(cos.dim() == 4 && cos.sizes() == sin.sizes() && cos.size(2) == a.T && 2 * cos.size(3) <= a.hd &&
+                  (cos.size(0) == 1 || cos.size(0) == a.B),
+              "decode_blocks: angles ", cos.sizes(), " don't fit ", y.sizes());
+  const Kernels& run = kernels(kind == INT4 ? a.hd / GROUP : 0);
+
+  // Number `third` of queries, keys, values.
+  const auto fresh = [&](int third, int64_t b, int64_t h, int64_t t) {
+    return at_row(qkv, b * a.T + t, (third * a.nh + h) * a.hd);
   };
-  const int64_t B = input.size(0), T = input.size(1), nh = store[0].size(1);
-  const Tensor qkv = times(rms_norm(input, norms[0], eps), 0).view({B, T, 3 * nh, -1}).transpose(1, 2);
-  const Tensor rotated = rotary(qkv.narrow(1, 0, 2 * nh), cos, sin);  // (B, 2 nh, T, hd)
-  Tensor q = rotated.narrow(1, 0, nh);
-  const Tensor k = rotated.narrow(1, nh, nh), v = qkv.narrow(1, 2 * nh, nh);
-  if (query_scale) q = q.mul(*query_scale).to(v.scalar_type());
-  TORCH_CHECK(position >= 0 && position + T <= store[0].size(2), "decode_blocks: ", T, " tokens at position ", position,
-              " don't fit a store of ", store[0].size(2));
-  const auto seen = [&](int i) { return store[i].narrow(2, 0, position + T); };
-  Tensor y;  // (B, T, nh, hd)
-  if (store.size() == 2) {
-    store[0].narrow(2, position, T).copy_(k), store[1].narrow(2, position, T).copy_(v);
-    y = decode_attention(q, seen(0), seen(1), mask, scaling, causal);
-  } else {
-    Tensor kc = store[0], kp = store[1], vc = store[2], vp = store[3];
-    quantize_append(kc, kp, k, position), quantize_append(vc, vp, v, position);
-    y = quantized_decode_attention(q, seen(0), seen(1), seen(2), seen(3), mask, scaling, causal);
-  }
-  const Tensor x = times(y.view({B, T, -1}), 1).add_(input);
-  const Tensor h = rms_norm(x, norms[1], eps);
-  return times(times(h, 2).mul_(at::silu(times(h, 3))), 4).add_(x);
+  const auto rotate = [&](const char* x, int64_t b, int64_t t, void* to) {
+    const int64_t half = cos.size(3), angle = ((cos.size(0) == 1 ? 0 : b) * a.T + t) * half;
+    Rotary one{};
+    one.x = x, one.cos = cos.data_ptr<float>() + angle, one.sin = sin.data_ptr<float>() + angle, one.y = to;
+    one.nh = one.T = 1, one.hd = a.hd, one.half = half;
+    run.rotary(one, bf16, 0, 1);
+  };
+  const auto write = [&](const char* x, int64_t b, int64_t h, int64_t t, const Tensor& rows, const Tensor& params) {
+    char* to = at_token(rows, b, h, position + t);
+    if (plain) return static_cast<void>(std::memcpy(to, x, a.hd * n));
+    Append one{};
+    one.x = x, one.codes = reinterpret_cast<uint8_t*>(to), one.nh = one.T = 1, one.hd = a.hd;
+    one.params = reinterpret_cast<uint8_t*>(at_token(params, b, h, position + t));
+    run.append(one, bf16, kind == INT4, 0, 1);
+  };
+  attend(a, kind, y, [&](const auto& attend_item, int64_t item) {
+    const int64_t b = item / a.splits / a.nh, h = item / a.splits % a.nh, split = item % a.splits;
+    std::vector<char> key(a.hd * n), queries(a.T * a.hd * n);
+    for (int64_t t = std::max<int64_t>(0, a.first_key(split) - position); t < a.first_key(split + 1) - position; ++t) {
+      rotate(fresh(1, b, h, t), b, t, key.data());
+      write(key.data(), b, h, t, keys, key_params);
+      write(fresh(2, b, h, t), b, h, t, values, value_params);
+    }
+    for (int64_t t = 0; t < a.T; ++t) {
+      char* q = queries.data() + t * a.hd * n;
+      rotate(fresh(0, b, h, t), b, t, q);
+      if (!query_scale) continue;
+      const float factor = query_scale->data_ptr<float>()[(query_scale->size(0) == 1 ? 0 : b) * a.T + t];
+      const auto scale = [&](auto* x) { for (int64_t c = 0; c < a.hd; ++c) x[c] = x[c] * factor; };
+      bf16 ? scale(reinterpret_cast<BFloat16*>(q)) : scale(reinterpret_cast<float*>(q));
+    }
+    Attention own = a;
+    own.q = queries.data();
+    attend_item(own, item);
+  });
+}
+
+// A block for a few tokens behind a filled cache, in place; qwen_ops.py has the same in PyTorch. Between two stages all
+// threads wait for the last: what a thread can do with what it has made itself is done within the stage.
+void one_block(Tensor& x, Buffers& buffers, at::TensorList norms, const c10::List<optional<Tensor>>& matrices,
+               at::IntArrayRef formats, int64_t block, const Tensor& cos, const Tensor& sin,
+               const optional<Tensor>& query_scale, at::TensorList store, int64_t position, const optional<Tensor>& mask,
+               double eps, double scaling, bool causal) {
+  const int64_t B = x.size(0), T = x.size(1), nh = store[0].size(1);
+  const auto dtype = x.scalar_type();
+  const bool bf16 = dtype == at::kBFloat16;
+  // y (B, T, out) becomes rows times matrix i.
+  const auto times = [&](Rows& rows, int i, Tensor& y) -> Product {
+    const auto part = [&](int j) { return matrices.get(25 * block + 5 * i + j); };
+    const int64_t* format = formats.data() + 15 * block + 3 * i;
+    const int64_t bits = format[0], group_size = format[1], zero_offset = format[2];
+    const Tensor weight = *part(0);
+    const optional<Tensor> bias = part(1), scale = part(2), zeros = part(3), g_idx = part(4);
+    const int64_t out = weight.size(bits ? 1 : 0);
+    void* to = sized(y, {B, T, out}, x).data_ptr();
+    if (rows.number <= 8 && bits)
+      return gptq_product(rows, weight, *zeros, *scale, g_idx, bits, group_size, zero_offset, bias, to, dtype);
+    if (rows.number <= 8 && has_kernel(weight)) return linear_product(rows, weight, bias, scale, to);
+    const Tensor& inputs = rows.tensor;  // PyTorch's product, of many rows or other weights, is not in pieces
+    return {out, out, 0, [=](int64_t, int64_t) {
+              y.copy_(bits    ? gptq_linear(inputs, weight, *zeros, *scale, g_idx, bits, group_size, zero_offset, bias)
+                      : scale ? linear(inputs, weight, bias, scale)
+                              : at::linear(inputs, weight, bias));
+            }};
+  };
+  const auto normed = [&](const Tensor& weight) {
+    TORCH_CHECK(weight.scalar_type() == dtype && weight.is_contiguous() && weight.numel() == x.size(2),
+                "decode_blocks: a norm of ", weight.scalar_type(), weight.sizes(), " doesn't fit x ", dtype, x.sizes());
+    Tensor& y = sized(buffers.normed, x.sizes(), x);
+    norm({x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.size(2), static_cast<float>(eps)}, bf16, B * T);
+    return Rows(y);
+  };
+  // Of every row from `begin` to `end`, x becomes to + x, or to becomes to * silu(x).
+  const auto add_to_x = [&](int64_t begin, int64_t end) {
+    for (int64_t r = 0; r < B * T; ++r)
+      kernels().add(at_row(buffers.sum, r, begin), bf16, end - begin, at_row(x, r, begin));
+  };
+  const auto gate = [&](int64_t begin, int64_t end) {
+    for (int64_t r = 0; r < B * T; ++r)
+      kernels().gate(at_row(buffers.gate, r, begin), bf16, end - begin, at_row(buffers.up, r, begin));
+  };
+
+  Rows h = normed(norms[0]);
+  multiply({times(h, 0, buffers.qkv)}, nothing);
+  TORCH_CHECK(nh > 0 && buffers.qkv.size(2) % (3 * nh) == 0, "decode_blocks: c_attn has ", buffers.qkv.size(2),
+              " outputs, which are not those of ", nh, " heads");
+  Tensor& y = sized(buffers.attended, {B, T, nh, buffers.qkv.size(2) / 3 / nh}, x);
+  attend_and_store(buffers.qkv, cos, sin, query_scale, store, position, mask, scaling, causal, y);
+  Rows attended(y.view({B, T, -1}));
+  multiply({times(attended, 1, buffers.sum)}, add_to_x);
+
+  h = normed(norms[1]);
+  multiply({times(h, 2, buffers.up), times(h, 3, buffers.gate)}, gate);
+  Rows up(buffers.up);
+  multiply({times(up, 4, buffers.sum)}, add_to_x);
 }
 
 // One block after the other; the lists hold what belongs to the first, then to the second, and so on.
@@ -888,14 +1107,16 @@ Tensor decode_blocks(const Tensor& input, at::TensorList norms, const c10::List<
   // PyTorch's products, of many rows or other weights, have threads of their own.
   bool native = input.dim() == 3 && input.size(0) * input.size(1) <= 8;
   for (int64_t i = 0; native && i < 5 * blocks; ++i) native = formats[3 * i] != 0 || has_kernel(*matrices.get(5 * i));
-  Tensor x = input;
+  TORCH_CHECK(input.scalar_type() == at::kFloat || input.scalar_type() == at::kBFloat16,
+              "decode_blocks: x must be float32 or bfloat16, found ", input.scalar_type());
+  Tensor x = input.clone(at::MemoryFormat::Contiguous);
+  const Tensor c = floats(cos), n = floats(sin);
+  const optional<Tensor> scale = query_scale ? optional<Tensor>(floats(*query_scale)) : query_scale;
+  Buffers buffers;
   const auto run = [&] {
-    for (int64_t i = 0; i < blocks; ++i) {
-      c10::List<optional<Tensor>> own;
-      for (int64_t j = 0; j < 25; ++j) own.push_back(matrices.get(25 * i + j));
-      x = one_block(x, norms.slice(2 * i, 2), own, formats.slice(15 * i, 15), cos, sin, query_scale,
-                    store.slice(number / blocks * i, number / blocks), position, mask, eps, scaling[i], causal);
-    }
+    for (int64_t i = 0; i < blocks; ++i)
+      one_block(x, buffers, norms.slice(2 * i, 2), matrices, formats, i, c, n, scale,
+                store.slice(number / blocks * i, number / blocks), position, mask, eps, scaling[i], causal);
   };
   native ? Team::with(run) : run();
   return x;
@@ -1748,7 +1969,7 @@ void attend_heads(const Attention& a, bool rotated, int64_t begin, int64_t end) 
   std::vector<float> queries(a.T * width), sums(a.T * width), tops(a.T), weights(a.T);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t head = item / a.splits, split = item % a.splits, b = head / a.nh, h = head % a.nh;
-    const int64_t first = a.S * split / a.splits, last = a.S * (split + 1) / a.splits;
+    const int64_t first = a.first_key(split), last = a.first_key(split + 1);
     const Keys keys(a.k, b, h, a.hd), values(a.v, b, h, a.hd);
     for (int64_t t = 0; t < a.T; ++t) {
       float* q = queries.data() + t * width;
@@ -1940,7 +2161,7 @@ void append(const Append& a, bool bf16, bool int4, int64_t begin, int64_t end) {
   bf16 ? append_rows<BFloat16>(a, int4, begin, end) : append_rows<float>(a, int4, begin, end);
 }
 
-// --- norm and rotary embedding -------------------------------------------------------------------------------------
+// --- norm, rotary embedding and what is done number by number -------------------------------------------------------
 
 template <class T>
 void norm_rows(const Norm& a, int64_t begin, int64_t end) {
@@ -1993,7 +2214,42 @@ void rotary(const Rotary& a, bool bf16, int64_t begin, int64_t end) {
   bf16 ? rotary_rows<BFloat16>(a, begin, end) : rotary_rows<float>(a, begin, end);
 }
 
-constexpr Kernels KERNELS{linear, gptq, widen, dequantize, attend, merge, append, norm, rotary};
+// y = f(x, y) for n numbers; those that fill no vector are computed in one, too.
+template <class T, class F>
+INLINE void each(const T* x, int64_t n, T* y, const F& f) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) save(y + i, f(load(x + i), load(y + i)));
+  if (i == n) return;
+  T last_x[W] = {}, last_y[W] = {};
+  std::copy(x + i, x + n, last_x), std::copy(y + i, y + n, last_y);
+  save(last_y, f(load(last_x), load(last_y)));
+  std::copy(last_y, last_y + n - i, y + i);
+}
+
+template <class T>
+void add_numbers(const void* x, int64_t n, void* y) {
+  each(static_cast<const T*>(x), n, static_cast<T*>(y), [](vf a, vf b) __attribute__((always_inline)) { return b + a; });
+}
+
+void add(const void* x, bool bf16, int64_t n, void* y) {
+  bf16 ? add_numbers<BFloat16>(x, n, y) : add_numbers<float>(x, n, y);
+}
+
+template <class T>
+void gate_numbers(const void* x, int64_t n, void* y) {
+  each(static_cast<const T*>(x), n, static_cast<T*>(y), [](vf a, vf b) __attribute__((always_inline)) {
+    const vf e = exp(select(a > 0.f, -a, a));
+    T silu[W];  // rounded, as an operation of its own is
+    save(silu, a * select(a > 0.f, all(1.f), e) / (1.f + e));
+    return b * load(silu);
+  });
+}
+
+void gate(const void* x, bool bf16, int64_t n, void* y) {
+  bf16 ? gate_numbers<BFloat16>(x, n, y) : gate_numbers<float>(x, n, y);
+}
+
+constexpr Kernels KERNELS{linear, gptq, widen, dequantize, attend, merge, append, norm, rotary, add, gate};
 
 #endif
 #endif

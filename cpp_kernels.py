@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "f09262a7dfae2877a817321abbbebe823f4c5c05e8ba8bf97201244ba1697159"
+SOURCE_SHA256 = "677d411ccfdd9e0af88a9306eec28f9c54c690d68728c4a4e5af0f4ea4f99de5"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
