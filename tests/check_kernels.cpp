@@ -286,7 +286,7 @@ void check_attention() {
   close(names[kind], y, expected);
 }
 
-void check_norm_and_rotary() {
+void check_norm_and_rotary_and_sums() {
   const bool bf16 = engine() % 2;
   const int64_t rows = 1 + engine() % 9, n = pick({1, 7, 32, 100, 2048});
   Numbers x(rows * n, bf16), weight(n, bf16), y(rows * n, bf16);
@@ -299,6 +299,18 @@ void check_norm_and_rotary() {
     for (int64_t i = 0; i < n; ++i) expected[r * n + i] = x[r * n + i] / std::sqrt(squares / n + 1e-6) * weight[i];
   }
   close("norm", y, expected, bf16 ? 4e-3 : 4e-6);  // rounded before the weight, too
+
+  const int64_t width = bf16 ? 2 : 4;
+  for (const bool gate : {false, true}) {
+    Numbers other(rows * n, bf16);
+    std::vector<double> together(other.values.begin(), other.values.end());
+    for (int64_t i = 0; i < rows * n; ++i) gate ? together[i] *= x[i] / (1 + std::exp(-x[i])) : together[i] += x[i];
+    run(gate ? "gate" : "add", rows * n, pick({2, 10, 64}), other.memory, [&](int64_t begin, int64_t end) {
+      (gate ? kernels().gate : kernels().add)(x.memory.data() + begin * width, bf16, end - begin,
+                                              other.memory.data() + begin * width);
+    });
+    close(gate ? "gate" : "add", other, together, bf16 ? 4e-3 : 4e-6);  // silu is rounded before the product, too
+  }
 
   Rotary a{};
   const int64_t B = 1 + engine() % 2;
@@ -358,7 +370,7 @@ int main(int argc, char** argv) {
       check_linear();
       check_gptq();
       check_attention();
-      check_norm_and_rotary();
+      check_norm_and_rotary_and_sums();
     }
     std::printf("%s: %d random shapes of each kernel\n", levels()[level].name, trials);
   }
