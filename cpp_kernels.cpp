@@ -34,7 +34,6 @@
 #include <exception>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -460,7 +459,8 @@ constexpr int64_t GPTQ_UNIT = 64;  // outputs, a multiple of all vectors
 // Outputs of a quantised matrix that make a piece. They lie side by side: many are read from
 // memory in long runs, fewer leave fewer threads without work in the end.
 int64_t gptq_piece(int64_t out, int64_t bytes_each) {
-  constexpr int64_t WIDTHS[] = {4 * GPTQ_UNIT, 2 * GPTQ_UNIT, GPTQ_UNIT}, TIMES[] = {100, 115, 140};  // an output's, measured
+  constexpr int64_t WIDTHS[] = {4 * GPTQ_UNIT, 2 * GPTQ_UNIT, GPTQ_UNIT};
+  constexpr int64_t TIMES[] = {100, 115, 140};  // that an output takes in them, measured
   int64_t best = 0, least = std::numeric_limits<int64_t>::max();
   for (int i = 0; i < 3; ++i) {
     const int64_t each = Team::size() * WIDTHS[i], time = (out + each - 1) / each * WIDTHS[i] * TIMES[i];
@@ -527,13 +527,15 @@ std::vector<float> segment_sums(const float* x, int64_t rows, int64_t in, int64_
 class Rows {
  public:
   Tensor tensor;  // contiguous; float32 instead of float16
-  int64_t number, padded = 1, in;
+  int64_t number, padded, in;
   bool bf16;
 
-  explicit Rows(const Tensor& x)
-      : tensor(x.scalar_type() == at::kHalf ? x.to(at::kFloat).contiguous() : x.contiguous()), number(rows_of(x)), in(x.size(-1)),
-        bf16(x.scalar_type() == at::kBFloat16) {
-    while (padded < number) padded *= 2;
+  // From now on these; what products read is gone.
+  void take(const Tensor& x) {
+    tensor = x.scalar_type() == at::kHalf ? x.to(at::kFloat).contiguous() : x.contiguous();
+    number = rows_of(x), in = x.size(-1), bf16 = x.scalar_type() == at::kBFloat16;
+    for (padded = 1; padded < number;) padded *= 2;
+    summed.clear(), widened.clear(), filled_halves.clear(), turned.clear();
   }
 
   const BFloat16* halves() {  // of bfloat16
@@ -611,7 +613,8 @@ Linear linear_matrix(Tensor& weight, optional<Tensor>& bias, optional<Tensor>& s
   Linear a{};
   a.in = weight.size(1), a.out = weight.size(0), a.weight = weight.data_ptr(), a.weight_stride = weight.stride(0);
   if (bias) {
-    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == a.out, "linear: bias must be (", a.out, "), found ", bias->sizes());
+    TORCH_CHECK(bias->dim() == 1 && bias->size(0) == a.out, "linear: bias must be (", a.out, "), found ",
+                bias->sizes());
     a.bf16_bias = bias->scalar_type() == at::kBFloat16;
     bias = a.bf16_bias ? bias->contiguous() : floats(*bias), a.bias = bias->data_ptr();
   }
@@ -652,7 +655,8 @@ Tensor linear(const Tensor& x, Tensor weight, optional<Tensor> bias, optional<Te
                 bias->sizes());
     return product_by_blocks(x, out, bias, [&](int64_t first, int64_t length, bool bf16, void* to) {
       Linear part = a;
-      part.weight = weight.data_ptr<int8_t>() + first * a.weight_stride, part.scale += first * a.groups, part.widened = to;
+      part.weight = weight.data_ptr<int8_t>() + first * a.weight_stride, part.scale += first * a.groups;
+      part.widened = to;
       Team::share(length, piece(a.in),
                   [&](int64_t begin, int64_t end) { kernels().widen(part, bf16, begin, end); });
     });
@@ -660,7 +664,8 @@ Tensor linear(const Tensor& x, Tensor weight, optional<Tensor> bias, optional<Te
   auto shape = x.sizes().vec();
   shape.back() = out;
   Tensor y = at::empty(shape, x.options());
-  Rows few(x);
+  Rows few;
+  few.take(x);
   const Product product = linear_product(few, weight, bias, scale, y.data_ptr());
   if (y.numel() > 0) multiply({product}, nothing);
   return y;
@@ -715,7 +720,8 @@ void gptq_write(const Gptq& a, int64_t first, int64_t length, bool bf16, void* t
 
 // y (rows, out) in `kind`.
 Product gptq_product(Rows& x, Tensor qweight, Tensor qzeros, Tensor scales, optional<Tensor> g_idx, int64_t bits,
-                     int64_t group_size, int64_t zero_offset, const optional<Tensor>& bias, void* y, at::ScalarType kind) {
+                     int64_t group_size, int64_t zero_offset, const optional<Tensor>& bias, void* y,
+                     at::ScalarType kind) {
   Gptq a = gptq_matrix(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset);
   TORCH_CHECK(x.in == a.in, "gptq_linear: x of ", x.in, " and a matrix of ", a.in, " inputs don't fit");
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == a.out), "gptq_linear: bias must be (", a.out,
@@ -772,7 +778,8 @@ Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales
   }
   const Tensor y = at::empty(shape, x.options());
   if (y.numel() == 0) return y;
-  Rows few(x);
+  Rows few;
+  few.take(x);
   multiply({gptq_product(few, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias, y.data_ptr(), kind)},
            nothing);
   return y;
@@ -808,17 +815,16 @@ void set_mask(Attention& a, const optional<Tensor>& mask) {
   a.mask = mask->data_ptr<bool>();
 }
 
-// y (B, T, nh, hd). The keys of a head are split into items, for each of which `each(run, item)` calls run(a, item), with
-// an `a` of its own if it likes.
+// y (B, T, nh, hd). The keys of a head are split into items, for each of which `each(run, item)` calls run(a, item), or
+// with an Attention of its own.
 template <class F>
-void attend(Attention& a, Kind kind, Tensor& y, const F& each) {
+void attend(Attention& a, Kind kind, Tensor& y, std::vector<float>& partial, const F& each) {
   y.scalar_type() == at::kFloat ? a.out = y.data_ptr<float>() : nullptr;
   y.scalar_type() == at::kFloat ? nullptr : a.out_bf16 = y.data_ptr<BFloat16>();
   constexpr int64_t ENOUGH = 256;  // pieces of at least 256 keys, for any number of threads
   const int64_t heads = a.B * a.nh;
   a.splits = std::max<int64_t>(1, std::min((ENOUGH + heads - 1) / heads, a.S / 256));
-  const std::unique_ptr<float[]> partial(new float[heads * a.splits * a.T * (a.hd + 2)]);
-  a.partial = partial.get();
+  partial.resize(heads * a.splits * a.T * (a.hd + 2)), a.partial = partial.data();
   std::vector<std::atomic<int64_t>> attended(heads);  // items
   const Kernels& kernel = kernels(kind == INT4 ? a.hd / GROUP : 0);
   const auto run = [&](const Attention& of, int64_t item) { kernel.attend(of, kind, item, item + 1); };
@@ -841,7 +847,8 @@ Tensor attention(Attention& a, const Tensor& q, const optional<Tensor>& mask, do
   a.q_batch = queries.stride(0), a.q_head = queries.stride(1), a.q_token = queries.stride(2);
   set_mask(a, mask);
   Tensor y = at::empty({a.B, a.T, a.nh, a.hd}, q.options());
-  if (y.numel() > 0) attend(a, kind, y, [&](const auto& run, int64_t item) { run(a, item); });
+  std::vector<float> partial;
+  if (y.numel() > 0) attend(a, kind, y, partial, [&](const auto& run, int64_t item) { run(a, item); });
   return y;
 }
 
@@ -920,7 +927,8 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
               " don't fit");
   const Tensor rows = x.contiguous(), w = weight.contiguous();
   Tensor y = at::empty(x.sizes(), x.options());
-  if (y.numel() > 0) norm({rows.data_ptr(), w.data_ptr(), y.data_ptr(), w.size(0), static_cast<float>(eps)}, bf16, rows_of(x));
+  const Norm a{rows.data_ptr(), w.data_ptr(), y.data_ptr(), w.size(0), static_cast<float>(eps)};
+  if (y.numel() > 0) norm(a, bf16, rows_of(x));
   return y;
 }
 
@@ -949,6 +957,8 @@ bool has_kernel(const Tensor& weight) { return weight.scalar_type() == at::kBFlo
 // What the blocks of a call write to in turn; allocated by the first of them.
 struct Buffers {
   Tensor normed, qkv, attended, up, gate, sum;
+  std::vector<float> partial;
+  Rows rows;
 };
 
 Tensor& sized(Tensor& t, at::IntArrayRef sizes, const Tensor& like) {
@@ -956,34 +966,35 @@ Tensor& sized(Tensor& t, at::IntArrayRef sizes, const Tensor& like) {
   return t;
 }
 
-// The address of number i of a tensor's row r (B, T), or of what lies at three indices.
+// The addresses of number i of row r of a contiguous tensor, and of a token of a store.
 char* at_row(const Tensor& t, int64_t r, int64_t i) {
   return static_cast<char*>(t.data_ptr()) + (r * t.size(-1) + i) * t.element_size();
 }
 char* at_token(const Tensor& t, int64_t b, int64_t h, int64_t token) {
-  return static_cast<char*>(t.data_ptr()) + (b * t.stride(0) + h * t.stride(1) + token * t.stride(2)) * t.element_size();
+  const int64_t number = b * t.stride(0) + h * t.stride(1) + token * t.stride(2);
+  return static_cast<char*>(t.data_ptr()) + number * t.element_size();
 }
 
 // Rotates the new tokens' queries and keys, stores their keys and values, and attends: y (B, T, nh, hd). The item of a
 // head that reads a key stores it.
 void attend_and_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const optional<Tensor>& query_scale,
-                      at::TensorList store_, int64_t position, const optional<Tensor>& mask, double scaling, bool causal,
-                      Tensor& y) {
-  const bool bf16 = qkv.scalar_type() == at::kBFloat16, plain = store_.size() == 2;
+                      at::TensorList stores, int64_t position, const optional<Tensor>& mask, double scaling,
+                      bool causal, std::vector<float>& partial, Tensor& y) {
+  const bool bf16 = qkv.scalar_type() == at::kBFloat16, plain = stores.size() == 2;
   const int64_t n = qkv.element_size();
   Attention a{};
   a.B = y.size(0), a.T = y.size(1), a.nh = y.size(2), a.hd = y.size(3), a.S = position + a.T, a.causal = causal;
   a.scaling = static_cast<float>(scaling), a.q_bf16 = bf16, a.q_token = a.hd;  // of an item's own queries
   TORCH_CHECK(position >= 0, "decode_blocks: position is ", position);
-  for (const Tensor& t : store_)
+  for (const Tensor& t : stores)
     TORCH_CHECK(t.dim() == 4 && t.size(0) == a.B && t.size(1) == a.nh && a.S <= t.size(2) && t.stride(3) == 1 &&
                     (!plain || (t.size(3) == a.hd && t.scalar_type() == qkv.scalar_type())),
                 "decode_blocks: ", a.B, " rows of ", a.T, " tokens at position ", position, ", in ", a.nh, " heads of ",
                 a.hd, " ", qkv.scalar_type(), ", don't fit a store of ", t.sizes(), " ", t.scalar_type());
   Kind kind = bf16 ? BF16 : F32;
-  if (!plain) kind = is_int4(store_[0], store_[1], a.hd) ? INT4 : INT8, is_int4(store_[2], store_[3], a.hd);
-  const Tensor &keys = store_[0], &key_params = store_[plain ? 0 : 1], &values = store_[plain ? 1 : 2];
-  const Tensor& value_params = store_[plain ? 1 : 3];
+  if (!plain) kind = is_int4(stores[0], stores[1], a.hd) ? INT4 : INT8, is_int4(stores[2], stores[3], a.hd);
+  const Tensor &keys = stores[0], &key_params = stores[plain ? 0 : 1], &values = stores[plain ? 1 : 2];
+  const Tensor& value_params = stores[plain ? 1 : 3];
   a.k = store(keys, key_params), a.v = store(values, value_params);
   set_mask(a, mask);
   TORCH_CHECK(cos.dim() == 4 && cos.sizes() == sin.sizes() && cos.size(2) == a.T && 2 * cos.size(3) <= a.hd &&
@@ -991,7 +1002,7 @@ void attend_and_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, c
               "decode_blocks: angles ", cos.sizes(), " don't fit ", y.sizes());
   const Kernels& run = kernels(kind == INT4 ? a.hd / GROUP : 0);
 
-  // Number `third` of queries, keys, values.
+  // Queries (third 0), keys (1) or values (2).
   const auto fresh = [&](int third, int64_t b, int64_t h, int64_t t) {
     return at_row(qkv, b * a.T + t, (third * a.nh + h) * a.hd);
   };
@@ -1010,7 +1021,7 @@ void attend_and_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, c
     one.params = reinterpret_cast<uint8_t*>(at_token(params, b, h, position + t));
     run.append(one, bf16, kind == INT4, 0, 1);
   };
-  attend(a, kind, y, [&](const auto& attend_item, int64_t item) {
+  attend(a, kind, y, partial, [&](const auto& attend_item, int64_t item) {
     const int64_t b = item / a.splits / a.nh, h = item / a.splits % a.nh, split = item % a.splits;
     std::vector<char> key(a.hd * n), queries(a.T * a.hd * n);
     for (int64_t t = std::max<int64_t>(0, a.first_key(split) - position); t < a.first_key(split + 1) - position; ++t) {
@@ -1036,13 +1047,14 @@ void attend_and_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, c
 // threads wait for the last: what a thread can do with what it has made itself is done within the stage.
 void one_block(Tensor& x, Buffers& buffers, at::TensorList norms, const c10::List<optional<Tensor>>& matrices,
                at::IntArrayRef formats, int64_t block, const Tensor& cos, const Tensor& sin,
-               const optional<Tensor>& query_scale, at::TensorList store, int64_t position, const optional<Tensor>& mask,
-               double eps, double scaling, bool causal) {
+               const optional<Tensor>& query_scale, at::TensorList store, int64_t position,
+               const optional<Tensor>& mask, double eps, double scaling, bool causal) {
   const int64_t B = x.size(0), T = x.size(1), nh = store[0].size(1);
   const auto dtype = x.scalar_type();
   const bool bf16 = dtype == at::kBFloat16;
+  Rows& rows = buffers.rows;
   // y (B, T, out) becomes rows times matrix i.
-  const auto times = [&](Rows& rows, int i, Tensor& y) -> Product {
+  const auto times = [&](int i, Tensor& y) -> Product {
     const auto part = [&](int j) { return matrices.get(25 * block + 5 * i + j); };
     const int64_t* format = formats.data() + 15 * block + 3 * i;
     const int64_t bits = format[0], group_size = format[1], zero_offset = format[2];
@@ -1053,21 +1065,21 @@ void one_block(Tensor& x, Buffers& buffers, at::TensorList norms, const c10::Lis
     if (rows.number <= 8 && bits)
       return gptq_product(rows, weight, *zeros, *scale, g_idx, bits, group_size, zero_offset, bias, to, dtype);
     if (rows.number <= 8 && has_kernel(weight)) return linear_product(rows, weight, bias, scale, to);
-    const Tensor& inputs = rows.tensor;  // PyTorch's product, of many rows or other weights, is not in pieces
+    const Tensor inputs = rows.tensor;  // PyTorch's product, of many rows or other weights, is not in pieces
     return {out, out, 0, [=](int64_t, int64_t) {
               y.copy_(bits    ? gptq_linear(inputs, weight, *zeros, *scale, g_idx, bits, group_size, zero_offset, bias)
                       : scale ? linear(inputs, weight, bias, scale)
                               : at::linear(inputs, weight, bias));
             }};
   };
-  const auto normed = [&](const Tensor& weight) {
+  const auto take_normed = [&](const Tensor& weight) {
     TORCH_CHECK(weight.scalar_type() == dtype && weight.is_contiguous() && weight.numel() == x.size(2),
                 "decode_blocks: a norm of ", weight.scalar_type(), weight.sizes(), " doesn't fit x ", dtype, x.sizes());
     Tensor& y = sized(buffers.normed, x.sizes(), x);
     norm({x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.size(2), static_cast<float>(eps)}, bf16, B * T);
-    return Rows(y);
+    rows.take(y);
   };
-  // Of every row from `begin` to `end`, x becomes to + x, or to becomes to * silu(x).
+  // Outputs [begin, end) of every row: x += sum, up *= silu(gate).
   const auto add_to_x = [&](int64_t begin, int64_t end) {
     for (int64_t r = 0; r < B * T; ++r)
       kernels().add(at_row(buffers.sum, r, begin), bf16, end - begin, at_row(x, r, begin));
@@ -1077,19 +1089,19 @@ void one_block(Tensor& x, Buffers& buffers, at::TensorList norms, const c10::Lis
       kernels().gate(at_row(buffers.gate, r, begin), bf16, end - begin, at_row(buffers.up, r, begin));
   };
 
-  Rows h = normed(norms[0]);
-  multiply({times(h, 0, buffers.qkv)}, nothing);
+  take_normed(norms[0]);
+  multiply({times(0, buffers.qkv)}, nothing);
   TORCH_CHECK(nh > 0 && buffers.qkv.size(2) % (3 * nh) == 0, "decode_blocks: c_attn has ", buffers.qkv.size(2),
               " outputs, which are not those of ", nh, " heads");
   Tensor& y = sized(buffers.attended, {B, T, nh, buffers.qkv.size(2) / 3 / nh}, x);
-  attend_and_store(buffers.qkv, cos, sin, query_scale, store, position, mask, scaling, causal, y);
-  Rows attended(y.view({B, T, -1}));
-  multiply({times(attended, 1, buffers.sum)}, add_to_x);
+  attend_and_store(buffers.qkv, cos, sin, query_scale, store, position, mask, scaling, causal, buffers.partial, y);
+  rows.take(y.view({B, T, -1}));
+  multiply({times(1, buffers.sum)}, add_to_x);
 
-  h = normed(norms[1]);
-  multiply({times(h, 2, buffers.up), times(h, 3, buffers.gate)}, gate);
-  Rows up(buffers.up);
-  multiply({times(up, 4, buffers.sum)}, add_to_x);
+  take_normed(norms[1]);
+  multiply({times(2, buffers.up), times(3, buffers.gate)}, gate);
+  rows.take(buffers.up);
+  multiply({times(4, buffers.sum)}, add_to_x);
 }
 
 // One block after the other; the lists hold what belongs to the first, then to the second, and so on.
@@ -2228,7 +2240,8 @@ INLINE void each(const T* x, int64_t n, T* y, const F& f) {
 
 template <class T>
 void add_numbers(const void* x, int64_t n, void* y) {
-  each(static_cast<const T*>(x), n, static_cast<T*>(y), [](vf a, vf b) __attribute__((always_inline)) { return b + a; });
+  const auto sum = [](vf a, vf b) __attribute__((always_inline)) { return b + a; };
+  each(static_cast<const T*>(x), n, static_cast<T*>(y), sum);
 }
 
 void add(const void* x, bool bf16, int64_t n, void* y) {
@@ -2237,12 +2250,13 @@ void add(const void* x, bool bf16, int64_t n, void* y) {
 
 template <class T>
 void gate_numbers(const void* x, int64_t n, void* y) {
-  each(static_cast<const T*>(x), n, static_cast<T*>(y), [](vf a, vf b) __attribute__((always_inline)) {
+  const auto product = [](vf a, vf b) __attribute__((always_inline)) {
     const vf e = exp(select(a > 0.f, -a, a));
     T silu[W];  // rounded, as an operation of its own is
     save(silu, a * select(a > 0.f, all(1.f), e) / (1.f + e));
     return b * load(silu);
-  });
+  };
+  each(static_cast<const T*>(x), n, static_cast<T*>(y), product);
 }
 
 void gate(const void* x, bool bf16, int64_t n, void* y) {

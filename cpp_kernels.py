@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "677d411ccfdd9e0af88a9306eec28f9c54c690d68728c4a4e5af0f4ea4f99de5"
+SOURCE_SHA256 = "8cc084e1e3e6a3f35cdc58efd5989bbf83da2b2559168d1935541769151cc466"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 

@@ -253,6 +253,23 @@ def test_blocks_follow_each_other(native):
         operators.decode_blocks(one[0], one[1] * 2, *one[2:])
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_blocks_refuse_a_store_that_does_not_fit(native, bits):
+    """Before anything is written: it has room for 49 tokens."""
+    args = block_inputs(bits=bits, T=2)
+    before = [tensor.clone() for tensor in args[7]]
+    wrong = [(*args[:8], 48, None, *args[10:])]
+    wrong.append((*args[:7], [tensor[..., ::2] for tensor in args[7]], *args[8:]))
+    wrong.append((*args[:7], [tensor[:1] for tensor in args[7]], *args[8:]))
+    if bits == 16:
+        wrong.append((*args[:7], [tensor.bfloat16() for tensor in args[7]], *args[8:]))
+    for each in wrong:
+        with pytest.raises(RuntimeError, match=r"2 tokens at position 4\d, in 3 heads of 32 .*, don't fit a store"):
+            operators.decode_blocks(*each)
+    assert all(map(torch.equal, before, args[7]))
+    operators.decode_blocks(*args[:8], 47, None, *args[10:])
+
+
 def test_linear_keeps_leading_dimensions_and_empty_batches(native):
     weight = torch.randn(6, 10).bfloat16()
     assert kernels.linear(torch.randn(2, 1, 10).bfloat16(), weight).shape == (2, 1, 6)
