@@ -975,7 +975,7 @@ char* at_token(const Tensor& t, int64_t b, int64_t h, int64_t token) {
   return static_cast<char*>(t.data_ptr()) + number * t.element_size();
 }
 
-// Rotates the new tokens' queries and keys, stores their keys and values, and attends: y (B, T, nh, hd). The item of a
+// Rotates the new tokens' queries and keys, stores their keys and values, and attends: y (B, T, nh hd). The item of a
 // head that reads a key stores it.
 void attend_and_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const optional<Tensor>& query_scale,
                       at::TensorList stores, int64_t position, const optional<Tensor>& mask, double scaling,
@@ -983,7 +983,8 @@ void attend_and_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, c
   const bool bf16 = qkv.scalar_type() == at::kBFloat16, plain = stores.size() == 2;
   const int64_t n = qkv.element_size();
   Attention a{};
-  a.B = y.size(0), a.T = y.size(1), a.nh = y.size(2), a.hd = y.size(3), a.S = position + a.T, a.causal = causal;
+  a.B = y.size(0), a.T = y.size(1), a.nh = stores[0].size(1), a.hd = y.size(2) / a.nh;
+  a.S = position + a.T, a.causal = causal;
   a.scaling = static_cast<float>(scaling), a.q_bf16 = bf16, a.q_token = a.hd;  // of an item's own queries
   TORCH_CHECK(position >= 0, "decode_blocks: position is ", position);
   for (const Tensor& t : stores)
@@ -1093,9 +1094,9 @@ void one_block(Tensor& x, Buffers& buffers, at::TensorList norms, const c10::Lis
   multiply({times(0, buffers.qkv)}, nothing);
   TORCH_CHECK(nh > 0 && buffers.qkv.size(2) % (3 * nh) == 0, "decode_blocks: c_attn has ", buffers.qkv.size(2),
               " outputs, which are not those of ", nh, " heads");
-  Tensor& y = sized(buffers.attended, {B, T, nh, buffers.qkv.size(2) / 3 / nh}, x);
+  Tensor& y = sized(buffers.attended, {B, T, buffers.qkv.size(2) / 3}, x);
   attend_and_store(buffers.qkv, cos, sin, query_scale, store, position, mask, scaling, causal, buffers.partial, y);
-  rows.take(y.view({B, T, -1}));
+  rows.take(y);
   multiply({times(1, buffers.sum)}, add_to_x);
 
   take_normed(norms[1]);
