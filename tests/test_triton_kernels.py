@@ -282,7 +282,7 @@ def test_products_with_int8(K, N, rows, dtype):
     x, residual, bias, gate_bias, norm = (
         (torch.randn(size, generator=generator) / 100).to(dtype) for size in ((rows, K), (rows, N), (N,), (N,), (K,))
     )
-    share = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
+    share = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
     if DEVICE == "cpu" and dtype == torch.bfloat16:
         share *= 3  # the interpreter cuts digits off
 
