@@ -220,7 +220,9 @@ def test_matrices_of_int8(lengths, steps_taken, monkeypatch):
         assert torch.equal(ours.sequences, theirs.sequences)
         near(torch.stack(ours.logits), torch.stack(theirs.logits), 1e-5)
     assert steps_taken[0] == 4
+    places = graphs._Places(model)
     model.lm_head.weight_scale = model.lm_head.weight_scale * 2  # elsewhere: an old graph would not see it
+    assert not places.unchanged()
     assert not torch.equal(generate(model, ids, mask, **settings).logits[2], theirs.logits[2])
 
 
