@@ -20,6 +20,7 @@ from .qwen_quantization import (
     check_tensors,
     give_back_quantization,
     is_quantized,
+    leave_out,
     loading_quantized,
     replace_matrices,
     take_quantization,
@@ -40,6 +41,7 @@ from .transformers_compat import (
     named_attention,
     pop_dtype,
     set_attention,
+    tensor_names,
 )
 
 logger = logging.get_logger("transformers.models.qwen.qwen_loading")
@@ -76,7 +78,9 @@ class QWenPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights; those that write to the residual stream smaller by `sqrt(2 * layers)`, as in GPT-2."""
         std = self.config.initializer_range
-        if getattr(module, "HOLDS_CODES", False):  # they come from a checkpoint
+        if getattr(module, "HOLDS_CODES", False):  # they come from a checkpoint, which may lack the bias
+            if module.bias is not None and not getattr(module.bias, "_is_hf_initialized", False):
+                nn.init.zeros_(module.bias)
             return
         if isinstance(module, nn.Linear):
             if getattr(module, "into_residual", False):
@@ -150,6 +154,13 @@ class QWenPreTrainedModel(PreTrainedModel):
         if strict and not info_wanted:
             model._check_loaded(info, pretrained_model_name_or_path)
         return (model, info) if info_wanted else model
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, source, *args, **kwargs):
+        """As inherited: read the tensors of a checkpoint into a model, here without those that it may leave out."""
+        if is_quantized(model.config):
+            leave_out(model, tensor_names(state_dict, source))
+        return super()._load_pretrained_model(model, state_dict, source, *args, **kwargs)
 
     @classmethod
     def _from_config(cls, config, **kwargs):

@@ -1172,6 +1172,20 @@ def keeping_dtypes(kwargs: dict):
 REPORTS_MISMATCHES = masking_utils is not None
 
 
+def tensor_names(state_dict: dict | None, source) -> list:
+    """
+    The names of a checkpoint's tensors, from what `PreTrainedModel._load_pretrained_model` is called with: the tensors,
+    or None, and then their names (up to 4.50), later the files.
+    """
+    if state_dict is not None:
+        return list(state_dict)
+    if "loaded_keys" in inspect.signature(transformers.PreTrainedModel._load_pretrained_model).parameters:
+        return source
+    from transformers.modeling_utils import load_state_dict
+
+    return [name for file in source for name in load_state_dict(file, map_location="meta")]
+
+
 def keep_offloaded_dtypes(model, names: tuple) -> None:
     """Up to 4.52 what is read from a disk is cast, codes too: read the tensors of these last names as they lie."""
     for module in model.modules():
@@ -1418,6 +1432,9 @@ PRIVATE_NAMES = {
     ),
     "_pad_token_tensor": lambda: _has(transformers.GenerationMixin, "_prepare_special_tokens"),  # which makes it
     "_sample": lambda: _takes(transformers.GenerationMixin, "_sample", "input_ids", "logits_processor"),
+    "_load_pretrained_model": lambda: _takes(
+        transformers.PreTrainedModel, "_load_pretrained_model", "model", "state_dict"
+    ),
     "_init_weights": lambda: _takes(transformers.PreTrainedModel, "_init_weights", "module"),
     "_from_config": lambda: _takes(transformers.PreTrainedModel, "_from_config", "config"),
     "_attn_implementation": lambda: _has(transformers.PretrainedConfig(), "_attn_implementation"),
