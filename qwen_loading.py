@@ -156,11 +156,11 @@ class QWenPreTrainedModel(PreTrainedModel):
         return (model, info) if info_wanted else model
 
     @classmethod
-    def _load_pretrained_model(cls, model, state_dict, source, *args, **kwargs):
+    def _load_pretrained_model(cls, model, state_dict, *args, **kwargs):
         """As inherited: read the tensors of a checkpoint into a model, here without those that it may leave out."""
-        if is_quantized(model.config):
-            leave_out(model, tensor_names(state_dict, source))
-        return super()._load_pretrained_model(model, state_dict, source, *args, **kwargs)
+        if args and is_quantized(model.config):  # without, and all by name, it is called for an adapter
+            leave_out(model, tensor_names(state_dict, args[0]))
+        return super()._load_pretrained_model(model, state_dict, *args, **kwargs)
 
     @classmethod
     def _from_config(cls, config, **kwargs):

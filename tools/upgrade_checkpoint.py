@@ -31,6 +31,7 @@ from accelerate import init_empty_weights
 from checkpoint_files import (
     Problem,
     advice_about_name,
+    check_file_names,
     exit_status,
     new_folder,
     read_json,
@@ -276,7 +277,8 @@ def write(folder: Path, plan: dict[str, bytes]) -> None:
         raise
     for name in plan:
         print(f"wrote {name}")
-    print(f"what was replaced is in {backup.name}")
+    if manifest["replaced"]:
+        print(f"what was replaced is in {backup.name}")
 
 
 def restore(folder: Path) -> None:
@@ -287,6 +289,7 @@ def restore(folder: Path) -> None:
     backup = backups(folder)[-1]
     manifest = read_json(backup / MANIFEST)
     written = manifest.get("written", {})
+    check_file_names((*written, *manifest["replaced"], *manifest["added"]), f"{backup.name}/{MANIFEST}")
     refuse_links(folder, written)
     for name, digest in written.items():
         path, original = folder / name, backup / name
