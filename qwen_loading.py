@@ -36,6 +36,7 @@ from .transformers_compat import (
     gpu_supports_bf16,
     has_mps,
     is_flash_attn_2_available,
+    is_fsdp_unit,
     load_config,
     loading_defaults,
     named_attention,
@@ -182,7 +183,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             copy_source(save_directory)
         made = type(self)
-        if hasattr(self, "set_reshard_after_forward"):  # FSDP2 has put a class of its own before the model's
+        if is_fsdp_unit(self):  # a class of FSDP2's own is before the model's
             self.__class__ = made.__mro__[2]
         try:
             super().save_pretrained(save_directory, **kwargs)

@@ -635,6 +635,14 @@ def input_device(model) -> torch.device:
     return torch.device(device) if device is not None else embedding.weight.device
 
 
+def is_fsdp_unit(module: nn.Module) -> bool:
+    """
+    Whether FSDP2 (`fully_shard`) was called for this module: its own parameters are in pieces on several processes, and
+    its class is a new one before the module's. PyTorch up to 2.5 has that class elsewhere: it is told by its method.
+    """
+    return hasattr(module, "set_reshard_after_forward")
+
+
 def is_only_moved(module: nn.Module) -> bool:
     """
     Whether the forward that a module has of its own is that of its class, before which accelerate moves what comes in

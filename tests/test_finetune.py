@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from conftest import CODE, LACKING, ROOT, random_ids, run, tiny_model
+from conftest import CODE, LACKING, ROOT, compat, random_ids, run, tiny_model
 from packaging.version import Version
 from qwen.qwen_generation_utils import make_context
 from safetensors.torch import load_file, save_file
@@ -608,6 +608,8 @@ def test_fsdp_in_half_precision_leaves_rotations_in_float32(monkeypatch):
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         for module in (*model.transformer.h, model):
             fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        units = {name for name, module in model.named_modules() if compat.is_fsdp_unit(module)}
+        assert units == {"", "transformer.h.0", "transformer.h.1"}
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         ids = random_ids(2, 9)
