@@ -92,6 +92,15 @@ def weight_files(folder: Path) -> dict[str, set[str]]:
     raise Problem("There are no weights: neither model.safetensors nor pytorch_model.bin nor an index of files.")
 
 
+def full_precision_config(folder: Path, where: str = "") -> dict:
+    """The config.json of a checkpoint; Problem for a quantised one, with `where` to name another."""
+    config = read_json(folder / "config.json")
+    beside = (folder / "quantize_config.json").exists()  # all that early GPTQ checkpoints have
+    if config.get("int8_weights") or config.get("quantization_config") or beside:
+        raise Problem(f"{folder} is quantised already. Name the checkpoint in full precision{where}.")
+    return config
+
+
 def weight_names(folder: Path) -> dict[str, list[str]]:
     """The safetensors files of a checkpoint, each with the names of its weights; Problem for other files."""
     names = {}
@@ -118,6 +127,14 @@ def advice_about_name(folder: Path) -> str | None:
 
 
 # --- Writing -----------------------------------------------------------------------------------------------------
+
+
+def copy_all_but_weights(source: Path, target: Path) -> None:
+    """Copy the files of a checkpoint, those that links point to; no weights of any format, nor their indexes."""
+    for path in sorted(source.iterdir()):
+        is_weight = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name.endswith(".index.json")
+        if path.is_file() and not is_weight:
+            shutil.copy2(path, target)
 
 
 def write_file(path: Path, content: bytes) -> None:

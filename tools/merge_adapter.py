@@ -21,7 +21,17 @@ import sys
 from pathlib import Path
 
 import torch
-from checkpoint_files import INDEX, Problem, exit_status, new_folder, read_json, weight_names, write_file
+from checkpoint_files import (
+    INDEX,
+    Problem,
+    copy_all_but_weights,
+    exit_status,
+    full_precision_config,
+    new_folder,
+    read_json,
+    weight_names,
+    write_file,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -99,9 +109,7 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
     base = Path(config["base_model_name_or_path"] or "") if base is None else base
     if not base.is_dir() or base == Path():
         raise Problem(f"There is no folder {base}, the adapter's base. Name it with --base.")
-    base_config = read_json(base / "config.json")
-    if base_config.get("quantization_config") or base_config.get("int8_weights"):
-        raise Problem(f"{base} is quantised. Name the same checkpoint in full precision with --base.")
+    base_config = full_precision_config(base, " with --base")
     changed, files = changes(config, tensors), weight_names(base)
     lost = sorted(set(changed) - {name for names in files.values() for name in names})
     if lost or not changed:
@@ -109,9 +117,7 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
         raise Problem(f"{what} have no place in {base}. Is it the adapter's base?")
 
     with new_folder(target) as partial:
-        for path in sorted(base.iterdir()):
-            if path.is_file() and path.suffix not in (".safetensors", ".bin") and path.name != INDEX:
-                shutil.copy2(path, partial)  # the files that links point to
+        copy_all_but_weights(base, partial)
         if (adapter / "generation_config.json").exists():  # a base model tuned to chat has become one
             shutil.copy2(adapter / "generation_config.json", partial)
         if dtype is not None:
