@@ -362,7 +362,10 @@ class LayeredCache(DynamicCache if hasattr(DynamicCache, "crop") else transforme
 
 
 def as_cache(past_key_values):
-    """Up to 4.46 some ways of generating hand over a tuple of (key, value) pairs, one a layer; as a cache."""
+    """
+    The cache itself, or one made of a tuple of (key, value) pairs, one a layer, which some ways of generating hand over
+    up to 4.46. Raises ValueError for what is neither, and for the StaticCache of 4.38 to 4.40.
+    """
     if isinstance(past_key_values, (tuple, list)) and hasattr(DynamicCache, "from_legacy_cache"):
         return DynamicCache.from_legacy_cache(past_key_values)
     if past_key_values is not None and not hasattr(past_key_values, "update"):
@@ -544,8 +547,9 @@ _HAS_GET_INTERFACE = hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface")
 
 def attention_function(name: str | None, default):
     """
-    `ALL_ATTENTION_FUNCTIONS.get_interface`, which releases up to 4.57 lack: `default` for "eager" and None; it finds
-    keys and values of continuous batching written.
+    The attention function of this name, as `ALL_ATTENTION_FUNCTIONS.get_interface` gives it, which releases up to 4.57
+    lack: `default` for "eager" and None. With continuous batching it first writes keys and values to the cache that it
+    is handed, where the release leaves that to the model. Raises KeyError for a name that isn't known.
     """
     if name is None or name == "eager":
         return default
@@ -1141,7 +1145,10 @@ def loading_defaults(kwargs: dict) -> None:
 
 
 def forget_device_map(model, device_map) -> None:
-    """The map of `loading_defaults` is nobody's wish (`device_map` is the caller's): the model may be moved."""
+    """
+    Take the device map that `loading_defaults` passed off the model again, unless the caller passed one (`device_map`):
+    accelerate refuses to move a model that has a map.
+    """
     if masking_utils is None and device_map is None and getattr(model, "hf_device_map", None) == _ON_CPU:
         del model.hf_device_map
 
