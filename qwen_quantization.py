@@ -8,7 +8,7 @@ Two formats of checkpoints are read and written as they lie in the file, without
 
 Loading calls, in this order: `take_quantization` before transformers' `from_pretrained`, which would hand the
 checkpoint to another package; `loading_quantized` around it; `replace_matrices` when the model was built, on the meta
-device; `check_tensors` and `give_back_quantization` when its weights are loaded.
+device; `leave_out` before its tensors are read; `check_tensors` and `give_back_quantization` when they are loaded.
 
 Other methods (bitsandbytes, AWQ, ...) and a `quantization_config` that the caller passes are transformers' own.
 """
@@ -269,7 +269,7 @@ class QuantizedLinear(_Quantized):
         Raises ValueError for groups that there are not, or scales that are not finite. What is offloaded to a disk is
         not looked at.
         """
-        if self.g_idx.device.type == "meta":
+        if self.qweight.device.type == "meta":
             return
         if not bool(torch.isfinite(self.scales).all()):
             raise ValueError("some of its scales are not finite")
@@ -280,13 +280,10 @@ class QuantizedLinear(_Quantized):
 
     def derive_groups(self) -> None:
         """Fill in a g_idx that the checkpoint left out."""
-        with torch.no_grad():
-            device = "cpu" if self.g_idx.device.type == "meta" else self.g_idx.device
-            self.g_idx = nn.Parameter(self._ordered_groups().to(device), requires_grad=False)
+        self.g_idx = nn.Parameter(self._ordered_groups(), requires_grad=False)
 
     def _ordered_groups(self) -> torch.Tensor:
-        device = None if self.g_idx.device.type == "meta" else self.g_idx.device
-        return torch.arange(self.in_features, dtype=torch.int32, device=device) // self.group_size
+        return torch.arange(self.in_features, dtype=torch.int32, device=self.qweight.device) // self.group_size
 
     @property
     def codes(self) -> nn.Parameter:
@@ -478,12 +475,33 @@ def loading_quantized(config, source, kwargs: dict):
         raise RuntimeError(_other_shapes(source, str(error))) from None
 
 
+def leave_out(model, names) -> None:
+    """
+    Before the tensors are read: remove from GPTQ's matrices what the checkpoint lacks and may lack, so that it isn't
+    reported as missing. That is the bias where the network has none, and g_idx where `check_tensors` derives it.
+
+    names: of all tensors of the checkpoint.
+    """
+    prefix = f"{model.base_model_prefix}."
+
+    def bare(name: str) -> str:  # the checkpoint of a bare model, or of a model with a head, may be loaded to the other
+        return name[len(prefix) :] if name.startswith(prefix) else name
+
+    found = set(map(bare, names))
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedLinear) or f"{bare(name)}.qweight" not in found:
+            continue
+        if not module.needs_bias and f"{bare(name)}.bias" not in found:
+            module.bias = None
+        if not module.format.desc_act and f"{bare(name)}.g_idx" not in found:
+            module.g_idx = None
+
+
 def check_tensors(model, info: dict, source) -> None:
     """
-    See that the tensors of a checkpoint fit its quantisation, and fill in what a file may leave out.
+    See that the tensors of a checkpoint fit its quantisation, and derive a g_idx that it left out.
 
-    info: what `output_loading_info=True` gives; what was filled in is taken from its `missing_keys`. A bias may be
-    missing where the network has none, g_idx where it can be derived.
+    info: what `output_loading_info=True` gives.
 
     Raises RuntimeError for tensors of other shapes, for a g_idx that is missing with desc_act or names groups that
     there are not, and for scales that are not finite.
@@ -505,21 +523,16 @@ def check_tensors(model, info: dict, source) -> None:
         if not isinstance(module, QuantizedLinear):
             continue
         module.scales.requires_grad_(False)
-        absent = {leaf: [key for key in missing if f".{key}".endswith(f".{name}.{leaf}")] for leaf in ("g_idx", "bias")}
-        if absent["g_idx"] and module.format.desc_act:
+        lacking = {leaf for leaf in ("g_idx", "scales") for key in missing if f".{key}".endswith(f".{name}.{leaf}")}
+        if "g_idx" in lacking and module.format.desc_act:
             raise RuntimeError(
                 f"The checkpoint {source} was quantised with desc_act, but lacks {name}.g_idx, which says how its "
                 f"inputs are grouped and can't be derived. Copy all weight files again, or quantise without desc_act."
             )
-        if absent["g_idx"]:
+        if module.g_idx is None and module.qweight.device.type != "meta":
             module.derive_groups()
-        if absent["bias"] and not module.needs_bias:
-            module.bias = None
-        missing.difference_update(absent["g_idx"], [] if module.needs_bias else absent["bias"])
-        if not any(f".{key}".endswith(f".{name}.scales") for key in missing):
+        if not lacking:
             try:
                 module.set_order()
             except ValueError as error:
                 raise RuntimeError(f"The checkpoint {source} is damaged: {name}: {error}. Copy it again.") from None
-    kind = type(info["missing_keys"])  # a list up to 4.57, a set in 5.x
-    info["missing_keys"] = kind(key for key in info["missing_keys"] if key in missing)

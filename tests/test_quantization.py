@@ -20,6 +20,7 @@ from torch import nn
 quantization = importlib.import_module("qwen.qwen_quantization")
 operations = importlib.import_module("qwen.qwen_ops")
 building = importlib.import_module("qwen.cpp_kernels")
+QWenConfig = modeling_qwen.QWenConfig
 QWenLMHeadModel = modeling_qwen.QWenLMHeadModel
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -265,19 +266,18 @@ def test_a_cast_leaves_the_scales_alone(published):
     assert torch.equal(module.scales, stored(folder)[f"{name}.scales"])
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"device_map": {"transformer.h.1": "disk", "": "cpu"}}],
-    ids=["cpu", "dict", "disk"],
-)
-@pytest.mark.parametrize("desc_act", [False, True])
-def test_placements(tmp_path, arguments, desc_act):
-    plain = make(tmp_path / "made", desc_act=desc_act)
-    if "transformer.h.1" in str(arguments):
-        names = {f"transformer.h.{i}": "cpu" for i in (0, 2)}
-        places = {"transformer.wte": "cpu", "transformer.drop": "cpu", "transformer.rotary_emb": "cpu", **names,
-                  "transformer.h.1": "disk", "transformer.ln_f": "cpu", "lm_head": "cpu"}  # fmt: skip
-        arguments = {"device_map": places, "offload_folder": str(tmp_path / "offload")}
+ONE_BLOCK_ON_DISK = {
+    **dict.fromkeys(("transformer.wte", "transformer.drop", "transformer.rotary_emb", "transformer.h.0"), "cpu"),
+    "transformer.h.1": "disk",
+    **dict.fromkeys(("transformer.h.2", "transformer.ln_f", "lm_head"), "cpu"),
+}
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, ONE_BLOCK_ON_DISK], ids=["cpu", "dict", "disk"])
+@pytest.mark.parametrize("kind", ["as published", "desc_act", "without g_idx"])
+def test_placements(tmp_path, device_map, kind):
+    plain = make(tmp_path / "made", **KINDS[kind])
+    arguments = {"device_map": device_map, "offload_folder": str(tmp_path / "offload")}
     model = QWenLMHeadModel.from_pretrained(tmp_path / "made", fp32=True, **arguments)
     with torch.no_grad():
         for shape in ((1, 1), (2, 20)):
@@ -424,6 +424,36 @@ def test_loading_takes_little_more_than_the_file(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 1.15 * size, f"peak {int(done.stdout) / size:.2f} times the tensors"
+
+
+@pytest.mark.parametrize("form", [".safetensors", ".bin", "shards", "tensors"])
+@pytest.mark.parametrize("bare", [False, True], ids=["with a head", "bare"])
+def test_nobody_misses_what_a_file_may_leave_out(tmp_path, caplog, form, bare):
+    """gptqmodel writes no biases where the network has none; others wrote no g_idx where it says nothing."""
+    make(tmp_path, biases="own", with_g_idx=False, files=3 if form == "shards" else 1)
+    source, given = tmp_path, {compat.DTYPE: torch.float32}
+    model_class = modeling_qwen.QWenModel if bare else QWenLMHeadModel
+    if form == ".bin":
+        torch.save(stored(tmp_path), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    elif form == "tensors":
+        config = QWenConfig.from_pretrained(tmp_path)
+        source, given = None, {**given, "state_dict": stored(tmp_path), "config": config}
+    model, info = model_class.from_pretrained(source, output_loading_info=True, **given)
+    assert not info["missing_keys"]
+    for record in caplog.records:
+        assert not re.search(r"newly initialized|g_idx|bias", record.getMessage()), record.getMessage()
+    biases = {name.rpartition(".")[0][-6:] for name, _ in model.named_parameters() if name.endswith(".bias")}
+    assert biases == {"c_attn"}
+
+
+def test_a_bias_that_the_network_has_is_missed_and_begins_at_zero(tmp_path, caplog):
+    make(tmp_path)
+    edit_tensors(tmp_path, without("attn.c_attn.bias"))
+    model = QWenLMHeadModel.from_pretrained(tmp_path, fp32=True, strict=False)
+    assert "attn.c_attn.bias" in caplog.text
+    for block in model.transformer.h:
+        assert torch.equal(block.attn.c_attn.bias, torch.zeros(3 * 64))
 
 
 # --- What is wrong with some --------------------------------------------------------------------------------------
