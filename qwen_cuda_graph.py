@@ -261,7 +261,8 @@ class _Places:
         self._tensors = [(tensors, name) for tensors in of_modules for name, t in tensors.items() if t is not None]
         tensors = [local_tensor(tensors[name]) for tensors, name in self._tensors]
         settings = [norm.eps for norm in _norms(model)]
-        settings += [(m.format, m.group_size, m.is_ordered) for m in _linears(model) if type(m) is QuantizedLinear]
+        quantised = [m for m in _linears(model) if type(m) is QuantizedLinear]
+        settings += [(m.format, m.group_size, m.is_ordered, m.arrangement) for m in quantised]
         self.signature = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in tensors], settings
         self._addresses = [t.data_ptr() for t in tensors]
 
@@ -295,6 +296,8 @@ def _kernel_of(linear, gate, rows: int):
     if rows > kernels.GPTQ_MAX_ROWS or not kernels.takes_gptq(*linear.tensors()):
         return None
     if gate is not None and (gate.tensors()[4:] != linear.tensors()[4:] or not kernels.takes_gptq(*gate.tensors())):
+        return None
+    if gate is not None and gate.arrangement != linear.arrangement:
         return None
     return kernels.gptq_product
 
@@ -422,11 +425,12 @@ class _Part:
                 """As `kernels.product`, of modules, for any number of rows; with a bias if the module has one."""
                 kernel = _kernel_of(linear, gate, B * T)
                 bias = _bias(linear) if bias else None
-                if norm is not None and not (kernel and B * T == 1):
+                is_sorted = type(linear) is QuantizedLinear and linear.order is not None
+                if norm is not None and not (kernel and B * T == 1 and not is_sorted):
                     x, norm = kernels.rms_norm(x, norm.weight, norm.eps), None
                 if kernel is not None:
                     return kernel(
-                        x,
+                        linear.arranged(x) if is_sorted else x,
                         _weight(linear),
                         bias,
                         norm=None if norm is None else norm.weight,

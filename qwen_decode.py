@@ -196,7 +196,7 @@ def _matrix(module: nn.Module, like: torch.Tensor):
         return (module.weight, module.bias, None, *plain)
     if type(module) is Int8Linear and module.codes.device == like.device:
         return (module.codes, module.bias, module.weight_scale, *plain)
-    if type(module) is QuantizedLinear and module.qweight.device == like.device:
+    if type(module) is QuantizedLinear and module.codes.device == like.device and module.order is None:
         qweight, qzeros, scales, g_idx, *format = module.tensors()
         return (qweight, module.bias, scales, qzeros, g_idx, *format)
     return None

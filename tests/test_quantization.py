@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -252,6 +253,55 @@ def test_it_is_saved_as_it_was(tmp_path, kind):
     again = QWenLMHeadModel.from_pretrained(tmp_path / "saved", **settings)
     with torch.no_grad():
         assert torch.equal(again(random_ids(1, 9)).logits, model(random_ids(1, 9)).logits)
+
+
+@pytest.mark.parametrize("kind", ["desc_act", "desc_act, asymmetric int8"])
+def test_sorted_inputs(tmp_path, kind, monkeypatch):
+    """What a GPU's kernels need, here on a CPU: it computes, learns, is saved, copied and loaded as if it were not."""
+    plain = make(tmp_path / "made", files=3, **KINDS[kind])
+    settings = {"fp32": True, "attn_implementation": "eager"}
+    unsorted = QWenLMHeadModel.from_pretrained(tmp_path / "made", **settings)
+    monkeypatch.setattr(quantization, "SORTED_ON", ("cpu",))
+    monkeypatch.setattr(quantization, "REORDERED_CODES", 1000)  # several blocks, the last one short
+    model = QWenLMHeadModel.from_pretrained(tmp_path / "made", **settings)
+    ids = random_ids(3, 20)
+
+    def close(model, expected=plain):
+        for shape in ((1, 1), (2, 3), (3, 20)):
+            with torch.no_grad():
+                wanted = expected(random_ids(*shape)).logits
+                torch.testing.assert_close(model(random_ids(*shape)).logits, wanted, rtol=1e-4, atol=1e-4)
+
+    close(model)
+    for name, module in matrices(model).items():
+        assert module.qweight is None
+        assert torch.equal(module.g_idx[module.order], module._ordered_groups())
+        assert torch.equal(module.dequantize(), plain.get_submodule(name).weight)
+    for network in (plain, model):
+        network(ids, labels=ids).loss.backward()
+    for name in ("wte.weight", "h.0.ln_1.weight", "h.0.attn.c_attn.bias"):
+        wanted = plain.transformer.get_parameter(name).grad
+        torch.testing.assert_close(model.transformer.get_parameter(name).grad, wanted, rtol=1e-4, atol=1e-6)
+    close(copy.deepcopy(model).double().float())
+    model.save_pretrained(tmp_path / "saved")
+    before, after = stored(tmp_path / "made"), stored(tmp_path / "saved")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name].to(tensor.dtype), tensor) for name, tensor in before.items())
+    for name, module in matrices(unsorted).items():  # other codes, and groups of other inputs
+        module.qweight.data.copy_(module.qweight.roll(1, 0))
+        module.g_idx.data.copy_(module.g_idx.roll(len(name), 0))
+    model.load_state_dict(unsorted.state_dict())
+    close(model, unsorted)
+
+
+def test_groups_of_several_sizes_stay_as_they_are():
+    format = quantization.check_quantization_config({"quant_method": "gptq", "bits": 4, "group_size": 32})
+    module = quantization.QuantizedLinear(64, 8, format)
+    module.g_idx.data.copy_(torch.arange(64) % 3 == 0)
+    module.set_order()
+    module.sort_inputs()
+    assert module.order is None
+    assert torch.equal(module.dequantize(), torch.zeros(8, 64))
 
 
 def test_a_cast_leaves_the_scales_alone(published):
