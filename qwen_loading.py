@@ -113,6 +113,7 @@ class QWenPreTrainedModel(PreTrainedModel):
 
         Raises ValueError for a contradiction in the configuration, RuntimeError for weights that don't fit it.
         """
+        _check_has_config(pretrained_model_name_or_path, config)
         kwargs = dict(kwargs)
         drop_old_arguments(kwargs)
         tokens = {name: kwargs.pop(name) for name in TOKEN_IDS if name in kwargs}
@@ -361,6 +362,20 @@ def flash_attention_lacks(dtype) -> list[str]:
     if dtype not in (torch.float16, torch.bfloat16, "auto"):
         lacks.append(f"half precision (found {dtype}; pass bf16=True or fp16=True)")
     return lacks
+
+
+def _check_has_config(path, config) -> None:
+    """
+    Raise ValueError for the folder of an adapter without a model's configuration, which transformers takes for the
+    default one: a random Qwen-7B would be made.
+    """
+    folder = str(path or "")
+    is_adapter = os.path.isfile(os.path.join(folder, "adapter_config.json"))
+    if config is None and is_adapter and not os.path.isfile(os.path.join(folder, "config.json")):
+        raise ValueError(
+            f"{path} holds an adapter, and no model. Load it, with its base, by AutoModelForCausalLM.from_pretrained, "
+            f"or by peft's PeftModel.from_pretrained(model, {folder!r})."
+        )
 
 
 def _goes_to_accelerator(device_map) -> bool:
