@@ -563,7 +563,7 @@ class GraphedSteps:
         Returns logits (B, T, vocab) on their device, in a buffer that the next step may overwrite.
         """
         B, T = input_ids.shape
-        # Fewer tokens than the graph's are filled up behind: these see them not, and the next step writes over them.
+        # Fewer tokens than the graph takes are padded behind: they see no padding, and the next step writes over it.
         x = input_ids
         if T < self._T:
             x, positions = (F.pad(t, (0, self._T - T)) for t in (x, positions))
@@ -575,8 +575,8 @@ class GraphedSteps:
         return x.view(B, self._T, -1)[:, :T].to(input_ids.device)
 
 
-_CAPTURE = threading.Lock()
-_LOCK = threading.Lock()
+_CAPTURE = threading.Lock()  # two threads must not capture at once
+_LOCK = threading.Lock()  # of _FREE
 _FREE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of every model: signature, and free graphs by kind
 _ENDING: weakref.WeakSet = weakref.WeakSet()  # models whose graphs end with the generation: no use for a step or a few
 
@@ -659,7 +659,7 @@ def checking_drafts(model, cache):
 
 
 def _width(T: int) -> int:
-    """Of the graph for T tokens: one for each power of two serves every number of drafts."""
+    """The tokens of the graph that takes T: one graph for each power of two serves every number of drafts."""
     return 1 << (T - 1).bit_length()
 
 
@@ -804,9 +804,9 @@ class GraphedGeneration:
         known, starts = _left_padding(mask, length)
         positions = kwargs.get("position_ids")
         if positions is None or positions.shape[-1] == 0:
-            positions = length - (0 if starts is None else starts)[:, None] if starts is not None else None
-            if positions is None:
-                positions = torch.full((B, 1), length, device=device)
+            positions = torch.full((B, 1), length, device=device)
+            if starts is not None:
+                positions = positions - starts[:, None]
         else:
             positions = positions[:, -1:].expand(B, 1) + 1
         alpha = getattr(cache, "ntk_alpha", None)

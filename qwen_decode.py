@@ -126,10 +126,8 @@ def _compute(model, call: dict):
     if checked or (has_head and ids is not None and has_graphs(ids.device) and is_plain(model)):
         logits = graphed_step(model, cache, ids, position_ids, mask)
         if logits is not None:
-            kept = call.get("logits_to_keep", 0)
-            kept = slice(-kept, None) if isinstance(kept, int) else kept
-            return CausalLMOutputWithPast(logits=logits[:, kept], past_key_values=cache)
-        if checked:
+            return CausalLMOutputWithPast(logits=logits[:, _kept(call)], past_key_values=cache)
+        if checked:  # the graph is given up and forgotten: look at everything once more
             return _compute(model, call)
 
     like = network.ln_f.weight  # in device and precision
@@ -155,9 +153,13 @@ def _compute(model, call: dict):
     x = rms_norm(x, like, eps)
     if head is None:
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
+    return CausalLMOutputWithPast(logits=times(x[:, _kept(call)], *head), past_key_values=cache)
+
+
+def _kept(call: dict):
+    """The tokens whose logits are wanted, as an index. `logits_to_keep` is their number, 0 for all, or the tokens."""
     kept = call.get("logits_to_keep", 0)
-    kept = slice(-kept, None) if isinstance(kept, int) else kept
-    return CausalLMOutputWithPast(logits=times(x[:, kept], *head), past_key_values=cache)
+    return slice(-kept, None) if isinstance(kept, int) else kept
 
 
 def _weights(network, cache, like: torch.Tensor):
