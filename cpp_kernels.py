@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "218b772efa249a37a85673c982fc700c349114b9433c98bb793a6c30e44fa129"
+SOURCE_SHA256 = "01b277721314a1de8f9c26d5f4cd9e0d47de9cc1618838f4116cef1ced8dc27f"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 

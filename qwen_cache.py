@@ -252,9 +252,10 @@ class QWenCache(LayeredCache):
         name = f"{type(self).__name__}({self._settings()})"
         if not self.nbytes:
             return name
+        attention = implementation(self.layers[0].keys.tensors[0].device) if self.kernel else "the model's"
         return (
             f"{name}: {self.get_seq_length()} tokens, {len(self.layers)} layers, {self.nbytes / 1e6:.1f} MB, "
-            f"attention: {implementation(self.layers[0].keys.tensors[0].device) if self.kernel else 'the model’s'}"
+            f"attention: {attention}"
         )
 
 

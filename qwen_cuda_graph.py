@@ -261,7 +261,8 @@ class _Places:
         self._tensors = [(tensors, name) for tensors in of_modules for name, t in tensors.items() if t is not None]
         tensors = [local_tensor(tensors[name]) for tensors, name in self._tensors]
         settings = [norm.eps for norm in _norms(model)]
-        settings += [(m.format, m.group_size, m.is_ordered) for m in _linears(model) if type(m) is QuantizedLinear]
+        quantised = [m for m in _linears(model) if type(m) is QuantizedLinear]
+        settings += [(m.format, m.group_size, m.is_ordered, m.arrangement) for m in quantised]
         self.signature = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in tensors], settings
         self._addresses = [t.data_ptr() for t in tensors]
 
@@ -295,6 +296,8 @@ def _kernel_of(linear, gate, rows: int):
     if rows > kernels.GPTQ_MAX_ROWS or not kernels.takes_gptq(*linear.tensors()):
         return None
     if gate is not None and (gate.tensors()[4:] != linear.tensors()[4:] or not kernels.takes_gptq(*gate.tensors())):
+        return None
+    if gate is not None and gate.arrangement != linear.arrangement:
         return None
     return kernels.gptq_product
 
@@ -422,11 +425,12 @@ class _Part:
                 """As `kernels.product`, of modules, for any number of rows; with a bias if the module has one."""
                 kernel = _kernel_of(linear, gate, B * T)
                 bias = _bias(linear) if bias else None
-                if norm is not None and not (kernel and B * T == 1):
+                is_sorted = type(linear) is QuantizedLinear and linear.order is not None
+                if norm is not None and not (kernel and B * T == 1 and not is_sorted):
                     x, norm = kernels.rms_norm(x, norm.weight, norm.eps), None
                 if kernel is not None:
                     return kernel(
-                        x,
+                        linear.arranged(x) if is_sorted else x,
                         _weight(linear),
                         bias,
                         norm=None if norm is None else norm.weight,
@@ -559,7 +563,7 @@ class GraphedSteps:
         Returns logits (B, T, vocab) on their device, in a buffer that the next step may overwrite.
         """
         B, T = input_ids.shape
-        # Fewer tokens than the graph's are filled up behind: these see them not, and the next step writes over them.
+        # Fewer tokens than the graph takes are padded behind: they see no padding, and the next step writes over it.
         x = input_ids
         if T < self._T:
             x, positions = (F.pad(t, (0, self._T - T)) for t in (x, positions))
@@ -571,8 +575,8 @@ class GraphedSteps:
         return x.view(B, self._T, -1)[:, :T].to(input_ids.device)
 
 
-_CAPTURE = threading.Lock()
-_LOCK = threading.Lock()
+_CAPTURE = threading.Lock()  # two threads must not capture at once
+_LOCK = threading.Lock()  # of _FREE
 _FREE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of every model: signature, and free graphs by kind
 _ENDING: weakref.WeakSet = weakref.WeakSet()  # models whose graphs end with the generation: no use for a step or a few
 
@@ -655,7 +659,7 @@ def checking_drafts(model, cache):
 
 
 def _width(T: int) -> int:
-    """Of the graph for T tokens: one for each power of two serves every number of drafts."""
+    """The tokens of the graph that takes T: one graph for each power of two serves every number of drafts."""
     return 1 << (T - 1).bit_length()
 
 
@@ -800,9 +804,9 @@ class GraphedGeneration:
         known, starts = _left_padding(mask, length)
         positions = kwargs.get("position_ids")
         if positions is None or positions.shape[-1] == 0:
-            positions = length - (0 if starts is None else starts)[:, None] if starts is not None else None
-            if positions is None:
-                positions = torch.full((B, 1), length, device=device)
+            positions = torch.full((B, 1), length, device=device)
+            if starts is not None:
+                positions = positions - starts[:, None]
         else:
             positions = positions[:, -1:].expand(B, 1) + 1
         alpha = getattr(cache, "ntk_alpha", None)

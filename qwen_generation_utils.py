@@ -525,7 +525,8 @@ class StopAtText(StoppingCriteria):
     """
     Ends every sequence whose generated text has just come to contain one of the texts `stop`.
 
-    It looks at the last tokens only, as many as the longest of the texts may have; so it costs the same at every step.
+    It looks at the new tokens, several where drafts are accepted, and at as many before them as the longest of the
+    texts may have. So it costs the same at every step.
 
     Args:
         tokenizer: a QWenTokenizer.
@@ -533,17 +534,19 @@ class StopAtText(StoppingCriteria):
         prompt_length: tokens of the prompt, which are not looked at.
     """
 
-    _DRAFTS = 32  # so many may be accepted at once in assisted decoding
-
     def __init__(self, tokenizer, stop: Sequence[str], prompt_length: int):
         self._tokenizer = tokenizer
         self._stop = check_stop(list(stop))
         self._prompt_length = prompt_length
-        self._window = max(len(text.encode("utf-8")) for text in self._stop) + self._DRAFTS
+        self._longest = max(len(text.encode("utf-8")) for text in self._stop)
+        self._seen = prompt_length
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.Tensor:
         """input_ids: (B, T). Returns bool (B,), whether a row has ended."""
-        tails = input_ids[:, self._prompt_length :][:, -self._window :].tolist()
+        length = input_ids.shape[1]
+        seen = self._seen if self._seen < length else self._prompt_length  # else this is another generation
+        self._seen = length
+        tails = input_ids[:, max(self._prompt_length, seen - self._longest) :].tolist()
         texts = [self._tokenizer.decode(tail, errors="replace") for tail in tails]
         ended = [any(stop in text for stop in self._stop) for text in texts]
         return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)

@@ -16,7 +16,6 @@ In the shapes below N is a block of keys, hd the width of a head, G the groups o
 
 import functools
 import importlib
-import itertools
 import math
 
 import torch
@@ -1451,17 +1450,22 @@ def int8_product(
 
 
 def linear(x, weight, bias, scale):
-    rows = x.numel() // x.shape[-1]
     if weight.dtype != torch.int8 or scale is None or scale.dim() > 1:
         return linear_reference(x, weight, bias, scale)
-    if not 0 < rows <= PRODUCT_ROWS:  # by blocks, which are written out in x's dtype
-        width = max(1, GPU_BLOCK_WEIGHTS // weight.shape[1])
-        biases = itertools.repeat(None) if bias is None else bias.split(width)
-        blocks = zip(weight.split(width), biases, scale.split(width))
-        return torch.cat([linear_reference(x, *block) for block in blocks], -1)
+    rows, (N, K), shape = x.numel() // x.shape[-1], weight.shape, x.shape[:-1]
+    x = x.reshape(rows, K).contiguous()
     with torch.cuda.device_of(x):
-        y = int8_product(x.reshape(rows, -1).contiguous(), (weight.contiguous(), scale.contiguous()), bias)
-    return y.view(*x.shape[:-1], -1)
+        if 0 < rows <= PRODUCT_ROWS:
+            return int8_product(x, (weight.contiguous(), scale.contiguous()), bias).view(*shape, N)
+        if x.dtype == torch.float16:  # as in the reference
+            x, scale = x * 2**-7, scale * 2**7
+        y = x.new_empty(rows, N)
+        width = max(1, GPU_BLOCK_WEIGHTS // K)
+        for first in range(0, N, width):
+            where = slice(first, first + width)
+            torch.mm(x, weight[where].to(x.dtype).t(), out=y[:, where])
+        y = y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale, out=y)
+    return y.view(*shape, N)
 
 
 def register(library, device="cuda") -> str:

@@ -128,13 +128,13 @@ def test_stop_texts_are_found_among_tokens_that_were_accepted_at_once(demo_token
         model.lm_head.weight[ids[1:]] = model.transformer.wte.weight[ids[:-1]]
     prompt = torch.tensor([[*ids, ids[0]]])
     ends = {"pad_token_id": demo_tokenizer.eod_id, "eos_token_id": demo_tokenizer.im_end_id}
-    settings = {"do_sample": False, "max_new_tokens": 45, **ends}
-    free = model.generate(prompt, **settings, prompt_lookup_num_tokens=30)[0, prompt.shape[1] :].tolist()
-    assert free[:45] == ids[1:46]  # some releases go on to the end of a draft
+    settings = {"do_sample": False, "max_new_tokens": 57, **ends}
+    free = model.generate(prompt, **settings, prompt_lookup_num_tokens=50)[0, prompt.shape[1] :].tolist()
+    assert free[:57] == ids[1:58]  # some releases go on to the end of a draft
     criteria = StoppingCriteriaList([utils.StopAtText(demo_tokenizer, [stop], prompt.shape[1])])
-    stopped = model.generate(prompt, **settings, prompt_lookup_num_tokens=30, stopping_criteria=criteria)
+    stopped = model.generate(prompt, **settings, prompt_lookup_num_tokens=50, stopping_criteria=criteria)
     stopped = stopped[0, prompt.shape[1] :].tolist()
-    assert 4 <= len(stopped) <= 31  # of one step
+    assert 4 <= len(stopped) <= 51  # of one step
     assert stopped == free[: len(stopped)]
 
 

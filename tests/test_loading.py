@@ -406,3 +406,9 @@ def test_the_source_is_saved_by_the_main_process_only(tmp_path):
     for is_main in (False, True):
         tiny_model().save_pretrained(tmp_path, is_main_process=is_main)
         assert (tmp_path / "cpp_kernels.cpp").exists() == is_main
+
+
+def test_the_folder_of_an_adapter_is_not_taken_for_a_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "base", "peft_type": "LORA"}))
+    with pytest.raises(ValueError, match=r"holds an adapter, and no model\. .*AutoModelForCausalLM"):
+        modeling_qwen.QWenLMHeadModel.from_pretrained(tmp_path)
