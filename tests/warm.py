@@ -151,7 +151,7 @@ def become(arguments: list[str], folder: str, environment: dict, streams: list[i
         source, name, sys.path[0], sys.argv = arguments[1], "<string>", "", ["-c", *arguments[2:]]
     else:
         name, sys.argv = arguments[0], arguments
-        main.__file__, sys.path[0] = name, os.path.dirname(os.path.realpath(name))
+        main.__file__, sys.path[0] = os.path.abspath(name), os.path.dirname(os.path.realpath(name))
         with open(name, "rb") as file:
             source = file.read()
     exec(compile(source, name, "exec", dont_inherit=True), main.__dict__)
