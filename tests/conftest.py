@@ -33,10 +33,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # they would copy remote code to one pl
     os.environ["HF_MODULES_CACHE"] = str(ROOT / ".cache" / "modules" / os.environ["PYTEST_XDIST_WORKER"])
 transformers = importlib.import_module("transformers")
 
-# What begins first where several processes share the tests: files that take half a minute or more, the longest first.
+# What begins first where several processes share the tests: files that take 20 seconds or more, the longest first.
 LONG = (
-    *("finetune", "faq", "cpp_kernels", "cuda_graph", "triton_kernels", "check_kernels", "parallel", "export_gguf"),
-    *("tokenization_qwen", "vocabulary_tools", "generation", "upgrade_checkpoint", "qwen_cache", "compile"),
+    *("finetune", "triton_kernels", "cuda_graph", "cpp_kernels", "check_kernels", "parallel", "tokenization_qwen"),
+    *("export_gguf", "vocabulary_tools", "upgrade_checkpoint", "compile", "generation", "qwen_cache", "serving", "faq"),
 )
 
 # The models are tiny: threads would only wait for each other. The variable is for the processes that tests start.
