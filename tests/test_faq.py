@@ -543,6 +543,7 @@ transformers.logging.set_verbosity_info()
 AutoModelForCausalLM.from_pretrained({DEMO!r}, trust_remote_code=True)
 """,
         ROOT,
+        fresh=True,  # transformers remembers where errors went when it was imported
     )
     assert "attention by sdpa (flash_attention_2 needs the package flash-attn" in found
 
