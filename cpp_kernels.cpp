@@ -1179,17 +1179,22 @@ INLINE vf codes_at(vi words, int shift) {
   return __builtin_convertvector((words >> shift) & ((1 << BITS) - 1), vf);
 }
 
+// float16 as float32. Infinities and NaNs, whose exponent is all ones, come out as 65536 or more: float16 has no such
+// number, so they can be told by it.
 INLINE vf load_half(const uint16_t* p) {
   const vi bits = widen(reinterpret_cast<const BFloat16*>(p));
-  return (vf)((vi)((vf)((bits & 0x7fff) << 13) * 0x1p112f) | ((bits & 0x8000) << 16));
+  const vf x = (vf)((bits & 0x7fff) << 13) * 0x1p112f;
+  const vi beyond = x >= 65536.f;
+  return (vf)((vi)x | (beyond & 0x7f800000) | ((bits & 0x8000) << 16));
 }
 
 INLINE float one_half(uint16_t h) {
-  const uint32_t bits = (h & 0x7fffu) << 13, sign = (h & 0x8000u) << 16;
+  const uint32_t bits = (h & 0x7fffu) << 13;
   float x;
   std::memcpy(&x, &bits, 4);
   x *= 0x1p112f;
-  return sign ? -x : x;
+  if (x >= 65536.f) x = h & 0x3ff ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
+  return h & 0x8000 ? -x : x;
 }
 
 INLINE float one_zero(const Gptq& a, int64_t group, int64_t channel) {

@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "259e8a4293ee0485f4d9ad103fa2afe078e55e3b62d560e922b12e96b9afa747"
+SOURCE_SHA256 = "e206d089dfb725b702c673fe9d3ee73eb5997fe496e44cb6445b5d050b25db8f"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 

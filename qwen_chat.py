@@ -47,8 +47,8 @@ class QWenChatMixin:
             stop_words_ids: lists of token ids that end the answer; they stay part of it.
             stop: a text or texts that end the answer and are not part of it.
             past_key_values: the cache of this conversation's earlier turns. What it shares with the new prompt is not
-                computed again; it is extended in place. Begin with None or an empty `DynamicCache`. Beams, whose rows
-                part, neither use nor change it.
+                computed again; it is extended in place. Begin with None or an empty `DynamicCache`. Beam search neither
+                uses nor changes it.
             return_past_key_values: return the cache too.
             generation_config, kwargs: as for `generate`; `max_window_size` is the largest prompt in tokens.
 
@@ -142,27 +142,13 @@ class QWenChatMixin:
         if "stream" in kwargs:
             raise ValueError("chat has no argument stream; for the answer as it grows call chat_stream.")
         chat_format = getattr(settings, "chat_format", None)
-        if chat_format != "chatml":
-            found = "names no chat_format" if chat_format is None else f"has chat_format={chat_format!r}"
-            raise ValueError(
-                f"chat needs a chat model, but the generation configuration {found}. For a base model call "
-                f"model.generate on the encoded text. If these are the weights of a chat model, set "
-                f"model.generation_config.chat_format = 'chatml', or load the checkpoint's generation_config.json "
-                f"with GenerationConfig.from_pretrained."
-            )
+        _check_chat_model(chat_format)
         if setting("num_return_sequences", 1) > 1:
             raise ValueError("chat gives one response; for several call model.generate with num_return_sequences.")
         if stop_words_ids is not None:
             check_stop_words_ids(stop_words_ids)
         max_window_size = setting("max_window_size", 6144)
-        _, shortest = make_context(tokenizer, query, None, system, max_window_size, chat_format)
-        if len(shortest) > max_window_size:
-            raise ValueError(
-                f"The system prompt and the question take {len(shortest)} tokens, more than "
-                f"max_window_size={max_window_size}. Shorten them, or pass a larger max_window_size if the model's "
-                f"context of {self.config.seq_length} tokens allows it."
-            )
-        _, tokens = make_context(tokenizer, query, history, system, max_window_size, chat_format)
+        tokens = _prompt(tokenizer, query, history, system, max_window_size, self.config.seq_length)
 
         # The tokens that end a turn are ends of the sequence for `generate`; longer stop words need a processor.
         eos = setting("eos_token_id", [])
@@ -201,6 +187,30 @@ class QWenChatMixin:
                 "stop_words_ids": stop_words_ids,
             },
         )
+
+
+def _check_chat_model(chat_format: str | None) -> None:
+    """Raise ValueError unless the `chat_format` of a generation configuration is that of a chat model."""
+    if chat_format == "chatml":
+        return
+    found = "names no chat_format" if chat_format is None else f"has chat_format={chat_format!r}"
+    raise ValueError(
+        f"chat needs a chat model, but the generation configuration {found}. For a base model call model.generate on "
+        f"the encoded text. If these are the weights of a chat model, set model.generation_config.chat_format = "
+        f"'chatml', or load the checkpoint's generation_config.json with GenerationConfig.from_pretrained."
+    )
+
+
+def _prompt(tokenizer, query: str, history, system: str, max_window_size: int, seq_length: int) -> list[int]:
+    """The token ids of a chat's prompt; ValueError if system prompt and question alone exceed `max_window_size`."""
+    _, shortest = make_context(tokenizer, query, None, system, max_window_size)
+    if len(shortest) > max_window_size:
+        raise ValueError(
+            f"The system prompt and the question take {len(shortest)} tokens, more than "
+            f"max_window_size={max_window_size}. Shorten them, or pass a larger max_window_size if the model's "
+            f"context of {seq_length} tokens allows it."
+        )
+    return make_context(tokenizer, query, history, system, max_window_size)[1]
 
 
 @dataclasses.dataclass

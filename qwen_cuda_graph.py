@@ -2,10 +2,10 @@
 A decoding step on a GPU as one CUDA graph, and the loop of `generate` that keeps the GPU busy with it.
 
 The graph computes up to 16 new tokens of a row behind a filled `QWenCache` or `QWenQuantizedCache` from the network's
-weights, floats or GPTQ's, by the kernels of triton_kernels.py, and by the library of products where there are many
-rows. It reads lengths, positions, NTK scales and the addresses of keys and values from tensors: one graph serves every
-length, every cache of so many rows, and storage that grows. It belongs to one generation at a time, and to the weights
-it was captured with: before every step it is compared where the model has them now.
+weights, floats, GPTQ's or int8, by the kernels of triton_kernels.py, and by the library of products where there are
+many rows. It reads lengths, positions, NTK scales and the addresses of keys and values from tensors: one graph serves
+every length, every cache of so many rows, and storage that grows. It belongs to one generation at a time, and to the
+weights it was captured with: before every step it is compared where the model has them now.
 
 On several GPUs there is a graph on each. With `device_map` each has consecutive blocks, and hidden states go from one
 to the next. With `tp_plan` each process has a share of every matrix, and the sums over the processes are in its graph.
@@ -30,8 +30,8 @@ from torch import nn
 from transformers.utils import logging
 
 from .qwen_cache import QWenCache
-from .qwen_ops import GPU_HEAD_SIZES, gptq_linear, quantized_sizes
-from .qwen_quantization import QuantizedLinear
+from .qwen_ops import GPU_HEAD_SIZES, quantized_sizes
+from .qwen_quantization import Int8Linear, QuantizedLinear
 from .qwen_sampling import draw, in_fewer_passes
 from .transformers_compat import (
     CACHE,
@@ -160,6 +160,10 @@ def _tensors(station: nn.Module) -> list[torch.Tensor]:
     return [local_tensor(t) for t in own if t is not None]
 
 
+def _has_codes(module: nn.Module) -> bool:
+    return type(module) in (QuantizedLinear, Int8Linear)
+
+
 def device_of(station: nn.Module) -> torch.device:
     return next(itertools.chain(station.parameters(), station.buffers())).device
 
@@ -176,7 +180,7 @@ def has_graphs(device: torch.device) -> bool:
 def is_plain(model) -> bool:
     """
     Whether a step may be computed from the weights alone: matrices of exactly the network's types, in one precision or
-    GPTQ's, every block on one GPU, no hooks, adapters, training or compilation.
+    quantised, every block on one GPU, no hooks, adapters, training or compilation.
     """
     differentiated = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     if model.training or is_compiling() or differentiated:
@@ -186,7 +190,7 @@ def is_plain(model) -> bool:
         return False
     linears = _linears(model)
     if not (
-        all(type(module) in (nn.Linear, QuantizedLinear) for module in linears)
+        all(type(module) is nn.Linear or _has_codes(module) for module in linears)
         and type(network.wte) is nn.Embedding
         and all(map(is_untouched, (model, network, network.rotary_emb)))
     ):
@@ -195,9 +199,8 @@ def is_plain(model) -> bool:
         group = processes(model)
     except ValueError:
         return False
-    quantised = [module for module in linears if type(module) is QuantizedLinear]
-    codes = [t for module in quantised for t in (module.qweight, module.qzeros, module.scales, module.g_idx)]
-    floats = [m.weight for m in (*linears, *_norms(model), network.wte) if type(m) is not QuantizedLinear]
+    codes = [t for module in linears if _has_codes(module) for t in _weight(module) if torch.is_tensor(t)]
+    floats = [m.weight for m in (*linears, *_norms(model), network.wte) if not _has_codes(m)]
     floats += [module.bias for module in linears if module.bias is not None]
     floats = [local_tensor(t) for t in floats]
     first = network.ln_f.weight
@@ -221,7 +224,7 @@ def takes(model, cache, rows: int) -> bool:
     """Whether steps of `rows` new tokens behind this cache, once it is filled, are for a graph of a plain model."""
     dtype, devices = model.transformer.ln_f.weight.dtype, [device_of(block) for block in model.transformer.h]
     hd, c_attn = model.config.kv_channels, model.transformer.h[0].attn.c_attn
-    projections = c_attn.out_features if type(c_attn) is QuantizedLinear else local_tensor(c_attn.weight).shape[0]
+    projections = c_attn.out_features if _has_codes(c_attn) else local_tensor(c_attn.weight).shape[0]
     return (
         isinstance(cache, QWenCache)
         and cache.kernel
@@ -244,7 +247,7 @@ def takes(model, cache, rows: int) -> bool:
 
 
 class _Places:
-    """Where a model has its weights: modules by their parents, and the addresses of all parameters."""
+    """Where a model has its weights: modules by their parents, and the addresses of parameters and buffers."""
 
     def __init__(self, model):
         transformer = model.transformer
@@ -254,17 +257,19 @@ class _Places:
             (parent._modules, name, module) for parent in parents for name, module in parent._modules.items()
         ]
         modules = [*_linears(model), *_norms(model), transformer.wte]
-        self._tensors = [(m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None]
-        tensors = [local_tensor(parameters[name]) for parameters, name in self._tensors]
+        of_modules = [tensors for m in modules for tensors in (m._parameters, m._buffers)]
+        self._tensors = [(tensors, name) for tensors in of_modules for name, t in tensors.items() if t is not None]
+        tensors = [local_tensor(tensors[name]) for tensors, name in self._tensors]
         settings = [norm.eps for norm in _norms(model)]
-        settings += [(m.format, m.group_size, m.is_ordered) for m in _linears(model) if type(m) is QuantizedLinear]
+        quantised = [m for m in _linears(model) if type(m) is QuantizedLinear]
+        settings += [(m.format, m.group_size, m.is_ordered, m.arrangement) for m in quantised]
         self.signature = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in tensors], settings
         self._addresses = [t.data_ptr() for t in tensors]
 
     def unchanged(self) -> bool:
         """Whether all of them are where they were; what is written in place needs no attention."""
         return all(modules.get(name) is module for modules, name, module in self._links) and self._addresses == [
-            local_tensor(parameters[name]).data_ptr() for parameters, name in self._tensors
+            local_tensor(tensors[name]).data_ptr() for tensors, name in self._tensors
         ]
 
 
@@ -272,8 +277,8 @@ class _Places:
 
 
 def _weight(linear):
-    """As `product` or `gptq_product` of triton_kernels.py takes it."""
-    return linear.tensors() if type(linear) is QuantizedLinear else local_tensor(linear.weight)
+    """As `product`, `gptq_product` or `int8_product` of triton_kernels.py takes it."""
+    return linear.tensors() if _has_codes(linear) else local_tensor(linear.weight)
 
 
 def _bias(linear):
@@ -286,18 +291,19 @@ def _kernel_of(linear, gate, rows: int):
     if gate is not None and (type(gate) is not type(linear) or (gate.bias is None) != (linear.bias is None)):
         return None
     if type(linear) is not QuantizedLinear:
-        return kernels.product if rows <= kernels.PRODUCT_ROWS else None
+        kernel = kernels.int8_product if type(linear) is Int8Linear else kernels.product
+        return kernel if rows <= kernels.PRODUCT_ROWS else None
     if rows > kernels.GPTQ_MAX_ROWS or not kernels.takes_gptq(*linear.tensors()):
         return None
     if gate is not None and (gate.tensors()[4:] != linear.tensors()[4:] or not kernels.takes_gptq(*gate.tensors())):
+        return None
+    if gate is not None and gate.arrangement != linear.arrangement:
         return None
     return kernels.gptq_product
 
 
 def _library_product(x, linear, bias):
-    if type(linear) is QuantizedLinear:
-        return gptq_linear(x, *linear.tensors(), bias)
-    return F.linear(x, _weight(linear), bias)
+    return linear.product(x, bias) if _has_codes(linear) else F.linear(x, _weight(linear), bias)
 
 
 def parts_of(model) -> list[tuple[torch.device, slice]]:
@@ -419,11 +425,12 @@ class _Part:
                 """As `kernels.product`, of modules, for any number of rows; with a bias if the module has one."""
                 kernel = _kernel_of(linear, gate, B * T)
                 bias = _bias(linear) if bias else None
-                if norm is not None and not (kernel and B * T == 1):
+                is_sorted = type(linear) is QuantizedLinear and linear.order is not None
+                if norm is not None and not (kernel and B * T == 1 and not is_sorted):
                     x, norm = kernels.rms_norm(x, norm.weight, norm.eps), None
                 if kernel is not None:
                     return kernel(
-                        x,
+                        linear.arranged(x) if is_sorted else x,
                         _weight(linear),
                         bias,
                         norm=None if norm is None else norm.weight,

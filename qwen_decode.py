@@ -16,6 +16,7 @@ import functools
 
 import torch
 from torch import nn
+from transformers import LogitsProcessorList
 from transformers.utils import logging
 
 from .qwen_attention import AttendingCache
@@ -195,7 +196,7 @@ def _matrix(module: nn.Module, like: torch.Tensor):
         return (module.weight, module.bias, None, *plain)
     if type(module) is Int8Linear and module.codes.device == like.device:
         return (module.codes, module.bias, module.weight_scale, *plain)
-    if type(module) is QuantizedLinear and module.qweight.device == like.device:
+    if type(module) is QuantizedLinear and module.codes.device == like.device and module.order is None:
         qweight, qzeros, scales, g_idx, *format = module.tensors()
         return (qweight, module.bias, scales, qzeros, g_idx, *format)
     return None
@@ -263,7 +264,7 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
         assistant = kwargs.get("assistant_model")
         is_qwen = isinstance(assistant, QWenGenerationMixin)
         if ASSISTANTS_GENERATE and is_qwen and assistant.config.vocab_size < self.config.vocab_size:
-            kwargs["assistant_model"] = _PaddedAssistant(assistant, self.config.vocab_size)
+            kwargs["assistant_model"] = _PaddedAssistant(assistant, self.config.vocab_size, logits_processor)
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def _prompt_alpha(self, settings, ids, kwargs: dict) -> torch.Tensor | None:
@@ -342,17 +343,27 @@ class _PaddedAssistant:
     An assistant that seems to have the rows of the model it drafts for. The four sizes share one vocabulary and pad
     their embeddings to 151,936 or 152,064 rows, but transformers takes unequal numbers for unequal tokenizers. The rows
     that the assistant lacks have probability 0, as speculative sampling (https://arxiv.org/abs/2211.17192) needs it.
+
+    transformers would hand on the model's logits processors, which know its number of rows. Those that the settings ask
+    for, the assistant makes itself; those of the caller, `processors`, are given all rows.
     """
 
-    def __init__(self, assistant, vocab_size: int):
+    def __init__(self, assistant, vocab_size: int, processors=None):
         self.assistant, self.rows = assistant, assistant.config.vocab_size
         self.config = copy.copy(assistant.config)
         self.config.vocab_size = vocab_size
+        self.processors = LogitsProcessorList(processors or ())
 
     def __getattr__(self, name):
         return getattr(self.assistant, name)
 
+    def process(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The caller's processors, on scores (B, rows of the assistant)."""
+        missing = self.config.vocab_size - self.rows
+        return self.processors(input_ids, nn.functional.pad(scores, (0, missing), value=-torch.inf))[:, : self.rows]
+
     def generate(self, *args, input_ids: torch.Tensor, **kwargs):
+        kwargs["logits_processor"] = [self.process] if self.processors else []
         # A row of padding that was generated all the same would be outside of the assistant's embedding.
         output = self.assistant.generate(*args, input_ids=input_ids.clamp(max=self.rows - 1), **kwargs)
         output.sequences[:, : input_ids.shape[1]] = input_ids

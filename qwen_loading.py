@@ -20,6 +20,7 @@ from .qwen_quantization import (
     check_tensors,
     give_back_quantization,
     is_quantized,
+    leave_out,
     loading_quantized,
     replace_matrices,
     take_quantization,
@@ -35,11 +36,13 @@ from .transformers_compat import (
     gpu_supports_bf16,
     has_mps,
     is_flash_attn_2_available,
+    is_fsdp_unit,
     load_config,
     loading_defaults,
     named_attention,
     pop_dtype,
     set_attention,
+    tensor_names,
 )
 
 logger = logging.get_logger("transformers.models.qwen.qwen_loading")
@@ -76,7 +79,9 @@ class QWenPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights; those that write to the residual stream smaller by `sqrt(2 * layers)`, as in GPT-2."""
         std = self.config.initializer_range
-        if getattr(module, "HOLDS_CODES", False):  # they come from a checkpoint
+        if getattr(module, "HOLDS_CODES", False):  # they come from a checkpoint, which may lack the bias
+            if module.bias is not None and not getattr(module.bias, "_is_hf_initialized", False):
+                nn.init.zeros_(module.bias)
             return
         if isinstance(module, nn.Linear):
             if getattr(module, "into_residual", False):
@@ -152,6 +157,13 @@ class QWenPreTrainedModel(PreTrainedModel):
         return (model, info) if info_wanted else model
 
     @classmethod
+    def _load_pretrained_model(cls, model, state_dict, *args, **kwargs):
+        """As inherited: read the tensors of a checkpoint into a model, here without those that it may leave out."""
+        if args and is_quantized(model.config):  # without, and all by name, it is called for an adapter
+            leave_out(model, tensor_names(state_dict, args[0]))
+        return super()._load_pretrained_model(model, state_dict, *args, **kwargs)
+
+    @classmethod
     def _from_config(cls, config, **kwargs):
         """A new model; bf16, fp16 and fp32 in `config` choose its precision as at loading."""
         config.check()
@@ -171,7 +183,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             copy_source(save_directory)
         made = type(self)
-        if hasattr(self, "set_reshard_after_forward"):  # FSDP2 has put a class of its own before the model's
+        if is_fsdp_unit(self):  # a class of FSDP2's own is before the model's
             self.__class__ = made.__mro__[2]
         try:
             super().save_pretrained(save_directory, **kwargs)

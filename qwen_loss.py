@@ -10,6 +10,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from .transformers_compat import is_fsdp_unit
+
 CHUNK_SIZE = 2**26  # logits held at a time: 256 MiB in float32, 441 positions of 151,936
 SHARDED_CHUNKS = 8
 
@@ -52,7 +54,7 @@ def causal_lm_loss(
     hidden_states = hidden_states.flatten(0, -2)  # (B T, hidden)
     targets = shift_labels.flatten().to(hidden_states.device)  # (B T,)
     number = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-    if hasattr(head, "set_reshard_after_forward"):  # a unit of FSDP2
+    if is_fsdp_unit(head):
         inside = functools.partial(_mean, head.forward, head, vocab_size, ignore_index, chunk_size)
         return _between_hooks(head, inside, hidden_states, targets, number)
     if any(map(_is_sharded, head.parameters())):

@@ -54,8 +54,8 @@ def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, scale: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    `F.linear`, at the speed of memory for up to 8 rows of x on a CPU; more rows are multiplied by blocks of an int8
-    weight that are written out in x's dtype on the way.
+    `F.linear`, at the speed of memory for up to 8 rows of x on a CPU, and for up to 16 on a GPU with an int8 weight.
+    More rows are multiplied by blocks of an int8 weight that are written out in x's dtype on the way.
 
     x: (..., in). weight: (out, in), or int8 with scale (out,) or (out, groups): the weight is then
     `weight * scale`, each scale for `in / groups` neighbouring inputs. bias: (out,). Returns (..., out) in x's dtype,
@@ -70,10 +70,11 @@ def linear(
     """
     rows = math.prod(x.shape[:-1])
     if weight.dtype == torch.int8:
-        has_kernel = rows > 0 and x.dtype in (*_FLOATS, torch.float16)
+        has_kernel = rows > 0 and x.dtype in (*_FLOATS, torch.float16) and x.device.type in ("cpu", "cuda")
     else:
         has_kernel = 0 < rows <= MAX_ROWS and x.dtype in _FLOATS and weight.dtype == torch.bfloat16
-    if has_kernel and x.device.type == "cpu" and _plain(x, weight) and not _differentiated(x, weight, bias):
+        has_kernel = has_kernel and x.device.type == "cpu"
+    if has_kernel and _plain(x, weight) and not _differentiated(x, weight, bias):
         return _OPERATORS.linear(x, weight, bias, scale)
     return linear_reference(x, weight, bias, scale)
 
@@ -93,10 +94,10 @@ def linear_reference(x, weight, bias=None, scale=None):
 
 
 def linear_without_kernels(x, weight, bias=None, scale=None):
-    """The reference, but few rows and int8 weights by PyTorch's own product, which needs no copy in x's dtype."""
+    """The reference, but few rows and int8 weights on a CPU by PyTorch's own product, which needs no copy of them."""
     rows, is_int8 = math.prod(x.shape[:-1]), weight.dtype == torch.int8 and scale is not None and scale.dim() == 1
     # It reads whole vectors, beyond the end of a row that is not made of them.
-    if not is_int8 or weight.shape[1] % 64 or not 0 < rows <= INT8_ROWS.get(x.dtype, 0):
+    if x.device.type != "cpu" or not is_int8 or weight.shape[1] % 64 or not 0 < rows <= INT8_ROWS.get(x.dtype, 0):
         return linear_reference(x, weight, bias, scale)
     y = int8_product(x.reshape(rows, -1), weight).float() * scale
     return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)

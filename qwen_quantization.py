@@ -8,7 +8,7 @@ Two formats of checkpoints are read and written as they lie in the file, without
 
 Loading calls, in this order: `take_quantization` before transformers' `from_pretrained`, which would hand the
 checkpoint to another package; `loading_quantized` around it; `replace_matrices` when the model was built, on the meta
-device; `check_tensors` and `give_back_quantization` when its weights are loaded.
+device; `leave_out` before its tensors are read; `check_tensors` and `give_back_quantization` when they are loaded.
 
 Other methods (bitsandbytes, AWQ, ...) and a `quantization_config` that the caller passes are transformers' own.
 """
@@ -41,6 +41,8 @@ from .transformers_compat import (
     quantization_methods,
 )
 
+SORTED_ON = ("cuda",)  # devices whose kernels want the inputs in the groups' order
+REORDERED_CODES = 1 << 24  # at a time
 HELD = "_gptq"  # where a configuration keeps its quantization_config while transformers may not see it
 
 
@@ -206,6 +208,11 @@ class QuantizedLinear(_Quantized):
         weight[o, i] = scales[g_idx[i], o] * (q[i, o] - zero[g_idx[i], o])
 
     The weight is computed by `dequantize`. Gradients go through it to the inputs, never to the codes.
+
+    On a GPU codes of inputs in another order than the groups' (`desc_act`) are sorted once, in place, so that kernels
+    find the inputs of a group side by side: qweight is None then, `sorted_qweight` has the same codes, and input
+    order[i], int64 (in), belongs to the i-th of them. `arrangement` names that order: matrices with the same take the
+    same inputs. A state dict has the codes as the file has them.
     """
 
     SCALES = "scales"
@@ -238,25 +245,75 @@ class QuantizedLinear(_Quantized):
         self.scales = parameter(groups, out_features, dtype=torch.float16)
         self.g_idx = parameter(in_features, dtype=torch.int32)
         self.bias = parameter(out_features, dtype=dtype, requires_grad=True)
+        self.register_parameter("sorted_qweight", None)
+        self.register_buffer("order", None, persistent=False)
+        self.arrangement: int | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in), any floating dtype. Returns (..., out) in the same."""
         if torch.is_grad_enabled() and x.requires_grad and not is_compiling():
-            y = _FrozenProduct.apply(x, *self.tensors())
+            y = _FrozenProduct.apply(self.arranged(x), *self.tensors())
             return y if self.bias is None else y + self.bias
-        return (gptq_linear_reference if is_compiling() else gptq_linear)(x, *self.tensors(), self.bias)
+        return self.product(x, self.bias)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `forward`, with a bias of the caller's, or without."""
+        return (gptq_linear_reference if is_compiling() else gptq_linear)(self.arranged(x), *self.tensors(), bias)
+
+    def arranged(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in), its inputs in the order of the codes."""
+        return x if self.order is None else x.index_select(-1, self.order)
 
     def tensors(self) -> tuple:
-        """What the operations `gptq_linear` and `gptq_dequantize` take."""
-        g_idx = None if self.is_ordered else self.g_idx
+        """What the operations `gptq_linear` and `gptq_dequantize` take, for inputs that are `arranged`."""
+        g_idx = None if self.is_ordered or self.order is not None else self.g_idx
         return (
-            *(self.qweight, self.qzeros, self.scales, g_idx),
+            *(self.codes, self.qzeros, self.scales, g_idx),
             *(self.format.bits, self.group_size, self.format.zero_offset),
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that the codes stand for, (out, in)."""
-        return gptq_dequantize(*self.tensors(), dtype=dtype).t()
+        weight = gptq_dequantize(*self.tensors(), dtype=dtype)
+        return (weight if self.order is None else weight[self.order.argsort()]).t()
+
+    def sort_inputs(self) -> None:
+        """Sort the codes by the groups of their inputs, if they are not; unless groups are of several sizes."""
+        if self.is_ordered or self.order is not None:
+            return
+        order = self.g_idx.argsort(stable=True)
+        if not torch.equal(self.g_idx[order], self._ordered_groups()):
+            return
+        _reorder_(self.qweight.data, order, self.format.bits)
+        self.sorted_qweight, self.qweight = self.qweight, None
+        self.order, self.arrangement = order, hash(tuple(order.tolist()))
+
+    def _unsort_inputs(self) -> None:
+        _reorder_(self.sorted_qweight.data, self.order.argsort(), self.format.bits)
+        self.qweight, self.sorted_qweight = self.sorted_qweight, None
+        self.order = self.arrangement = None
+
+    def _apply(self, fn, *args, **kwargs):
+        super()._apply(fn, *args, **kwargs)
+        if self.codes.device.type in SORTED_ON:
+            self.sort_inputs()
+        return self
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.order is not None:
+            codes = destination.pop(f"{prefix}sorted_qweight").detach().clone()
+            _reorder_(codes, self.order.argsort(), self.format.bits)
+            destination[f"{prefix}qweight"] = codes
+
+    def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
+        was_sorted = self.order is not None
+        if was_sorted:
+            self._unsort_inputs()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if was_sorted:
+            self.set_order()
+            self.sort_inputs()
 
     def set_order(self) -> None:
         """
@@ -265,7 +322,7 @@ class QuantizedLinear(_Quantized):
         Raises ValueError for groups that there are not, or scales that are not finite. What is offloaded to a disk is
         not looked at.
         """
-        if self.g_idx.device.type == "meta":
+        if self.codes.device.type == "meta" or self.order is not None:
             return
         if not bool(torch.isfinite(self.scales).all()):
             raise ValueError("some of its scales are not finite")
@@ -276,23 +333,28 @@ class QuantizedLinear(_Quantized):
 
     def derive_groups(self) -> None:
         """Fill in a g_idx that the checkpoint left out."""
-        with torch.no_grad():
-            device = "cpu" if self.g_idx.device.type == "meta" else self.g_idx.device
-            self.g_idx = nn.Parameter(self._ordered_groups().to(device), requires_grad=False)
+        self.g_idx = nn.Parameter(self._ordered_groups(), requires_grad=False)
 
     def _ordered_groups(self) -> torch.Tensor:
-        device = None if self.g_idx.device.type == "meta" else self.g_idx.device
-        return torch.arange(self.in_features, dtype=torch.int32, device=device) // self.group_size
+        return torch.arange(self.in_features, dtype=torch.int32, device=self.codes.device) // self.group_size
 
     @property
     def codes(self) -> nn.Parameter:
-        return self.qweight
+        return self.qweight if self.order is None else self.sorted_qweight
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.format.bits}, "
             f"group_size={self.group_size}, bias={self.bias is not None}"
         )
+
+
+def _reorder_(qweight: torch.Tensor, order: torch.Tensor, bits: int) -> None:
+    """Packed codes, int32 (in / n, out), in place, by blocks of outputs: those of input order[i] become the i-th."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=qweight.device)[:, None]
+    for block in qweight.split(max(1, REORDERED_CODES // len(order)), dim=1):
+        codes = (block[:, None] >> shifts & 2**bits - 1).flatten(0, 1)[order]  # (in, outputs)
+        block.copy_((codes.unflatten(0, (len(block), -1)) << shifts).sum(1, dtype=torch.int32))
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -354,8 +416,15 @@ class Int8Linear(_Quantized):
         self._parameters.setdefault(name, None)  # PyTorch refuses the name of an attribute that is no parameter
         nn.Linear.register_parameter(self, name, codes)
 
+    def tensors(self) -> tuple:
+        """Codes, int8 (out, in), and scales, float32 (out)."""
+        return self.codes, self.weight_scale
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return (linear_reference if is_compiling() else linear)(x, self.codes, bias, self.weight_scale)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (linear_reference if is_compiling() else linear)(x, self.codes, self.bias, self.weight_scale)
+        return self.product(x, self.bias)
 
 
 def check_training(network) -> None:
@@ -467,12 +536,33 @@ def loading_quantized(config, source, kwargs: dict):
         raise RuntimeError(_other_shapes(source, str(error))) from None
 
 
+def leave_out(model, names) -> None:
+    """
+    Before the tensors are read: remove from GPTQ's matrices what the checkpoint lacks and may lack, so that it isn't
+    reported as missing. That is the bias where the network has none, and g_idx where `check_tensors` derives it.
+
+    names: of all tensors of the checkpoint.
+    """
+    prefix = f"{model.base_model_prefix}."
+
+    def bare(name: str) -> str:  # the checkpoint of a bare model, or of a model with a head, may be loaded to the other
+        return name[len(prefix) :] if name.startswith(prefix) else name
+
+    found = set(map(bare, names))
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantizedLinear) or f"{bare(name)}.qweight" not in found:
+            continue
+        if not module.needs_bias and f"{bare(name)}.bias" not in found:
+            module.bias = None
+        if not module.format.desc_act and f"{bare(name)}.g_idx" not in found:
+            module.g_idx = None
+
+
 def check_tensors(model, info: dict, source) -> None:
     """
-    See that the tensors of a checkpoint fit its quantisation, and fill in what a file may leave out.
+    See that the tensors of a checkpoint fit its quantisation, and derive a g_idx that it left out.
 
-    info: what `output_loading_info=True` gives; what was filled in is taken from its `missing_keys`. A bias may be
-    missing where the network has none, g_idx where it can be derived.
+    info: what `output_loading_info=True` gives.
 
     Raises RuntimeError for tensors of other shapes, for a g_idx that is missing with desc_act or names groups that
     there are not, and for scales that are not finite.
@@ -494,21 +584,18 @@ def check_tensors(model, info: dict, source) -> None:
         if not isinstance(module, QuantizedLinear):
             continue
         module.scales.requires_grad_(False)
-        absent = {leaf: [key for key in missing if f".{key}".endswith(f".{name}.{leaf}")] for leaf in ("g_idx", "bias")}
-        if absent["g_idx"] and module.format.desc_act:
+        lacking = {leaf for leaf in ("g_idx", "scales") for key in missing if f".{key}".endswith(f".{name}.{leaf}")}
+        if "g_idx" in lacking and module.format.desc_act:
             raise RuntimeError(
                 f"The checkpoint {source} was quantised with desc_act, but lacks {name}.g_idx, which says how its "
                 f"inputs are grouped and can't be derived. Copy all weight files again, or quantise without desc_act."
             )
-        if absent["g_idx"]:
+        if module.g_idx is None and module.codes.device.type != "meta":
             module.derive_groups()
-        if absent["bias"] and not module.needs_bias:
-            module.bias = None
-        missing.difference_update(absent["g_idx"], [] if module.needs_bias else absent["bias"])
-        if not any(f".{key}".endswith(f".{name}.scales") for key in missing):
+        if not lacking:
             try:
                 module.set_order()
             except ValueError as error:
                 raise RuntimeError(f"The checkpoint {source} is damaged: {name}: {error}. Copy it again.") from None
-    kind = type(info["missing_keys"])  # a list up to 4.57, a set in 5.x
-    info["missing_keys"] = kind(key for key in info["missing_keys"] if key in missing)
+            if module.codes.device.type in SORTED_ON:
+                module.sort_inputs()

@@ -362,7 +362,10 @@ class LayeredCache(DynamicCache if hasattr(DynamicCache, "crop") else transforme
 
 
 def as_cache(past_key_values):
-    """Up to 4.46 some ways of generating hand over a tuple of (key, value) pairs, one a layer; as a cache."""
+    """
+    The cache itself, or one made of a tuple of (key, value) pairs, one a layer, which some ways of generating hand over
+    up to 4.46. Raises ValueError for what is neither, and for the StaticCache of 4.38 to 4.40.
+    """
     if isinstance(past_key_values, (tuple, list)) and hasattr(DynamicCache, "from_legacy_cache"):
         return DynamicCache.from_legacy_cache(past_key_values)
     if past_key_values is not None and not hasattr(past_key_values, "update"):
@@ -544,8 +547,9 @@ _HAS_GET_INTERFACE = hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface")
 
 def attention_function(name: str | None, default):
     """
-    `ALL_ATTENTION_FUNCTIONS.get_interface`, which releases up to 4.57 lack: `default` for "eager" and None; it finds
-    keys and values of continuous batching written.
+    The attention function of this name, as `ALL_ATTENTION_FUNCTIONS.get_interface` gives it, which releases up to 4.57
+    lack: `default` for "eager" and None. With continuous batching it first writes keys and values to the cache that it
+    is handed, where the release leaves that to the model. Raises KeyError for a name that isn't known.
     """
     if name is None or name == "eager":
         return default
@@ -633,6 +637,14 @@ def input_device(model) -> torch.device:
     hook = getattr(embedding, "_hf_hook", None) or getattr(model, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return torch.device(device) if device is not None else embedding.weight.device
+
+
+def is_fsdp_unit(module: nn.Module) -> bool:
+    """
+    Whether FSDP2 (`fully_shard`) was called for this module: its own parameters are in pieces on several processes, and
+    its class is a new one before the module's. PyTorch up to 2.5 has that class elsewhere: it is told by its method.
+    """
+    return hasattr(module, "set_reshard_after_forward")
 
 
 def is_only_moved(module: nn.Module) -> bool:
@@ -1133,7 +1145,10 @@ def loading_defaults(kwargs: dict) -> None:
 
 
 def forget_device_map(model, device_map) -> None:
-    """The map of `loading_defaults` is nobody's wish (`device_map` is the caller's): the model may be moved."""
+    """
+    Take the device map that `loading_defaults` passed off the model again, unless the caller passed one (`device_map`):
+    accelerate refuses to move a model that has a map.
+    """
     if masking_utils is None and device_map is None and getattr(model, "hf_device_map", None) == _ON_CPU:
         del model.hf_device_map
 
@@ -1170,6 +1185,20 @@ def keeping_dtypes(kwargs: dict):
 
 # Up to 4.52 a tensor of another shape stops the loading, whatever `ignore_mismatched_sizes` says.
 REPORTS_MISMATCHES = masking_utils is not None
+
+
+def tensor_names(state_dict: dict | None, source) -> list:
+    """
+    The names of a checkpoint's tensors, from what `PreTrainedModel._load_pretrained_model` is called with: the tensors,
+    or None, and then their names (up to 4.50), later the files.
+    """
+    if state_dict is not None:
+        return list(state_dict)
+    if "loaded_keys" in inspect.signature(transformers.PreTrainedModel._load_pretrained_model).parameters:
+        return source
+    from transformers.modeling_utils import load_state_dict
+
+    return [name for file in source for name in load_state_dict(file, map_location="meta")]
 
 
 def keep_offloaded_dtypes(model, names: tuple) -> None:
@@ -1418,6 +1447,9 @@ PRIVATE_NAMES = {
     ),
     "_pad_token_tensor": lambda: _has(transformers.GenerationMixin, "_prepare_special_tokens"),  # which makes it
     "_sample": lambda: _takes(transformers.GenerationMixin, "_sample", "input_ids", "logits_processor"),
+    "_load_pretrained_model": lambda: _takes(
+        transformers.PreTrainedModel, "_load_pretrained_model", "model", "state_dict"
+    ),
     "_init_weights": lambda: _takes(transformers.PreTrainedModel, "_init_weights", "module"),
     "_from_config": lambda: _takes(transformers.PreTrainedModel, "_from_config", "config"),
     "_attn_implementation": lambda: _has(transformers.PretrainedConfig(), "_attn_implementation"),

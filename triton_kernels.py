@@ -22,10 +22,12 @@ import torch
 
 from .qwen_ops import (
     CENTRES,
+    GPU_BLOCK_WEIGHTS,
     GPU_HEAD_SIZES,
     STEPS,
     decode_attention_reference,
     gptq_linear_reference,
+    linear_reference,
     quantize_append_reference,
     quantized_decode_attention_reference,
     quantized_sizes,
@@ -714,13 +716,14 @@ def _finish(
 
 @triton.jit
 def _product_kernel(
-    x, norm, weight, gate, bias, gate_bias, residual, y, M, N, K, eps,
+    x, norm, weight, gate, scale, gate_scale, bias, gate_bias, residual, y, M, N, K, eps,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-    NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    CODES: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """
     x (M, K) times weight (N, K): BN outputs of every row. Then, as asked for: of one row the norm before (its scale is
-    a factor of the sum), plus bias, times silu of the product with `gate`, plus residual (M, N).
+    a factor of the sum), plus bias, times silu of the product with `gate`, plus residual (M, N). With CODES the weights
+    are int8, times scale (N).
     """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -746,9 +749,9 @@ def _product_kernel(
         if DOT:
             there = inside[:, None] & (m < M)[None, :]
             value = tl.load(x + (start + k)[:, None] + (m * K)[None, :], mask=there, other=0)  # (BK, ROWS)
-            total = tl.dot(w, value, total, input_precision="ieee")
+            total = tl.dot(w.to(value.dtype), value, total, input_precision="ieee")
             if GATE:
-                gate_total = tl.dot(g, value, gate_total, input_precision="ieee")
+                gate_total = tl.dot(g.to(value.dtype), value, gate_total, input_precision="ieee")
         else:
             value = tl.load(x + start + k, mask=inside, other=0).to(tl.float32)
             if NORM:
@@ -760,8 +763,12 @@ def _product_kernel(
     if not DOT:
         total, gate_total = tl.sum(total, 1)[:, None], tl.sum(gate_total, 1)[:, None]
     if NORM:
-        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        total, gate_total = total * scale, gate_total * scale
+        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        total, gate_total = total * factor, gate_total * factor
+    if CODES:
+        total *= tl.load(scale + n, mask=n < N, other=0)[:, None]
+        if GATE:
+            gate_total *= tl.load(gate_scale + n, mask=n < N, other=0)[:, None]
     there = (n < N)[:, None] & (m < M)[None, :]
     place = n[:, None] + (m * N)[None, :]
     _finish(total, gate_total, n[:, None], place, there, bias, gate_bias, residual, y, N, GATE, BIAS, RESIDUAL)
@@ -774,17 +781,26 @@ def product(x, weight, bias=None, *, norm=None, eps=0.0, gate=None, gate_bias=No
     x: (M, K), contiguous, M at most `PRODUCT_ROWS`, 1 with `norm` (K,). weight, gate: (N, K), contiguous; both have a
     bias (N,) or neither. Returns (M, N) in x's dtype. tuning: as an entry of `PRODUCT`.
     """
+    tuning = tuning or PRODUCT[len(x) > 1, gate is not None]
+    gate = None if gate is None else (gate, None)
+    return _product(x, (weight, None), gate, (bias, gate_bias, residual), norm, eps, tuning)
+
+
+def _product(x, matrix, gate, ends, norm, eps, tuning):
+    """matrix, gate: weights and their scales or None."""
+    (weight, scale), (gate_weight, gate_scale) = matrix, gate or matrix
+    rest = [x if t is None else t for t in (scale, gate_scale, *ends)]
     (M, K), N = x.shape, weight.shape[0]
     y = x.new_empty(M, N)
-    tuning = dict(tuning or PRODUCT[M > 1, gate is not None])
+    tuning = dict(tuning)
     if M > 1:  # blocks lie in shared memory
         block = (tuning["BN"] * (1 if gate is None else 2) + 16) * tuning["BK"] * x.element_size()
         tuning["STAGES"] = max(1, min(tuning["STAGES"], (_shared_memory(x.device) - 2**13) // block))
     _product_kernel[(triton.cdiv(N, tuning["BN"]),)](
-        x, x if norm is None else norm, weight, weight if gate is None else gate, x if bias is None else bias,
-        x if gate_bias is None else gate_bias, x if residual is None else residual, y, M, N, K, eps,
-        ROWS=16 if M > 1 else 1, EVEN=K % tuning["BK"] == 0, NORM=norm is not None, GATE=gate is not None,
-        BIAS=bias is not None, RESIDUAL=residual is not None, **tuning,
+        x, x if norm is None else norm, weight, gate_weight, *rest, y, M, N, K, eps,
+        ROWS=16 if M > 1 else 1, EVEN=K % tuning["BK"] == 0, CODES=scale is not None,
+        NORM=norm is not None, GATE=gate is not None, BIAS=ends[0] is not None, RESIDUAL=ends[2] is not None,
+        **tuning,
     )  # fmt: skip
     return y
 
@@ -1360,6 +1376,98 @@ def gptq_linear(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset
     return y.view(*x.shape[:-1], -1)
 
 
+# --- Products with int8 matrices ---------------------------------------------------------------------------------
+
+# `Int8Linear` in qwen_quantization.py describes the tensors. One row in half precision is multiplied as by GPTQ's
+# codes: four inputs are an integer, and bytes, which become 0 to 255, are denormal numbers. Launches, the best of
+# those that `benchmarks/gpu_kernels.py --int8 --tune` measured on an H100: by whether there is a gate.
+INT8_ROW = {False: {"BN": 8, "BK": 512, "num_warps": 4}, True: {"BN": 8, "BK": 64, "num_warps": 2}}
+INT8_ROWS = {
+    False: {"BN": 32, "BK": 256, "num_warps": 4, "STAGES": 4},
+    True: {"BN": 32, "BK": 128, "num_warps": 2, "STAGES": 4},
+}
+
+
+@triton.jit
+def _int8_row_kernel(
+    x, norm, codes, gate_codes, scale, gate_scale, bias, gate_bias, residual, y, words, N, eps,
+    BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """As `_product_kernel`, of x (4 words) in half precision and codes int32 (N, words)."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    inputs, factors = x.to(tl.pointer_type(tl.int64)), norm.to(tl.pointer_type(tl.int64))
+    none = tl.zeros((BK, BN), tl.float32)
+    sums = none, none, tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
+    for start in tl.range(0, words, BK, num_stages=1):
+        k = start + tl.arange(0, BK)
+        inside = k < words
+        there = inside[:, None] & (n < N)[None, :]
+        at = n.to(tl.int64)[None, :] * words + k[:, None]
+        word = _load(codes + at, there, EVEN, "evict_first") ^ -0x7F7F7F80
+        gate_word = word
+        if GATE:
+            gate_word = _load(gate_codes + at, there, EVEN, "evict_first") ^ -0x7F7F7F80
+        factor = inside
+        if NORM:
+            factor = _load(factors + k, inside, EVEN, "")
+        sums = _add_four(sums, word, gate_word, _load(inputs + k, inside, EVEN, ""), factor, x, 0, 8, NORM, GATE)
+    total, gate_total, of_inputs, squares = sums
+    total, gate_total, of_inputs = tl.sum(total, 0), tl.sum(gate_total, 0), tl.sum(of_inputs, 0)
+    more = of_inputs * 2.0**-42  # 128 times, of the unit of denormal numbers times 2^100
+    factor = 2.0**49
+    if NORM:
+        factor *= tl.rsqrt(tl.sum(squares, 0) / (words * 4) + eps)
+    total = (total - more) * (tl.load(scale + n, mask=n < N, other=0) * factor)
+    if GATE:
+        gate_total = (gate_total - more) * (tl.load(gate_scale + n, mask=n < N, other=0) * factor)
+    _finish(total, gate_total, n, n, n < N, bias, gate_bias, residual, y, N, GATE, BIAS, RESIDUAL)
+
+
+def int8_product(
+    x, matrix, bias=None, *, norm=None, eps=0.0, gate=None, gate_bias=None, residual=None, tuning=None
+):  # fmt: skip
+    """
+    `product` with int8 matrices: (weight int8 (N, K), scale float32 (N)), contiguous, and so the gate.
+
+    tuning: a launch of `INT8_ROW`, or `INT8_ROWS`.
+    """
+    (weight, scale), (gate_weight, gate_scale), ends = matrix, gate or matrix, (bias, gate_bias, residual)
+    (M, K), N, gated = x.shape, weight.shape[0], gate is not None
+    norm_or_x = x if norm is None else norm
+    if M > 1 or x.element_size() > 2 or K % 4 or any(t.data_ptr() % 8 for t in (x, norm_or_x, weight, gate_weight)):
+        tuning = tuning or (INT8_ROWS[gated] if M > 1 else PRODUCT[False, gated])
+        return _product(x, matrix, gate, ends, norm, eps, tuning)
+    words, tuning = K // 4, tuning or INT8_ROW[gated]
+    y = x.new_empty(M, N)
+    _int8_row_kernel[(triton.cdiv(N, tuning["BN"]),)](
+        x, norm_or_x, weight.view(torch.int32), gate_weight.view(torch.int32), scale, gate_scale,
+        *(x if t is None else t for t in ends), y, words, N, eps,
+        EVEN=words % tuning["BK"] == 0 and N % tuning["BN"] == 0, NORM=norm is not None, GATE=gated,
+        BIAS=bias is not None, RESIDUAL=residual is not None, **tuning,
+    )  # fmt: skip
+    return y
+
+
+def linear(x, weight, bias, scale):
+    if weight.dtype != torch.int8 or scale is None or scale.dim() > 1:
+        return linear_reference(x, weight, bias, scale)
+    rows, (N, K), shape = x.numel() // x.shape[-1], weight.shape, x.shape[:-1]
+    x = x.reshape(rows, K).contiguous()
+    with torch.cuda.device_of(x):
+        if 0 < rows <= PRODUCT_ROWS:
+            return int8_product(x, (weight.contiguous(), scale.contiguous()), bias).view(*shape, N)
+        if x.dtype == torch.float16:  # as in the reference
+            x, scale = x * 2**-7, scale * 2**7
+        y = x.new_empty(rows, N)
+        width = max(1, GPU_BLOCK_WEIGHTS // K)
+        for first in range(0, N, width):
+            where = slice(first, first + width)
+            torch.mm(x, weight[where].to(x.dtype).t(), out=y[:, where])
+        y = y.mul_(scale) if bias is None else torch.addcmul(bias, y, scale, out=y)
+    return y.view(*shape, N)
+
+
 def register(library, device="cuda") -> str:
     """
     Make these the operators' kernels on GPUs; their name.
@@ -1373,6 +1481,9 @@ def register(library, device="cuda") -> str:
         raise RuntimeError(
             f"Triton {triton.__version__} does not work here: {type(error).__name__}: {error}"
         ) from error
-    for operation in (decode_attention, quantize_append, quantized_decode_attention, gptq_linear, gptq_dequantize):
+    for operation in (
+        *(decode_attention, quantize_append, quantized_decode_attention),
+        *(linear, gptq_linear, gptq_dequantize),
+    ):
         library.impl(operation.__name__, operation, "CUDA")
     return f"Triton {triton.__version__}"

@@ -2,7 +2,7 @@
 Speed of Qwen on several GPUs: whole blocks on each (`device_map`), or a share of every matrix (`tp_plan`).
 
     python benchmarks/cards.py make FOLDER [--size 72B] [--bits 4]
-    python benchmarks/cards.py run FOLDER [--seconds 500] [--out results.jsonl]
+    python benchmarks/cards.py run FOLDER [--whole] [--seconds 500] [--out results.jsonl]
     torchrun --nproc-per-node 2 benchmarks/cards.py run FOLDER [--seconds 280] [--out results.jsonl]
 
 `make` writes a checkpoint of zeros that takes no disk (sparse files), with --bits one of GPTQ's, 128 inputs a group;
@@ -204,14 +204,19 @@ def fits(model, rows: int, tokens: int, bits: int | None) -> bool:
 
 def check(model, graphs, report: Report, rows: int, length: int, tokens: int) -> None:
     """Greedy ids and logits of graphs beside those of the network, up to the first id that differs."""
-    outputs, chosen = [], graphs.DEVICES
+    if not all(of_all(fits(model, rows, length, None))):
+        report(what="check", rows=rows, left_out="does not fit into the memory that is free")
+        return
+    found, chosen = [], graphs.DEVICES
     for places in (chosen, ()):
         graphs.DEVICES = places
-        outputs.append(generate(model, rows, length, tokens, output_logits=True)[0])
+        output = generate(model, rows, length, tokens, output_logits=True)[0]
+        found.append((output.sequences[:, length:].cpu(), output.logits))
+        del output  # and the cache
     graphs.DEVICES = chosen
-    ours, theirs = (output.sequences[:, length:].cpu() for output in outputs)
+    (ours, theirs), logits = zip(*found)
     same = (ours == theirs).all(0).long().cumprod(0).sum().item()
-    logits = [torch.stack(output.logits[: same + 1]).float().cpu() for output in outputs]
+    logits = [torch.stack(each[: same + 1]).float().cpu() for each in logits]
     error = ((logits[0] - logits[1]).norm() / logits[1].norm()).item()
     found = of_all(ours.tolist())
     report(
@@ -283,7 +288,7 @@ def run(folder: str, arguments) -> None:
     if CUDA and PARALLEL:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     bandwidth, began = read_bandwidth(), time.perf_counter()
-    placement = {"tp_plan": "auto"} if PARALLEL else {"device_map": "auto"}
+    placement = {"tp_plan": "auto"} if PARALLEL else {"device_map": {"": 0} if arguments.whole else "auto"}
     precision = {"fp32": True} if arguments.fp32 else {"bf16": True}
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **placement, **precision).eval()
     synchronize()
@@ -330,6 +335,7 @@ def main() -> None:
     parser.add_argument("folder", help="of the checkpoint; its name ends with the size")
     parser.add_argument("--size", choices=SIZES, default="72B")
     parser.add_argument("--bits", type=int, choices=[4, 8], help="of `make`: GPTQ's codes")
+    parser.add_argument("--whole", action="store_true", help='on the first card, of which "auto" leaves a tenth free')
     parser.add_argument("--fp32", action="store_true")
     parser.add_argument("--cases", nargs="+", default=CASES, help="rows x tokens before, as 1x2048")
     parser.add_argument("--tokens", type=int, default=48, help="new ones, that are timed")

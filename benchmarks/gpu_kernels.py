@@ -1,9 +1,10 @@
 """
 The kernels of a decoding step on an NVIDIA GPU, one by one, beside cuBLAS and beside the bandwidth that was measured.
 
-    python benchmarks/gpu_kernels.py [--sizes 7B 72B] [--rows 1 4 16] [--gptq 4 8] [--tune]
+    python benchmarks/gpu_kernels.py [--sizes 7B 72B] [--rows 1 4 16] [--gptq 4 8] [--int8] [--tune]
 
---gptq: products with GPTQ matrices of so many bits instead, 128 inputs a group, beside cuBLAS on dequantised ones.
+--gptq, --int8: products with quantised matrices instead, GPTQ's of so many bits and 128 inputs a group, and int8;
+beside cuBLAS on dequantised ones.
 
 Products of few rows with the shapes of the published models, as `GraphedSteps` calls them, then attention behind caches
 of several lengths. Microseconds are of one launch inside a CUDA graph of many, over copies of the weights that do not
@@ -148,8 +149,22 @@ def gptq_launches(rows: int):
     return [dict(zip(("BN", "SHARES", "num_warps", "STAGES", "programs"), launch)) for launch in found]
 
 
-def gptq_matrix(K: int, N: int, bits: int):
-    """Random codes, as `QuantizedLinear.tensors`."""
+def int8_launches(rows: int):
+    """Sensible launches of `triton_kernels.INT8_ROW`, or of `INT8_ROWS`."""
+    if rows == 1:
+        sizes = itertools.product((2, 4, 8, 16), (64, 128, 256, 512, 1024), (1, 2, 4, 8))
+        found = [launch for launch in sizes if 128 <= launch[0] * launch[1] // launch[2] <= 1024]  # 4 to 32 a thread
+        return [dict(zip(("BN", "BK", "num_warps"), launch)) for launch in found]
+    sizes = itertools.product((16, 32, 64, 128), (128, 256), (1, 2, 4), (3, 4, 6))
+    found = [launch for launch in sizes if 2048 <= launch[0] * launch[1] // launch[2] <= 8192]
+    return [dict(zip(("BN", "BK", "num_warps", "STAGES"), launch)) for launch in found]
+
+
+def quantised_matrix(K: int, N: int, bits: int | None):
+    """Random codes, as `QuantizedLinear.tensors`, or without bits as `Int8Linear.tensors`."""
+    if bits is None:
+        codes = torch.randint(-128, 128, (N, K), dtype=torch.int8, device="cuda")
+        return codes, (torch.rand(N, device="cuda") + 0.5) * 2e-4
     n = 32 // bits
     words, zeros = (
         torch.randint(-(2**31), 2**31 - 1, size, dtype=torch.int32, device="cuda")
@@ -159,17 +174,17 @@ def gptq_matrix(K: int, N: int, bits: int):
     return words, zeros, scales, None, bits, 128, 1
 
 
-def gptq_product(shape, rows: int, copies: int, bits: int):
+def quantised_product(shape, rows: int, copies: int, bits: int | None):
     """As `product`; cuBLAS multiplies by one matrix that is dequantised on the way."""
     _, K, N, normed, gated, biased, residual = shape
     kind = {"dtype": torch.bfloat16, "device": "cuda"}
     x = torch.randn(rows, K, **kind)
-    matrices = [gptq_matrix(K, N, bits) for _ in range(copies * (2 if gated else 1))]
+    matrices = [quantised_matrix(K, N, bits) for _ in range(copies * (2 if gated else 1))]
     norm, bias, stream = torch.ones(K, **kind), torch.randn(N, **kind), torch.randn(rows, N, **kind)
 
     def ours(i, tuning=None):
         y = kernels.rms_norm(x, norm, 1e-6) if normed and rows > 1 else x
-        return kernels.gptq_product(
+        return (kernels.gptq_product if bits else kernels.int8_product)(
             y,
             matrices[i],
             bias if biased else None,
@@ -182,28 +197,33 @@ def gptq_product(shape, rows: int, copies: int, bits: int):
 
     def cublas(i):
         for j in (i, copies + i) if gated else (i,):
-            x @ kernels.gptq_dequantize(*matrices[j], torch.bfloat16)
+            if bits:
+                x @ kernels.gptq_dequantize(*matrices[j], torch.bfloat16)
+            else:
+                kernels.linear_reference(x, matrices[j][0], None, matrices[j][1])
 
-    return ours, cublas, sum(t.nbytes for m in matrices for t in m[:3]) // copies
+    return ours, cublas, sum(t.nbytes for m in matrices for t in m[:3] if torch.is_tensor(t)) // copies
 
 
-def gptq_products(sizes, rows, bits, tune: bool, bandwidth: float) -> None:
-    table = Table("GPTQ", "size", "bits", "rows", "ours µs", "of the bandwidth", "dequantised, cuBLAS µs", "best")
-    cases = [(size, b, m, shape) for size in sizes for b in bits for m in rows for shape in shapes(size)[:-1]]
-    for size, b, m, shape in cases:
-        copies = max(2, POOL // 2 // (shape[1] * shape[2] * (2 if shape[4] else 1) * b // 8))
-        ours, cublas, size_read = gptq_product(shape, m, copies, b)
+def quantised_products(sizes, rows, bits, tune: bool, bandwidth: float) -> None:
+    table = Table("quantised", "size", "bits", "rows", "ours µs", "of the bandwidth", "dequantised, cuBLAS µs", "best")
+    cases = [(m, b) for b in bits for m in rows]
+    for size, (m, b), shape in ((s, c, x) for s in sizes for c in cases for x in shapes(s)):
+        if b and shape[0] == "lm_head":
+            continue
+        copies = max(2, POOL // 2 // (shape[1] * shape[2] * (2 if shape[4] else 1) * (b or 8) // 8))
+        ours, cublas, size_read = quantised_product(shape, m, copies, b)
         best = []
-        for launch in gptq_launches(m) if tune else ():
+        for launch in (gptq_launches if b else int8_launches)(m) if tune else ():
             try:
                 best.append((microseconds(functools.partial(ours, tuning=launch), copies, 3), launch))
             except Exception as error:  # noqa: BLE001
                 print(launch, str(error)[:200])
         best.sort(key=lambda pair: pair[0])
-        found = "; ".join(f"{t:.1f} {'/'.join(map(str, launch.values()))}" for t, launch in best)
+        found = "; ".join(f"{t:.1f} {'/'.join(map(str, launch.values()))}" for t, launch in best[:8])
         took = microseconds(ours, copies)
         share = f"{size_read / took * 1e6 / bandwidth:.0%}"
-        table.row(shape[0], size, b, m, took, share, microseconds(cublas, min(copies, 4)), found)
+        table.row(shape[0], size, b or "int8", m, took, share, microseconds(cublas, min(copies, 4)), found)
         torch.cuda.empty_cache()
 
 
@@ -259,13 +279,15 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["7B"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--gptq", nargs="+", type=int, choices=(4, 8), help="bits")
+    parser.add_argument("--int8", action="store_true")
     parser.add_argument("--tune", action="store_true")
     arguments = parser.parse_args()
     began = time.perf_counter()
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; a sum reads {bandwidth / 1e12:.2f} TB/s")
-    if arguments.gptq:
-        gptq_products(arguments.sizes, arguments.rows, arguments.gptq, arguments.tune, bandwidth)
+    quantised = [*(arguments.gptq or ()), *([None] if arguments.int8 else ())]
+    if quantised:
+        quantised_products(arguments.sizes, arguments.rows, quantised, arguments.tune, bandwidth)
         return
     products(arguments.sizes, arguments.rows, arguments.tune, bandwidth)
     attention(arguments.sizes, [1, 16], arguments.tune, bandwidth)

@@ -20,6 +20,7 @@ import importlib.util
 import sys
 import time
 import traceback
+import zlib
 
 import torch
 import transformers
@@ -44,11 +45,13 @@ PACKAGES = {"bitsandbytes, NF4": "bitsandbytes", "bitsandbytes, int8": "bitsandb
 HALF = ("bitsandbytes, int8", "AWQ")  # multiply in float16 only
 
 
-def gptq_matrix(weight: torch.Tensor, bits: int, group_size: int, desc_act: bool = False) -> dict[str, torch.Tensor]:
+def gptq_matrix(
+    weight: torch.Tensor, bits: int, group_size: int, desc_act: bool = False, seed: int = 0
+) -> dict[str, torch.Tensor]:
     """The tensors of a weight (out, in), rounded to the nearest; with desc_act groups are of inputs anywhere."""
     if not desc_act:
         return gptq.quantize(weight, bits, group_size)
-    order = torch.randperm(weight.shape[1], device=weight.device)
+    order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(seed)).to(weight.device)
     parts, place = gptq.quantize(weight[:, order], bits, group_size), torch.argsort(order)
     shifts = torch.arange(0, 32, bits, device=weight.device)
     codes = (parts["qweight"][:, None] >> shifts[:, None] & 2**bits - 1).flatten(0, 1)
@@ -77,7 +80,8 @@ def load(way: str, config, weights: dict[str, torch.Tensor]):
         if way == "int8" and is_matrix:
             state[name], state[f"{name}_scale"] = quantize_weights.quantize(tensor)
         elif way.startswith("GPTQ") and is_matrix and ".h." in name:
-            parts = gptq_matrix(tensor, **options)
+            same_inputs = name.replace("w2", "w1")  # and so the same order
+            parts = gptq_matrix(tensor, **options, seed=zlib.crc32(same_inputs.encode()))
             parts["bias"] = tensor.new_zeros(len(tensor), dtype=torch.float16)  # as published ones have
             state |= {name.replace("weight", part): value for part, value in parts.items()}
         elif way == "AWQ" and is_matrix and ".h." in name:

@@ -38,8 +38,8 @@ def calculator(expression: str) -> str:
             return OPERATORS[type(node.op)](value(node.operand))
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
             left, right = value(node.left), value(node.right)
-            if isinstance(node.op, ast.Pow) and abs(right) > 100:
-                raise ValueError("the exponent is too large")
+            if isinstance(node.op, ast.Pow) and (abs(right) > 100 or abs(left) > 10**100):  # else it may take hours
+                raise ValueError("the base or the exponent is too large")
             return OPERATORS[type(node.op)](left, right)
         raise ValueError(f"{ast.dump(node)} is not arithmetic")
 

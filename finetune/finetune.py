@@ -69,17 +69,22 @@ class TrainingArguments(transformers.TrainingArguments):
 
 @dataclass
 class LoraArguments:
-    lora_r: int = 64
-    lora_alpha: int = 16
-    lora_dropout: float = 0.05
-    lora_target_modules: List[str] = field(default_factory=lambda: ["c_attn", "c_proj", "w1", "w2"])
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapter's matrices."})
+    lora_alpha: int = field(default=16, metadata={"help": "What they add is multiplied by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the inputs of the adapter."})
+    lora_target_modules: List[str] = field(
+        default_factory=lambda: ["c_attn", "c_proj", "w1", "w2"],
+        metadata={"help": "Modules that get an adapter, by the ends of their names."},
+    )
     lora_modules_to_save: Optional[List[str]] = field(
         default=None,
         metadata={"help": "Modules that learn whole beside the adapter; by default wte and lm_head of a base model."},
     )
     lora_weight_path: str = field(default="", metadata={"help": "An adapter to go on from."})
-    lora_bias: str = "none"
-    q_lora: bool = field(default=False, metadata={"help": "With use_lora: the matrices below are in 4 bits."})
+    lora_bias: str = field(default="none", metadata={"help": "Which biases learn too: none, all or lora_only."})
+    q_lora: bool = field(
+        default=False, metadata={"help": "With use_lora: the matrices that the adapter adds to are in 4 bits."}
+    )
 
 
 def parse(arguments: list[str] | None = None):

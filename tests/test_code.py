@@ -91,7 +91,7 @@ ARROWS = {
         *("qwen_quantization", "transformers_compat"),
     },
     "qwen_chat": {"qwen_generation_utils", "transformers_compat"},
-    "qwen_loss": set(),
+    "qwen_loss": {"transformers_compat"},
     "modeling_qwen": {
         *("configuration_qwen", "qwen_attention", "qwen_cache", "qwen_chat", "qwen_decode", "qwen_generation_utils"),
         *("qwen_loading", "qwen_loss", "transformers_compat"),

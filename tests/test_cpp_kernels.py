@@ -157,6 +157,24 @@ def test_a_prompt_is_multiplied_by_every_block(level, bits, order):
     assert torch.equal(kernels.gptq_linear(x, *matrix), expected)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("order", ["group by group", "any"])
+def test_every_float16_is_read_as_the_number_it_is(level, bits, order):
+    """As scales of codes 1 and zeros 0: subnormal ones, infinite ones and those that are not numbers too."""
+    n = 32 // bits
+    scales = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)[None]
+    qweight = torch.full((1, 2**16), 0x11111111 if bits == 4 else 0x01010101, dtype=torch.int32)
+    qzeros = torch.zeros(1, 2**16 // n, dtype=torch.int32)
+    g_idx = torch.zeros(n, dtype=torch.int32) if order == "any" else None
+    matrix = qweight, qzeros, scales, g_idx, bits, n, 0
+    for dtype in (torch.float32, torch.bfloat16):
+        expected, same = scales[0].to(dtype), {"rtol": 0, "atol": 0, "equal_nan": True}
+        weight = operators.gptq_dequantize(*matrix, dtype)
+        torch.testing.assert_close(weight, expected.expand(n, -1), **same)
+        first = torch.eye(n, dtype=dtype)[:1]
+        torch.testing.assert_close(operators.gptq_linear(first, *matrix, None)[0], expected, **same)
+
+
 def test_large_numbers_times_int8_stay_in_float16(native):
     x, weight, scale = (
         torch.full((20, 64), 100.0).half(),

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_flatten
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
-graphs, caches, compat, kernels = (
+graphs, caches, compat, kernels, quantization = (
     importlib.import_module(f"qwen.{name}")
-    for name in ("qwen_cuda_graph", "qwen_cache", "transformers_compat", "qwen_ops")
+    for name in ("qwen_cuda_graph", "qwen_cache", "transformers_compat", "qwen_ops", "qwen_quantization")
 )
 if kernels.library() is None:
     pytest.skip("needs torch 2.1", allow_module_level=True)
@@ -177,10 +177,22 @@ def test_steps_compute_what_the_network_computes(model, bits, lengths):
 @pytest.mark.parametrize(
     "kind", [{"bits": 4}, {"bits": 8, "group_size": -1, "sym": False}, {"bits": 4, "desc_act": True}], ids=str
 )
-def test_matrices_of_gptq(kind, lengths, steps_taken):
-    """One row and several; inputs in any order, for which there is no kernel, too."""
+@pytest.mark.parametrize("is_sorted", [False, True])
+def test_matrices_of_gptq(kind, is_sorted, lengths, steps_taken):
+    """One row and several; inputs in any order, for which there is no kernel unless they are sorted, too."""
+    if is_sorted and "desc_act" not in kind:
+        pytest.skip("inputs are in order")
     with torch.no_grad():
         model = with_codes(small_model(no_bias="desc_act" not in kind), **kind)
+        if is_sorted:
+            first = model.transformer.h[0].mlp
+            first.w2 = copy.deepcopy(
+                first.w1
+            )  # of one arrangement, as GPTQ makes them; those of the other block are not
+            for block in model.transformer.h:
+                for module in (block.attn.c_attn, block.attn.c_proj, block.mlp.w1, block.mlp.w2, block.mlp.c_proj):
+                    module.sort_inputs()
+            assert len({module.arrangement for module in (first.w1, first.w2, first.c_proj)}) == 2
     ids, mask = padded(*lengths)
     settings = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
     ours, theirs = (
@@ -189,6 +201,41 @@ def test_matrices_of_gptq(kind, lengths, steps_taken):
     assert torch.equal(ours.sequences, theirs.sequences)
     near(torch.stack(ours.logits), torch.stack(theirs.logits), 1e-5)
     assert steps_taken[0] == 2
+
+
+def with_int8(model):
+    """The model, its matrices rounded to int8."""
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if type(module) is torch.nn.Linear:
+                has_bias = module.bias is not None
+                new = quantization.Int8Linear(module.in_features, module.out_features, has_bias, DEVICE, torch.float32)
+                with torch.no_grad():
+                    new.weight_scale.copy_(module.weight.abs().amax(1) / 127)
+                    new.codes.copy_((module.weight / new.weight_scale[:, None]).round())
+                new.bias = module.bias
+                setattr(parent, name, new)
+    return model
+
+
+@needs_loop
+@pytest.mark.parametrize("lengths", [(21,), (21, 7)])
+def test_matrices_of_int8(lengths, steps_taken, monkeypatch):
+    """One row and several, and as many as the library multiplies."""
+    model = with_int8(small_model(no_bias=False))
+    ids, mask = padded(*lengths)
+    settings = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    theirs = ordinary(model, ids, mask, **settings)
+    for rows in (16, 1):
+        monkeypatch.setattr(triton_kernels, "PRODUCT_ROWS", rows)
+        ours = generate(model, ids, mask, **settings, past_key_values=caches.QWenCache())
+        assert torch.equal(ours.sequences, theirs.sequences)
+        near(torch.stack(ours.logits), torch.stack(theirs.logits), 1e-5)
+    assert steps_taken[0] == 4
+    places = graphs._Places(model)
+    model.lm_head.weight_scale = model.lm_head.weight_scale * 2  # elsewhere: an old graph would not see it
+    assert not places.unchanged()
+    assert not torch.equal(generate(model, ids, mask, **settings).logits[2], theirs.logits[2])
 
 
 @needs_loop

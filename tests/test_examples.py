@@ -273,6 +273,19 @@ def test_notebooks_print_what_they_show(path):
     assert notebooks.run(first, ROOT) == shown[:1]
 
 
+def test_the_calculator_computes_arithmetic_and_nothing_that_takes_for_ever():
+    calculator = example("toolbox").calculator
+    assert calculator("-(2 ** 10) / 4 + 1") == "-255.0"
+    for expression, message in (
+        ("9 ** 101", "too large"),
+        ("((9 ** 99) ** 99) ** 99", "too large"),
+        ("__import__('os')", "is not arithmetic"),
+        ("'a' * 9", "is not arithmetic"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calculator(expression)
+
+
 def test_notebooks_are_clean():
     assert [path.name for path in notebooks.NOTEBOOKS] == ["quickstart.ipynb", "tokenizer_showcase.ipynb"]
     for path in notebooks.NOTEBOOKS:

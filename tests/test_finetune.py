@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from conftest import CODE, LACKING, ROOT, random_ids, run, tiny_model
+from conftest import CODE, LACKING, ROOT, compat, random_ids, run, tiny_model
 from packaging.version import Version
 from qwen.qwen_generation_utils import make_context
 from safetensors.torch import load_file, save_file
@@ -210,6 +210,24 @@ def test_an_adapted_head_merges(tiny, tmp_path, saved_by_peft):
     assert not torch.equal(merged.lm_head.weight, loaded(tiny).lm_head.weight)
 
 
+def test_an_adapted_embedding_merges(tiny, tmp_path):
+    trainer = tune(tiny, tmp_path / "adapter", "--max_steps", "4", *LORA, "--lora_target_modules", "c_attn", "wte")
+    assert any("lora_embedding_A" in name for name in load_file(tmp_path / "adapter" / ADAPTER))
+    assert merge_adapter.main([str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    merged = loaded(tmp_path / "merged")
+    assert (logits(merged) - logits(trainer.model.eval())).abs().max() < 1e-4
+    assert not torch.equal(merged.transformer.wte.weight, loaded(tiny).transformer.wte.weight)
+
+
+def test_only_the_beginning_of_a_name_is_what_peft_puts_before_it(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    prefix = "base_model.model."
+    names = (f"{prefix}lm_head.weight", f"{prefix}{prefix}x.weight", f"x.{prefix}y.weight", "y.base_layer.weight")
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "adapter_model.safetensors")
+    _, tensors = merge_adapter.read_adapter(tmp_path)
+    assert set(tensors) == {"lm_head.weight", f"{prefix}x.weight", f"x.{prefix}y.weight", "y.weight"}
+
+
 def test_merging_in_shards_into_another_precision(tiny, tmp_path):
     tune(tiny, tmp_path / "adapter", "--max_steps", "2", *LORA)
     loaded(tiny).save_pretrained(tmp_path / "base", max_shard_size="200KB")
@@ -233,6 +251,9 @@ def test_merging_in_shards_into_another_precision(tiny, tmp_path):
         ({"quantized": True}, "full precision"),
         ({"module": "h.7"}, "have no place"),
         ({"rows": 3}, "in the adapter"),
+        ({"without": "lora_B.weight"}, "mlp.w1.lora_A.weight, but not transformer.h.0.mlp.w1.lora_B.weight"),
+        ({"without": "lora_A.weight"}, "mlp.w1.lora_B.weight, which is not plain LoRA"),
+        ({"with": "lora_magnitude_vector"}, "mlp.w1.lora_magnitude_vector, which is not plain LoRA"),
     ],
 )
 def test_merging_refuses_what_it_would_do_wrongly(tiny, tmp_path, capsys, change, message):
@@ -243,6 +264,9 @@ def test_merging_refuses_what_it_would_do_wrongly(tiny, tmp_path, capsys, change
     module = f"base_model.model.transformer.{change.pop('module', 'h.0')}.mlp.w1"
     weights = {f"{module}.lora_A.weight": torch.ones(2, 64)}
     weights[f"{module}.lora_B.weight"] = torch.ones(change.pop("rows", 96), 2)
+    weights.pop(f"{module}.{change.pop('without', '')}", None)
+    if "with" in change:
+        weights[f"{module}.{change.pop('with')}"] = torch.ones(2)
     save_file(weights, adapter / "adapter_model.safetensors")
     if change.pop("quantized", False):
         settings = json.loads((base / "config.json").read_text())
@@ -584,6 +608,8 @@ def test_fsdp_in_half_precision_leaves_rotations_in_float32(monkeypatch):
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         for module in (*model.transformer.h, model):
             fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        units = {name for name, module in model.named_modules() if compat.is_fsdp_unit(module)}
+        assert units == {"", "transformer.h.0", "transformer.h.1"}
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         ids = random_ids(2, 9)

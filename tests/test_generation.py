@@ -7,13 +7,13 @@ import threading
 import pytest
 import torch
 import transformers
-from conftest import HAS_STATIC, lacks, needs_prefill_in_chunks, random_ids, static_cache, tiny_model
+from conftest import HAS_STATIC, TINY, lacks, needs_prefill_in_chunks, random_ids, static_cache, tiny_model
 from qwen.qwen_cache import QWenCache
 from qwen.qwen_generation_utils import StopWordsLogitsProcessor
 from qwen.transformers_compat import ASSISTANTS_GENERATE, DynamicCache
 from reference import greedy as reference_greedy
 from reference import qwen2_of
-from transformers import GenerationConfig, GenerationMixin, TextStreamer
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, TextStreamer
 
 NTK_LOGN = {"use_dynamic_ntk": True, "use_logn_attn": True}
 NOTES_PROMPTS = hasattr(GenerationMixin, "_prepare_cache_for_generation")  # from 4.45
@@ -207,6 +207,41 @@ def test_an_assistant_with_fewer_rows_needs_no_tokenizers(choice):
     assert new.shape[1] > ids.shape[1]
     if not choice["do_sample"]:
         assert torch.equal(new, generate(model, ids, max_new_tokens=16, eos_token_id=319))
+
+
+class Only(LogitsProcessor):
+    """A caller's processor that knows the number of rows: leaves every third token."""
+
+    def __init__(self, vocab_size: int):
+        self.removed = torch.arange(vocab_size) % 3 != 1
+
+    def __call__(self, input_ids, scores):
+        return scores.masked_fill(self.removed, -torch.inf)
+
+
+@pytest.mark.skipif(not ASSISTANTS_GENERATE, reason="needs an assistant whose generate is called")
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"bad_words_ids": [[5], [7, 8]]},
+        {"sequence_bias": {(5,): -9.0, (7, 8): 9.0}},
+        {"logits_processor": [Only(TINY["vocab_size"])]},
+        {"logits_processor": [Only(TINY["vocab_size"])], "bad_words_ids": [[4]], "repetition_penalty": 1.2},
+    ],
+    ids=lambda choice: "+".join(choice),
+)
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_processors_beside_an_assistant_with_fewer_rows(model, choice, do_sample):
+    drafts_would_count(8 + 16)
+    assistant = tiny_model(seed=0, **{**NTK_LOGN, "vocab_size": TINY["vocab_size"] - 16})
+    ids, settings = random_ids(1, 8) % 300, {"max_new_tokens": 16, "eos_token_id": 3, **choice}
+    torch.manual_seed(0)
+    new = generate(model, ids, assistant_model=assistant, do_sample=do_sample, **settings)
+    if not do_sample:
+        assert torch.equal(new, generate(model, ids, **settings))
+    for token in new[0, ids.shape[1] :].tolist():
+        assert token % 3 == 1 or token == 3 or "logits_processor" not in choice
+        assert [token] not in choice.get("bad_words_ids", [])
 
 
 @lengths_with_drafts

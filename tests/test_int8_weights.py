@@ -283,15 +283,32 @@ def test_it_refuses(checkpoints, tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
+    for name, file in (("gptq", "config.json"), ("early gptq", "quantize_config.json")):
+        shutil.copytree(folder / "whole", tmp_path / name)
+        described = {"quantization_config": {"bits": 4, "quant_method": "gptq"}}
+        (tmp_path / name / file).write_text(json.dumps(described))
     for source, target, message in (
         (tmp_path / "nothing", tmp_path / "new", "There is no folder"),
         (folder / "whole", tmp_path / "taken", "taken exists"),
-        (folder / "int8", tmp_path / "new", "has int8 weights already"),
+        (folder / "int8", tmp_path / "new", "is quantised already"),
+        (tmp_path / "gptq", tmp_path / "new", "is quantised already"),
+        (tmp_path / "early gptq", tmp_path / "new", "is quantised already"),
         (tmp_path / "empty", tmp_path / "new", "There are no weights"),
     ):
         assert tool.main([str(source), str(target)]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "new").exists()
+
+
+def test_weights_of_other_formats_are_not_copied(checkpoints, tmp_path):
+    _, folder = checkpoints
+    shutil.copytree(folder / "whole", tmp_path / "whole")
+    others = "pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", "model.pth"
+    for name in (*others, "notes.txt"):
+        (tmp_path / "whole" / name).write_text("{}")
+    assert tool.main([str(tmp_path / "whole"), str(tmp_path / "int8")]) == 0
+    assert {path.name for path in (tmp_path / "int8").iterdir()}.isdisjoint(others)
+    assert (tmp_path / "int8" / "notes.txt").exists()
 
 
 def test_a_broken_file_leaves_nothing(checkpoints, tmp_path, capsys, monkeypatch):

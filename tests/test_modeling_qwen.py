@@ -189,6 +189,18 @@ def test_explicit_positions_are_used():
         close(plain(ids, position_ids=torch.arange(100, 120)[None]).logits, plain(ids).logits)  # RoPE is relative
 
 
+def test_positions_not_given_are_those_of_the_cache():
+    """Where tokens go may be said by `cache_position` alone, as loops of releases up to 4.57 do."""
+    # One layer, and its last token: up to 4.57 cache_position also decides which keys the earlier tokens see.
+    model = tiny_model(num_hidden_layers=1)
+    ids, places = random_ids(1, 20), torch.arange(100, 120)
+    with torch.no_grad():
+        given = model(ids, position_ids=places[None]).logits[:, -1]
+        derived = model(ids, cache_position=places).logits[:, -1]
+        assert (given - model(ids).logits[:, -1]).abs().max() > 0.01
+    close(derived, given)
+
+
 @pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=needs_sdpa)])
 def test_4d_masks_boolean_and_additive(attention):
     model = tiny_model(attn_implementation=attention)

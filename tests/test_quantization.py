@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ from torch import nn
 quantization = importlib.import_module("qwen.qwen_quantization")
 operations = importlib.import_module("qwen.qwen_ops")
 building = importlib.import_module("qwen.cpp_kernels")
+QWenConfig = modeling_qwen.QWenConfig
 QWenLMHeadModel = modeling_qwen.QWenLMHeadModel
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -253,6 +255,55 @@ def test_it_is_saved_as_it_was(tmp_path, kind):
         assert torch.equal(again(random_ids(1, 9)).logits, model(random_ids(1, 9)).logits)
 
 
+@pytest.mark.parametrize("kind", ["desc_act", "desc_act, asymmetric int8"])
+def test_sorted_inputs(tmp_path, kind, monkeypatch):
+    """What a GPU's kernels need, here on a CPU: it computes, learns, is saved, copied and loaded as if it were not."""
+    plain = make(tmp_path / "made", files=3, **KINDS[kind])
+    settings = {"fp32": True, "attn_implementation": "eager"}
+    unsorted = QWenLMHeadModel.from_pretrained(tmp_path / "made", **settings)
+    monkeypatch.setattr(quantization, "SORTED_ON", ("cpu",))
+    monkeypatch.setattr(quantization, "REORDERED_CODES", 1000)  # several blocks, the last one short
+    model = QWenLMHeadModel.from_pretrained(tmp_path / "made", **settings)
+    ids = random_ids(3, 20)
+
+    def close(model, expected=plain):
+        for shape in ((1, 1), (2, 3), (3, 20)):
+            with torch.no_grad():
+                wanted = expected(random_ids(*shape)).logits
+                torch.testing.assert_close(model(random_ids(*shape)).logits, wanted, rtol=1e-4, atol=1e-4)
+
+    close(model)
+    for name, module in matrices(model).items():
+        assert module.qweight is None
+        assert torch.equal(module.g_idx[module.order], module._ordered_groups())
+        assert torch.equal(module.dequantize(), plain.get_submodule(name).weight)
+    for network in (plain, model):
+        network(ids, labels=ids).loss.backward()
+    for name in ("wte.weight", "h.0.ln_1.weight", "h.0.attn.c_attn.bias"):
+        wanted = plain.transformer.get_parameter(name).grad
+        torch.testing.assert_close(model.transformer.get_parameter(name).grad, wanted, rtol=1e-4, atol=1e-6)
+    close(copy.deepcopy(model).double().float())
+    model.save_pretrained(tmp_path / "saved")
+    before, after = stored(tmp_path / "made"), stored(tmp_path / "saved")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name].to(tensor.dtype), tensor) for name, tensor in before.items())
+    for name, module in matrices(unsorted).items():  # other codes, and groups of other inputs
+        module.qweight.data.copy_(module.qweight.roll(1, 0))
+        module.g_idx.data.copy_(module.g_idx.roll(len(name), 0))
+    model.load_state_dict(unsorted.state_dict())
+    close(model, unsorted)
+
+
+def test_groups_of_several_sizes_stay_as_they_are():
+    format = quantization.check_quantization_config({"quant_method": "gptq", "bits": 4, "group_size": 32})
+    module = quantization.QuantizedLinear(64, 8, format)
+    module.g_idx.data.copy_(torch.arange(64) % 3 == 0)
+    module.set_order()
+    module.sort_inputs()
+    assert module.order is None
+    assert torch.equal(module.dequantize(), torch.zeros(8, 64))
+
+
 def test_a_cast_leaves_the_scales_alone(published):
     folder, _ = published
     model = QWenLMHeadModel.from_pretrained(folder, fp16=True)
@@ -265,19 +316,18 @@ def test_a_cast_leaves_the_scales_alone(published):
     assert torch.equal(module.scales, stored(folder)[f"{name}.scales"])
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"device_map": {"transformer.h.1": "disk", "": "cpu"}}],
-    ids=["cpu", "dict", "disk"],
-)
-@pytest.mark.parametrize("desc_act", [False, True])
-def test_placements(tmp_path, arguments, desc_act):
-    plain = make(tmp_path / "made", desc_act=desc_act)
-    if "transformer.h.1" in str(arguments):
-        names = {f"transformer.h.{i}": "cpu" for i in (0, 2)}
-        places = {"transformer.wte": "cpu", "transformer.drop": "cpu", "transformer.rotary_emb": "cpu", **names,
-                  "transformer.h.1": "disk", "transformer.ln_f": "cpu", "lm_head": "cpu"}  # fmt: skip
-        arguments = {"device_map": places, "offload_folder": str(tmp_path / "offload")}
+ONE_BLOCK_ON_DISK = {
+    **dict.fromkeys(("transformer.wte", "transformer.drop", "transformer.rotary_emb", "transformer.h.0"), "cpu"),
+    "transformer.h.1": "disk",
+    **dict.fromkeys(("transformer.h.2", "transformer.ln_f", "lm_head"), "cpu"),
+}
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, ONE_BLOCK_ON_DISK], ids=["cpu", "dict", "disk"])
+@pytest.mark.parametrize("kind", ["as published", "desc_act", "without g_idx"])
+def test_placements(tmp_path, device_map, kind):
+    plain = make(tmp_path / "made", **KINDS[kind])
+    arguments = {"device_map": device_map, "offload_folder": str(tmp_path / "offload")}
     model = QWenLMHeadModel.from_pretrained(tmp_path / "made", fp32=True, **arguments)
     with torch.no_grad():
         for shape in ((1, 1), (2, 20)):
@@ -424,6 +474,36 @@ def test_loading_takes_little_more_than_the_file(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 1.15 * size, f"peak {int(done.stdout) / size:.2f} times the tensors"
+
+
+@pytest.mark.parametrize("form", [".safetensors", ".bin", "shards", "tensors"])
+@pytest.mark.parametrize("bare", [False, True], ids=["with a head", "bare"])
+def test_nobody_misses_what_a_file_may_leave_out(tmp_path, caplog, form, bare):
+    """gptqmodel writes no biases where the network has none; others wrote no g_idx where it says nothing."""
+    make(tmp_path, biases="own", with_g_idx=False, files=3 if form == "shards" else 1)
+    source, given = tmp_path, {compat.DTYPE: torch.float32}
+    model_class = modeling_qwen.QWenModel if bare else QWenLMHeadModel
+    if form == ".bin":
+        torch.save(stored(tmp_path), tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
+    elif form == "tensors":
+        config = QWenConfig.from_pretrained(tmp_path)
+        source, given = None, {**given, "state_dict": stored(tmp_path), "config": config}
+    model, info = model_class.from_pretrained(source, output_loading_info=True, **given)
+    assert not info["missing_keys"]
+    for record in caplog.records:
+        assert not re.search(r"newly initialized|g_idx|bias", record.getMessage()), record.getMessage()
+    biases = {name.rpartition(".")[0][-6:] for name, _ in model.named_parameters() if name.endswith(".bias")}
+    assert biases == {"c_attn"}
+
+
+def test_a_bias_that_the_network_has_is_missed_and_begins_at_zero(tmp_path, caplog):
+    make(tmp_path)
+    edit_tensors(tmp_path, without("attn.c_attn.bias"))
+    model = QWenLMHeadModel.from_pretrained(tmp_path, fp32=True, strict=False)
+    assert "attn.c_attn.bias" in caplog.text
+    for block in model.transformer.h:
+        assert torch.equal(block.attn.c_attn.bias, torch.zeros(3 * 64))
 
 
 # --- What is wrong with some --------------------------------------------------------------------------------------

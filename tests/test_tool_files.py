@@ -101,6 +101,10 @@ def test_a_file_without_an_index_comes_first_as_in_transformers(sharded, whole, 
         (lambda f: (f / INDEX).write_text("[]"), "holds list, not an object"),
         (lambda f: (f / INDEX).unlink(), "There are no weights"),
         (
+            lambda f: (f / INDEX).write_text('{"weight_map": {"a": "../model-1.safetensors"}}'),
+            "names '../model-1.safetensors', which is not a file of this folder",
+        ),
+        (
             lambda f: save_file(
                 {**load_file(f / "model-1.safetensors"), **load_file(f / "model-2.safetensors")},
                 f / "model-2.safetensors",

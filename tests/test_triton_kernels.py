@@ -259,6 +259,66 @@ def test_linear_with_matrices_of_gptq(shape, rows, monkeypatch):
         close(y[0], x.double() @ weight + bias.double(), 2e-6)
 
 
+# --- Matrices of int8 --------------------------------------------------------------------------------------------
+
+
+def int8_matrix(outputs, inputs, seed):
+    """All codes are there. Returns codes and scales as the operations take them, and the weight in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-128, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
+    scale = torch.rand(outputs, generator=generator) + 0.1
+    return (codes.to(DEVICE), scale.to(DEVICE)), codes.double() * scale.double()[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize(("K", "N"), [(2048, 64), (1000, 70), (70, 32)])
+def test_products_with_int8(K, N, rows, dtype):
+    """With everything that a step asks for, against float64; sizes that no block divides, and no integers make up."""
+    if DEVICE == "cpu" and dtype == torch.bfloat16 and rows > 1:
+        pytest.skip("Triton's interpreter takes bfloat16 matrices for integers")
+    (matrix, weight), (gate, gate_weight) = int8_matrix(N, K, 0), int8_matrix(N, K, 1)
+    generator = torch.Generator().manual_seed(0)
+    x, residual, bias, gate_bias, norm = (
+        (torch.randn(size, generator=generator) / 100).to(dtype) for size in ((rows, K), (rows, N), (N,), (N,), (K,))
+    )
+    share = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}[dtype]
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        share *= 3  # the interpreter cuts digits off
+
+    def near(expected, *tensors, **settings):
+        settings = {name: s.to(DEVICE) if torch.is_tensor(s) else s for name, s in settings.items()}
+        found = triton_kernels.int8_product(x.to(DEVICE), matrix, *(t.to(DEVICE) for t in tensors), **settings)
+        assert found.dtype == dtype
+        assert (found.cpu().double() - expected).norm() <= share * expected.norm()
+
+    exact = x.double() @ weight.T
+    near(exact + bias.double() + residual.double(), bias, residual=residual)
+    gated = torch.nn.functional.silu(x.double() @ gate_weight.T + gate_bias.double())
+    near((exact + bias.double()) * gated, bias, gate=gate, gate_bias=gate_bias)
+    if rows == 1:
+        normed = x.double() / (x.double().pow(2).mean() + 1e-6).sqrt() * norm.double()
+        near(normed @ weight.T, norm=norm, eps=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [0, 2, 70])
+def test_linear_with_int8(rows, dtype, monkeypatch):
+    """Any number of rows, by a kernel or by blocks of the weight; sums that leave float16 before they are scaled."""
+    monkeypatch.setattr(triton_kernels, "GPU_BLOCK_WEIGHTS", 1000)
+    (codes, scale), weight = int8_matrix(70, 96, 0)
+    weight, scale = weight * 1e-3, scale * 1e-3
+    x = torch.randn(rows, 192, generator=torch.Generator().manual_seed(0))[:, ::2].to(dtype) * 300
+    for bias in (None, torch.randn(70, generator=torch.Generator().manual_seed(1)).to(dtype)):
+        on_gpu = None if bias is None else bias.to(DEVICE)
+        y = triton_kernels.linear(x.to(DEVICE)[None], codes, on_gpu, scale)
+        assert y.shape == (1, rows, 70)
+        assert y.dtype == dtype
+        if rows:
+            expected = x.double() @ weight.T + (0 if bias is None else bias.double())
+            close(y[0], expected, 2e-6 if dtype == torch.float32 else 1e-3)
+
+
 # --- On a GPU ----------------------------------------------------------------------------------------------------
 
 
@@ -268,8 +328,9 @@ def gpu_inputs():
     stored = on_device(*store(k, 8), *store(v, 8))
     codes, params = on_device(*empty_store(2, 3, 45, 64, 4))
     q, k, v = (t.to(DEVICE) for t in (q, k, v))
-    matrix, weight = gptq("whole tiles")
+    (matrix, weight), (int8, _) = gptq("whole tiles"), int8_matrix(70, 96, 0)
     return {
+        "linear": (torch.randn(2, 3, 96, device=DEVICE), int8[0], None, int8[1]),
         "gptq_linear": (torch.randn(2, 3, weight.shape[0], device=DEVICE), *matrix, None),
         "gptq_dequantize": (*matrix, torch.float16),
         "decode_attention": (q, k, v, torch.rand(2, 1, 2, 40, device=DEVICE) < 0.5, 0.2, False),
@@ -281,7 +342,7 @@ def gpu_inputs():
 @needs_gpu
 @pytest.mark.parametrize(
     "name",
-    ["decode_attention", "quantize_append", "quantized_decode_attention", "gptq_linear", "gptq_dequantize"],
+    ["decode_attention", "quantize_append", "quantized_decode_attention", "linear", "gptq_linear", "gptq_dequantize"],
 )
 def test_opcheck(name):
     arguments = gpu_inputs()[name]

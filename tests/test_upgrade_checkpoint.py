@@ -388,6 +388,32 @@ def test_restore_keeps_what_the_user_changed(checkpoint, capsys):
     assert "mine" not in json.loads((checkpoint / "config.json").read_text())
 
 
+def test_only_where_something_was_replaced_it_says_where_that_is(checkpoint, capsys):
+    assert upgrade.main([str(checkpoint), "--write"]) == 0
+    assert f"what was replaced is in {BACKUP}" in capsys.readouterr().out
+    (checkpoint / "qwen_loss.py").unlink()
+    assert upgrade.main([str(checkpoint), "--write"]) == 0
+    printed = capsys.readouterr().out
+    assert "wrote qwen_loss.py" in printed
+    assert BACKUP not in printed
+
+
+@pytest.mark.parametrize("kind", ["written", "replaced", "added"])
+@pytest.mark.parametrize("name", ["../mine.txt", "inner/../../mine.txt", "..\\mine.txt", "/mine.txt"])
+def test_restore_stays_in_the_folder(checkpoint, tmp_path, capsys, kind, name):
+    """A backup that came with a checkpoint may name any file."""
+    (tmp_path / "mine.txt").write_text("mine")
+    backup = checkpoint / f"{BACKUP}1"
+    backup.mkdir()
+    manifest = {"replaced": [], "added": [], "written": {}, "finished": True}
+    manifest[kind] = {name: "0"} if kind == "written" else [name]
+    (backup / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(tmp_path)
+    assert upgrade.main([str(checkpoint), "--restore"]) == 2
+    assert "manifest.json names" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
 def test_links_into_a_shared_cache_are_refused_and_copied_instead(checkpoint, tmp_path, capsys):
     blobs, snapshot = tmp_path / "models--me--qwen" / "blobs", tmp_path / "models--me--qwen" / "snapshots" / "abc"
     blobs.mkdir(parents=True)

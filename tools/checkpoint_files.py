@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 from safetensors import SafetensorError, safe_open
 
@@ -52,6 +52,13 @@ def read_json(path: Path) -> dict:
     return values
 
 
+def check_file_names(names: Iterable[str], source: str) -> None:
+    """Problem unless each name is of a file in the folder itself: a JSON file from elsewhere may name any path."""
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise Problem(f"{source} names {name!r}, which is not a file of this folder. Don't use this checkpoint.")
+
+
 def weight_files(folder: Path) -> dict[str, set[str]]:
     """
     The weight files of a checkpoint, each with the names of the weights that its index says are in it.
@@ -60,7 +67,7 @@ def weight_files(folder: Path) -> dict[str, set[str]]:
     pytorch_model.bin. What else lies in the folder does not belong to the checkpoint. A file without an index has no
     names here.
 
-    Raises Problem if there are no weights, an index is not one, or a file that it names is missing.
+    Raises Problem if there are no weights, an index is not one, or a file that it names is missing or elsewhere.
     """
     for single, index in (("model.safetensors", INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         if (folder / single).exists():
@@ -77,11 +84,21 @@ def weight_files(folder: Path) -> dict[str, set[str]]:
         files: dict[str, set[str]] = {}
         for name, file in sorted(weight_map.items(), key=lambda item: item[1]):
             files.setdefault(file, set()).add(name)
+        check_file_names(files, index)
         lacking = [file for file in files if not (folder / file).is_file()]
         if lacking:
             raise Problem(f"{len(lacking)} weight files are missing: {', '.join(lacking[:4])}. Copy them again.")
         return files
     raise Problem("There are no weights: neither model.safetensors nor pytorch_model.bin nor an index of files.")
+
+
+def full_precision_config(folder: Path, where: str = "") -> dict:
+    """The config.json of a checkpoint; Problem for a quantised one, with `where` to name another."""
+    config = read_json(folder / "config.json")
+    beside = (folder / "quantize_config.json").exists()  # all that early GPTQ checkpoints have
+    if config.get("int8_weights") or config.get("quantization_config") or beside:
+        raise Problem(f"{folder} is quantised already. Name the checkpoint in full precision{where}.")
+    return config
 
 
 def weight_names(folder: Path) -> dict[str, list[str]]:
@@ -110,6 +127,14 @@ def advice_about_name(folder: Path) -> str | None:
 
 
 # --- Writing -----------------------------------------------------------------------------------------------------
+
+
+def copy_all_but_weights(source: Path, target: Path) -> None:
+    """Copy the files of a checkpoint, those that links point to; no weights of any format, nor their indexes."""
+    for path in sorted(source.iterdir()):
+        is_weight = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name.endswith(".index.json")
+        if path.is_file() and not is_weight:
+            shutil.copy2(path, target)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from checkpoint_files import INDEX, Problem, read_json, weight_names, write_file
+from checkpoint_files import INDEX, Problem, copy_all_but_weights, full_precision_config, weight_names, write_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -309,9 +308,7 @@ def make(
         raise Problem(f"There is no folder {source}.")
     if target.exists():
         raise Problem(f"{target} exists. Name a folder that does not exist yet.")
-    config = read_json(source / "config.json")
-    if config.get("int8_weights") or config.get("quantization_config"):
-        raise Problem(f"{source} is quantised already. Take the checkpoint in full precision.")
+    config = full_precision_config(source)
     if method == "gptq" and calibration is None:
         raise Problem(
             "GPTQ needs a text that is like what the model will be used for: --calibration FILE, a few hundred kB of "
@@ -402,10 +399,7 @@ def finish(source: Path, partial: Path, config: dict, settings: dict, files: lis
         total += (partial / file).stat().st_size
     index = {"metadata": {"total_size": total}, "weight_map": places}
     write_file(partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-    for path in sorted(source.iterdir()):
-        weights = path.suffix in (".safetensors", ".bin") or path.name.endswith((".index.json", ".pt", ".pth", ".gguf"))
-        if path.is_file() and not weights:
-            shutil.copy2(path, partial)  # the files that links point to
+    copy_all_but_weights(source, partial)
     config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     config.update(bf16=False, fp16=False, fp32=False, torch_dtype="float16")
     config["quantization_config"] = {

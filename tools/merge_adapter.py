@@ -15,12 +15,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import torch
-from checkpoint_files import INDEX, Problem, exit_status, new_folder, read_json, weight_names, write_file
+from checkpoint_files import (
+    INDEX,
+    Problem,
+    copy_all_but_weights,
+    exit_status,
+    full_precision_config,
+    new_folder,
+    read_json,
+    weight_names,
+    write_file,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -32,6 +43,7 @@ NOT_PLAIN = (
     *("use_dora", "use_bdlora", "use_qalora", "lora_bias", "fan_in_fan_out", "alpha_pattern", "layer_replication"),
     *("target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "velora_config"),
 )
+BY_PEFT = "Merge it with peft: PeftModel.from_pretrained(...).merge_and_unload()."
 
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -41,10 +53,7 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise Problem(f"{folder} is an adapter of the type {config.get('peft_type')!r}; only LoRA can be merged here.")
     special = [name for name in NOT_PLAIN if config.get(name)]
     if special:
-        raise Problem(
-            f"{folder} has {special[0]}={config[special[0]]!r}, which is not plain LoRA. Merge it with peft: "
-            f"PeftModel.from_pretrained(...).merge_and_unload()."
-        )
+        raise Problem(f"{folder} has {special[0]}={config[special[0]]!r}, which is not plain LoRA. {BY_PEFT}")
     if (folder / "adapter_model.safetensors").exists():
         tensors = load_file(folder / "adapter_model.safetensors")
     elif (folder / "adapter_model.bin").exists():
@@ -52,21 +61,33 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     else:
         raise Problem(f"{folder} has no adapter_model.safetensors. Is the training that wrote it over?")
     return config, {
-        name.replace("base_model.model.", "", 1).replace(".base_layer.", "."): t for name, t in tensors.items()
+        re.sub(r"^base_model\.model\.", "", name).replace(".base_layer.", "."): t for name, t in tensors.items()
     }
 
 
 def changes(config: dict, tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
-    """For each weight of the base that changes: its new value or None, and (B, A, scale) of what is added or None."""
+    """
+    For each weight of the base that changes: its new value or None, and (B, A, scale) of what is added or None.
+
+    Raises Problem for a tensor that is none of these.
+    """
     changed = {name: (tensor, None) for name, tensor in tensors.items() if ".lora_" not in name}
-    for name, tensor in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            module = name[: -len(".lora_A.weight")]
-            rank = tensor.shape[0]
+    factors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    for suffix in (".lora_A.weight", ".lora_embedding_A"):
+        for name in [name for name in factors if name.endswith(suffix)]:
+            module, other = name[: -len(suffix)], name.replace(suffix, suffix.replace("_A", "_B"))
+            if other not in factors:
+                raise Problem(f"The adapter has {name}, but not {other}. Copy it again.")
+            a, b = factors.pop(name), factors.pop(other)
+            rank = a.shape[0]
             scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
             # peft saves the weight of an adapted embedding or head too.
             new, _ = changed.get(f"{module}.weight", (None, None))
-            changed[f"{module}.weight"] = (new, (tensors[f"{module}.lora_B.weight"], tensor, scale))
+            # An embedding (vocabulary, width) is used turned round: its factors are (rank, vocabulary), (width, rank).
+            b, a = (b, a) if suffix == ".lora_A.weight" else (a.t(), b.t())
+            changed[f"{module}.weight"] = (new, (b, a, scale))
+    if factors:
+        raise Problem(f"The adapter has {sorted(factors)[0]}, which is not plain LoRA. {BY_PEFT}")
     return changed
 
 
@@ -88,9 +109,7 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
     base = Path(config["base_model_name_or_path"] or "") if base is None else base
     if not base.is_dir() or base == Path():
         raise Problem(f"There is no folder {base}, the adapter's base. Name it with --base.")
-    base_config = read_json(base / "config.json")
-    if base_config.get("quantization_config") or base_config.get("int8_weights"):
-        raise Problem(f"{base} is quantised. Name the same checkpoint in full precision with --base.")
+    base_config = full_precision_config(base, " with --base")
     changed, files = changes(config, tensors), weight_names(base)
     lost = sorted(set(changed) - {name for names in files.values() for name in names})
     if lost or not changed:
@@ -98,9 +117,7 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
         raise Problem(f"{what} have no place in {base}. Is it the adapter's base?")
 
     with new_folder(target) as partial:
-        for path in sorted(base.iterdir()):
-            if path.is_file() and path.suffix not in (".safetensors", ".bin") and path.name != INDEX:
-                shutil.copy2(path, partial)  # the files that links point to
+        copy_all_but_weights(base, partial)
         if (adapter / "generation_config.json").exists():  # a base model tuned to chat has become one
             shutil.copy2(adapter / "generation_config.json", partial)
         if dtype is not None:

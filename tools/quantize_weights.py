@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -34,9 +33,10 @@ from checkpoint_files import (
     INDEX,
     Problem,
     advice_about_name,
+    copy_all_but_weights,
     exit_status,
+    full_precision_config,
     new_folder,
-    read_json,
     weight_files,
     write_file,
 )
@@ -88,18 +88,14 @@ def make(source: Path, target: Path) -> None:
         raise Problem(f"There is no folder {source}.")
     if target.exists():
         raise Problem(f"{target} exists. Name a folder that does not exist yet.")
-    config = read_json(source / "config.json")
-    if config.get("int8_weights"):
-        raise Problem(f"{source} has int8 weights already.")
+    config = full_precision_config(source)
     files = [source / name for name in weight_files(source)]
     if not all(file.suffix == ".safetensors" for file in files):
         raise Problem(f"{source} has no .safetensors. Load it and call save_pretrained, which writes them.")
     print(check_weights(source))
 
     with new_folder(target) as partial:
-        for path in sorted(source.iterdir()):
-            if path.is_file() and path.suffix not in (".safetensors", ".bin") and path.name != INDEX:
-                shutil.copy2(path, partial)  # the files that links point to
+        copy_all_but_weights(source, partial)
         write_file(partial / "config.json", (json.dumps({**config, "int8_weights": True}, indent=2) + "\n").encode())
         for name, content in planned(partial).items():
             write_file(partial / name, content)

@@ -31,6 +31,7 @@ from accelerate import init_empty_weights
 from checkpoint_files import (
     Problem,
     advice_about_name,
+    check_file_names,
     exit_status,
     new_folder,
     read_json,
@@ -245,7 +246,7 @@ def write(folder: Path, plan: dict[str, bytes]) -> None:
     remove_leftovers(folder)
     unfinished = [path for path in backups(folder) if not read_json(path / MANIFEST)["finished"]]
     if unfinished:
-        backup = at = unfinished[-1]
+        backup = place = unfinished[-1]
         manifest = read_json(backup / MANIFEST)
         if not {*manifest["replaced"], *manifest["added"]} >= plan.keys():
             raise Problem(f"{backup.name} is of an interrupted run with other files; --restore first, then --write.")
@@ -257,18 +258,18 @@ def write(folder: Path, plan: dict[str, bytes]) -> None:
             "finished": False,
         }
         backup = folder / f"{BACKUP_PREFIX}{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
-        at = folder / f".{backup.name}"
+        place = folder / f".{backup.name}"  # until it is complete
     written = {name: hashlib.sha256(content).hexdigest() for name, content in plan.items()}
     manifest["written"] = {**manifest.get("written", {}), **written}
     try:
         with staged(folder, plan):
             if not unfinished:
-                at.mkdir()
+                place.mkdir()
                 for name in manifest["replaced"]:
-                    shutil.copy2(folder / name, at / name)
-            write_file(at / MANIFEST, json.dumps(manifest, indent=2).encode())
-            write_file(at / FINISHED, json.dumps({**manifest, "finished": True}, indent=2).encode())
-            os.replace(at, backup)
+                    shutil.copy2(folder / name, place / name)
+            write_file(place / MANIFEST, json.dumps(manifest, indent=2).encode())
+            write_file(place / FINISHED, json.dumps({**manifest, "finished": True}, indent=2).encode())
+            os.replace(place, backup)
         os.replace(backup / FINISHED, backup / MANIFEST)
     except OSError:
         with contextlib.suppress(OSError):
@@ -276,7 +277,8 @@ def write(folder: Path, plan: dict[str, bytes]) -> None:
         raise
     for name in plan:
         print(f"wrote {name}")
-    print(f"what was replaced is in {backup.name}")
+    if manifest["replaced"]:
+        print(f"what was replaced is in {backup.name}")
 
 
 def restore(folder: Path) -> None:
@@ -287,6 +289,7 @@ def restore(folder: Path) -> None:
     backup = backups(folder)[-1]
     manifest = read_json(backup / MANIFEST)
     written = manifest.get("written", {})
+    check_file_names((*written, *manifest["replaced"], *manifest["added"]), f"{backup.name}/{MANIFEST}")
     refuse_links(folder, written)
     for name, digest in written.items():
         path, original = folder / name, backup / name
