@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import gc
 import hashlib
 import importlib
@@ -11,8 +13,10 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import types
 from collections import Counter
 from importlib.metadata import version
@@ -24,9 +28,16 @@ from matrix import LACKING
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+os.environ.setdefault("PYTHONIOENCODING", "utf-8")  # of the programs that tests start
 if "PYTEST_XDIST_WORKER" in os.environ:  # they would copy remote code to one place at once
     os.environ["HF_MODULES_CACHE"] = str(ROOT / ".cache" / "modules" / os.environ["PYTEST_XDIST_WORKER"])
 transformers = importlib.import_module("transformers")
+
+# What begins first where several processes share the tests: files that take 20 seconds or more, the longest first.
+LONG = (
+    *("finetune", "triton_kernels", "cuda_graph", "cpp_kernels", "check_kernels", "parallel", "tokenization_qwen"),
+    *("export_gguf", "vocabulary_tools", "upgrade_checkpoint", "compile", "generation", "qwen_cache", "serving", "faq"),
+)
 
 # The models are tiny: threads would only wait for each other. The variable is for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -66,6 +77,12 @@ TINY = {
 def lacks(what: str) -> None:
     """Skip a test of what the release of transformers can't do; the table of `make matrix` says so."""
     pytest.skip(LACKING + what)
+
+
+def sampled(cases) -> list:
+    """Cases of one kind, as `parametrize` takes them: all, but with the releases that `make matrix` names the first."""
+    first, *others = cases
+    return [first, *(pytest.param(*(c if isinstance(c, tuple) else (c,)), marks=pytest.mark.more) for c in others)]
 
 
 def tiny_config(**changes):
@@ -118,10 +135,42 @@ def random_ids(*shape: int, seed: int = 0, vocab_size: int = TINY["vocab_size"])
 CODE = configuration_qwen.CODE_FILES
 
 
-def run(code: str, cwd: Path, **environment) -> str:
-    """Run Python code in a fresh process, offline; its standard output."""
+ENVIRONMENT: dict[str, str] = {}  # when all tests are imported and none has begun
+
+
+@functools.lru_cache(maxsize=None)
+def python() -> tuple[str, ...]:
+    """
+    The beginning of a command that runs a program: Python itself, or what gives the program a process that has imported
+    torch and transformers, see warm.py. For programs that look at their memory, or at what imports do, take
+    `sys.executable`.
+    """
+    if sys.platform != "linux" or not hasattr(socket, "send_fds") or TRITON_DEVICE == "cuda":  # which does not fork
+        return (sys.executable,)
+    folder = tempfile.mkdtemp(prefix="warm-")
+    program, path = str(ROOT / "tests" / "warm.py"), os.path.join(folder, "socket")
+    server = subprocess.Popen(
+        [sys.executable, program, "--serve", path],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,  # it ends with this process
+        stdout=subprocess.PIPE,
+    )
+
+    @atexit.register
+    def end():
+        server.stdin.close()
+        server.wait()
+        shutil.rmtree(folder)
+
+    if server.stdout.readline() != b"ready\n":
+        raise RuntimeError("the server of tests/warm.py did not start")
+    return (sys.executable, "-IS", program, path)
+
+
+def run(code: str, cwd: Path, fresh: bool = False, **environment) -> str:
+    """Run Python code in a process of its own, offline; its standard output. `fresh`: with all imports to be done."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
+        [*([sys.executable] if fresh else python()), "-W", "ignore", "-c", code],
         cwd=cwd,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
@@ -208,9 +257,39 @@ def pytest_configure(config):
         raise pytest.UsageError(f"asked for transformers {expected}, found {transformers.__version__}")
 
 
+def pytest_collection_modifyitems(items):
+    last = len(LONG)
+    order = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, last))
+
+
+# Up to 4.45 every loading collects garbage, a second each time where what is imported is looked at.
+LOADING_COLLECTS = "gc.collect()" in inspect.getsource(importlib.import_module("transformers.modeling_utils"))
+
+
 def pytest_collection_finish(session):
-    """Leave what is imported out of garbage collection: up to 4.45 every loading collects, a second each time."""
     gc.freeze()
+    ENVIRONMENT.update(os.environ)
+
+
+@pytest.fixture(autouse=True)
+def _leave_the_environment_as_it_was():
+    """Some packages set variables when they are imported, in the middle of a test."""
+    before = dict(os.environ)
+    yield
+    for name in {*before, *os.environ}:
+        if name not in before:
+            del os.environ[name]
+        elif os.environ.get(name) != before[name]:
+            os.environ[name] = before[name]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leave_what_is_imported_out_of_garbage_collection():
+    yield
+    if LOADING_COLLECTS:
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -3,7 +3,7 @@ Run the test suite with other releases of transformers, and with other versions 
 
     python tests/matrix.py                   every release in RELEASES, with the Python and the torch that run this: the
                                              files of ACCEPTANCE
-    python tests/matrix.py 4.32.0 4.57.6     all but INDEPENDENT with these, printing the table only
+    python tests/matrix.py 4.32.0 4.57.6     all but LEFT_OUT with these, printing the table only
     python tests/matrix.py newest            with the newest release that the package index has
     python tests/matrix.py newest-torch      with the newest PyTorch that it has; downloads several GB
     python tests/matrix.py --others          OTHERS, the whole suite: other Pythons and PyTorches; downloads several GB
@@ -69,16 +69,16 @@ ACCEPTANCE = tuple(
         *("generation", "chat", "qwen_generation_utils", "tokenization_qwen", "releases"),
     )
 )
-# What knows nothing of transformers, and what is for the release of requirements.txt: tuning, evaluation, graphs,
-# export, questions, deployment and the pages on tokenization.
-INDEPENDENT = tuple(
-    f"--ignore=tests/test_{name}.py"
-    for name in (
-        *("code", "cpp_kernels", "check_kernels", "triton_kernels", "demo_facts", "cuda_graph", "faq", "deployment"),
-        *("finetune", "finetune_data", "evaluation", "lm_eval", "gptq", "tool_files", "export_gguf"),
-        *("tokenization_docs", "tokenization_growth"),
-    )
+# What chosen releases need not run again. Files that use nothing of transformers, which test_code.py holds them to;
+INDEPENDENT = ("check_kernels", "cpp_kernels", "demo_facts", "triton_kernels")
+# what is for the release of requirements.txt: tuning, evaluation, graphs, export, questions, deployment, the code's own
+# rules, and what of the tokenizer is slow;
+ONE_RELEASE = (
+    *("code", "cuda_graph", "deployment", "evaluation", "export_gguf", "faq", "finetune", "finetune_data", "gptq"),
+    *("lm_eval", "tokenization_docs", "tokenization_growth", "tool_files"),
 )
+# and of tests with many cases of one kind all but the first, see `sampled` in conftest.py.
+LEFT_OUT = (*(f"--ignore=tests/test_{name}.py" for name in (*INDEPENDENT, *ONE_RELEASE)), "-m", "not more")
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -224,7 +224,7 @@ def main() -> None:
     if {"newest", "newest-torch"} & set(arguments.releases):
         sys.exit(run_newest(arguments.releases[0], arguments.unlisted))
     names = OTHERS if arguments.others else [(release,) for release in arguments.releases or RELEASES]
-    files = () if arguments.others else INDEPENDENT if arguments.releases else ACCEPTANCE
+    files = () if arguments.others else LEFT_OUT if arguments.releases else ACCEPTANCE
     results = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for result in tqdm(pool.map(lambda name: test(name, files, arguments.jobs), names), total=len(names)):
@@ -252,7 +252,7 @@ def run_newest(what: str, only_unlisted: bool) -> int:
     print(f"{what}: {' '.join(name)}, which is {'' if listed else 'not '}listed as supported", flush=True)
     if listed and only_unlisted:
         return 0
-    result = test(name, INDEPENDENT if what == "newest" else (), 1)
+    result = test(name, LEFT_OUT if what == "newest" else (), 1)
     print(f"{result.output}\n{table([result])}")
     compatibility_page.record(rows(what, [result]))
     return int(bool(result.failed) and listed)

@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 import torch
-from conftest import CODE, ROOT, modeling_qwen, tiny_config
-from matrix import interpreter
+from conftest import CODE, ROOT, modeling_qwen, sampled, tiny_config
+from matrix import INDEPENDENT, LEFT_OUT, ONE_RELEASE, interpreter
 
 MODULES = [name for name in CODE if name.endswith(".py")]
 SOURCES = {name: (ROOT / name).read_text(encoding="utf-8") for name in MODULES}
@@ -185,3 +185,50 @@ def test_every_module_logs_under_the_name_of_transformers():
     assert len(found) > 5
     for name, loggers in found.items():
         assert loggers == [("", f'"transformers.models.qwen.{name[:-3]}"')]
+
+
+# --- What tests/matrix.py leaves out -----------------------------------------------------------------------------
+
+
+def names_in(tree) -> set:
+    """Every name that code says: of variables, attributes, modules, and what it imports from them."""
+    found = set()
+    for node in ast.walk(tree):
+        found |= {
+            getattr(node, field) for field in ("id", "attr", "module") if isinstance(getattr(node, field, 0), str)
+        }
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {alias.name for alias in node.names}
+    return {part for name in found for part in name.split(".")}
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_what_is_left_out_as_independent_uses_nothing_of_transformers(name):
+    """No models, tokenizers and caches: what of the repository it imports takes of transformers the logger alone."""
+    source = (ROOT / "tests" / f"test_{name}.py").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    forbidden = {"transformers", "from_pretrained", "generate", "tiny_model", "tiny_config", "tokenization_qwen"}
+    assert not names_in(tree) & {*forbidden, "modeling_qwen", "demo_tokenizer", "official_tokenizer"}
+    for module in set(re.findall(r'import_module\("qwen\.(\w+)"\)', source)):
+        taken = [
+            f"{node.module}.{alias.name}"
+            for node in ast.walk(TREES[f"{module}.py"])
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers")
+            for alias in node.names
+            if node.module != "transformers_compat"
+        ]
+        assert set(taken) <= {"transformers.utils.logging"}
+        assert "transformers" not in imported(TREES[f"{module}.py"])
+
+
+def test_what_is_left_out_is_there_and_of_many_cases_one_stays():
+    """The mark `more` is set by `sampled` alone, which leaves out the first case."""
+    for name in (*INDEPENDENT, *ONE_RELEASE):
+        assert f"--ignore=tests/test_{name}.py" in LEFT_OUT
+        assert (ROOT / "tests" / f"test_{name}.py").exists()
+    assert LEFT_OUT[-2:] == ("-m", "not more")
+    marking = [path.name for path in (ROOT / "tests").glob("*.py") if "mark.more" in path.read_text(encoding="utf-8")]
+    assert sorted(marking) == ["conftest.py", "test_code.py"]
+    first, *others = sampled([(1, 2), (3, 4)])
+    assert first == (1, 2)
+    assert [(case.values, [mark.name for mark in case.marks]) for case in others] == [((3, 4), ["more"])]

@@ -59,7 +59,7 @@ def test_generation_with_a_static_cache_compiles_once(graphs):
 def test_exported_forward_for_batches_of_any_size(attention, strict, monkeypatch):
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
         pytest.skip("needs torch 2.9 or so: 2.8 can't export masks that are made by vmap")
-    model = tiny_model(attn_implementation=attention, **NTK_LOGN)
+    model = tiny_model(attn_implementation=attention, num_hidden_layers=2, **NTK_LOGN)
     size = {0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("tokens", min=2, max=512)}
     example = {"input_ids": random_ids(2, 40), "attention_mask": torch.ones(2, 40, dtype=torch.long)}
     shapes = {**dict.fromkeys(example, size), "use_cache": None}
@@ -77,7 +77,7 @@ def test_exported_forward_for_batches_of_any_size(attention, strict, monkeypatch
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=needs_sdpa)])
 def test_training_step_is_one_graph_and_stays_it(attention, checkpointing):
-    model = tiny_model(attn_implementation=attention, **NTK_LOGN).train()
+    model = tiny_model(attn_implementation=attention, num_hidden_layers=2, **NTK_LOGN).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
     torch._dynamo.reset()

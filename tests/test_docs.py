@@ -7,13 +7,12 @@ import inspect
 import io
 import re
 import subprocess
-import sys
 import tokenize
 from dataclasses import fields
 
 import pytest
 import transformers
-from conftest import HAS_STATIC, ROOT, lacks
+from conftest import HAS_STATIC, ROOT, lacks, python
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "README_CN.md", ROOT / "benchmarks" / "RESULTS.md", *DOCS]
@@ -66,7 +65,7 @@ def test_snippets(page, capsys, monkeypatch, tmp_path):
 def quantised(folder) -> dict:
     """The names that the page about 8 and 4 bits takes for granted: a checkpoint, and one in 4 bits."""
     peft = pytest.importorskip("peft")
-    command = [sys.executable, ROOT / "tools" / "quantize_weights.py", "demo", folder / "int4", "--bits", "4"]
+    command = [*python(), ROOT / "tools" / "quantize_weights.py", "demo", folder / "int4", "--bits", "4"]
     subprocess.run([*command, "--method", "rtn"], check=True, timeout=600)
     paths = {"PATH": str(ROOT / "demo"), "PATH_INT4": str(folder / "int4")}
     classes = {"AutoModelForCausalLM": transformers.AutoModelForCausalLM, "LoraConfig": peft.LoraConfig}

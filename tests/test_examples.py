@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
-import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import time
 import notebooks
 import pytest
 import screenshot
-from conftest import ROOT
+from conftest import ROOT, python
 from qwen.qwen_generation_utils import make_tool_context, parse_react
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,9 +38,8 @@ def model():
 
 
 def run(script: str, *arguments, text: str = ""):
-    command = [sys.executable, "-W", "ignore", ROOT / "examples" / script, *arguments]
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", timeout=600, env=environment)
+    command = [*python(), "-W", "ignore", ROOT / "examples" / script, *arguments]
+    done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -16,7 +16,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, modeling_qwen, official_vocabulary, random_ids, tiny_model, tokenization_qwen
+from conftest import ROOT, modeling_qwen, official_vocabulary, python, random_ids, tiny_model, tokenization_qwen
 from qwen.qwen_generation_utils import make_context
 from safetensors.torch import load_file, save_file
 from texts import KNOWN, generated_texts, without_surrogates
@@ -652,7 +652,7 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, capsys, monkeypatch):
 @needs_gguf
 def test_as_a_command_after_a_run_that_was_killed(tmp_path):
     (tmp_path / ".model.gguf.new").write_text("left by a killed run")
-    command = [sys.executable, ROOT / "tools" / "export_gguf.py", DEMO, tmp_path / "model.gguf"]
+    command = [*python(), ROOT / "tools" / "export_gguf.py", DEMO, tmp_path / "model.gguf"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert "no dynamic NTK" in done.stdout

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import uuid
 import pytest
 import torch
 import transformers
-from conftest import CODE, ROOT, run
+from conftest import CODE, ROOT, python, run
 from matrix import numbers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -106,7 +107,7 @@ def test_the_blocks_run_and_print_what_is_said(workshop, capfd, monkeypatch):
                     continue
                 done.add(block)
                 shutil.rmtree("fast", ignore_errors=True)
-                command = re.sub(r"^python ", f"{sys.executable} ", block, flags=re.MULTILINE)
+                command = re.sub(r"^python ", f"{shlex.join(python())} ", block, flags=re.MULTILINE)
                 ended = subprocess.run(["bash", "-euc", command], timeout=600, capture_output=True, text=True)
                 # 1: it does not fit, or there would be something to do
                 assert ended.returncode == 0 or (ended.returncode == 1 and "estimate_memory" in block), ended.stderr
@@ -542,6 +543,7 @@ transformers.logging.set_verbosity_info()
 AutoModelForCausalLM.from_pretrained({DEMO!r}, trust_remote_code=True)
 """,
         ROOT,
+        fresh=True,  # transformers remembers where errors went when it was imported
     )
     assert "attention by sdpa (flash_attention_2 needs the package flash-attn" in found
 
@@ -559,7 +561,7 @@ def test_half_precision_on_a_cpu(tokenizer, warnings, monkeypatch):
 @shows("`Native CPU kernels are not in use; PyTorch computes the same, more slowly.`")
 def test_no_compiler(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "build_kernels.py"],
+        [*python(), ROOT / "tools" / "build_kernels.py"],
         env={**os.environ, "CXX": str(tmp_path / "none"), "TORCH_EXTENSIONS_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -574,7 +576,7 @@ def test_no_compiler(tmp_path):
 def int4(tmp_path_factory):
     """The demo in 4 bits, as Qwen-*-Chat-Int4 are."""
     folder = tmp_path_factory.mktemp("int4") / "int4"
-    command = [sys.executable, ROOT / "tools" / "quantize_weights.py", DEMO, folder, "--bits", "4", "--method", "rtn"]
+    command = [*python(), ROOT / "tools" / "quantize_weights.py", DEMO, folder, "--bits", "4", "--method", "rtn"]
     subprocess.run(command, check=True, timeout=600, capture_output=True)
     return folder
 
@@ -592,6 +594,7 @@ tokenizer = AutoTokenizer.from_pretrained({str(int4)!r}, trust_remote_code=True)
 print(type(model.transformer.h[0].mlp.w1).__name__, model.chat(tokenizer, {QUESTION!r}, None)[0])
 """,
         ROOT,
+        fresh=True,
     )
     assert found == f"QuantizedLinear {ANSWER}"
     if not importlib.util.find_spec("gptqmodel"):
@@ -674,7 +677,7 @@ def test_checkpointing_without_gradients_of_the_inputs(tokenizer):
 def test_training_does_not_begin_with_wrong_data(tmp_path):
     data = tmp_path / "data.json"
     data.write_text('[{"conversations": [{"from": "gpt", "value": "Hi"}]}]')
-    command = [sys.executable, ROOT / "finetune" / "finetune.py", "--model_name_or_path", DEMO, "--data_path", data]
+    command = [*python(), ROOT / "finetune" / "finetune.py", "--model_name_or_path", DEMO, "--data_path", data]
     command += ["--output_dir", tmp_path / "out", "--use_lora", "--use_cpu", "True"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode != 0

@@ -95,7 +95,7 @@ for name in ("modeling_qwen.QWenLMHeadModel", "tokenization_qwen.QWenTokenizer")
     print(get_class_from_dynamic_module(name, {str(checkpoint)!r}).__name__)
 print(torch.get_default_dtype())
 """
-    output = run(code, tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    output = run(code, tmp_path, fresh=True, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert output.split() == ["QWenLMHeadModel", "QWenTokenizer", "torch.float32"]
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
-import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import compat, lacks, modeling_qwen, random_ids, tiny_config, tiny_model
+from conftest import compat, lacks, modeling_qwen, python, random_ids, tiny_config, tiny_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -56,7 +55,7 @@ def folder(tmp_path_factory):
 
 def compute(folder, checkpoint: str, *tasks: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", Path(parallel.__file__), folder / checkpoint, folder, *tasks],
+        [*python(), "-W", "ignore", Path(parallel.__file__), folder / checkpoint, folder, *tasks],
         env={**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "TRITON_INTERPRET": "1"},
         capture_output=True, encoding="utf-8", timeout=600,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, lacks, tokenization_qwen
+from conftest import ROOT, lacks, python, tokenization_qwen
 from hypothesis import given
 from hypothesis import strategies as st
 from qwen.qwen_generation_utils import OBSERVATION, make_context, make_tool_context, parse_react
@@ -39,7 +39,7 @@ def serving(command: list, log: Path, host: str = "--host", port_name: str = "--
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *command, host, "127.0.0.1", port_name, str(port), "--cpu-only"]
+    command = [*python(), *command, host, "127.0.0.1", port_name, str(port), "--cpu-only"]
     with open(log, "wb") as file:
         server = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=ROOT)
     try:

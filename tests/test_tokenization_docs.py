@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, needs_offsets
+from conftest import ROOT, needs_offsets, python
 
 
 @pytest.mark.parametrize("name", ["tokenization.md", "tokenization_zh.md"])
@@ -22,7 +22,7 @@ def test_the_snippets_run_and_print_what_is_said(name, capfd, monkeypatch, tmp_p
     assert len(blocks) >= 11
     for language, block in blocks:
         if language == "bash":
-            command = re.sub(r"^python ", f"{sys.executable} ", block, flags=re.MULTILINE)
+            command = re.sub(r"^python ", f"{shlex.join(python())} ", block, flags=re.MULTILINE)
             subprocess.run(["bash", "-euc", command], check=True, timeout=600)
             continue
         capfd.readouterr()

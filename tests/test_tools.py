@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 from hypothesis import given
 from hypothesis import strategies as st
 from qwen import qwen_generation_utils as utils
@@ -249,7 +249,7 @@ def test_the_calculator():
 
 def test_the_example_runs():
     """With a checkpoint that calls no tools: it answers, or the limit ends it."""
-    command = [sys.executable, "-W", "ignore", ROOT / "examples" / "tool_use.py", ROOT / "demo", "法国的首都是哪里？"]
+    command = [*python(), "-W", "ignore", ROOT / "examples" / "tool_use.py", ROOT / "demo", "法国的首都是哪里？"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -21,7 +21,7 @@ import traceback
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import ROOT, sampled, tiny_model
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, dynamic_module_utils
@@ -195,7 +195,7 @@ def run_and_kill(folder, action: str, moment: int) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
-@pytest.mark.parametrize("action", ["--write", "--restore"])
+@pytest.mark.parametrize("action", sampled(["--write", "--restore"]))
 def test_a_kill_at_any_moment_leaves_a_folder_that_loads(checkpoint, tmp_path, monkeypatch, action):
     monkeypatch.setattr(os, "fsync", lambda file: None)  # slow, and for power failures only
     before, plan = contents(checkpoint), upgrade.planned(checkpoint)
@@ -230,7 +230,7 @@ KILLS = int(os.environ.get("QWEN_KILLS", "8"))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
-@pytest.mark.parametrize("action", ["--write", "--restore", "--copy-to"])
+@pytest.mark.parametrize("action", sampled(["--copy-to", "--write", "--restore"]))
 def test_a_kill_at_random_moments_leaves_no_broken_folder(checkpoint, tmp_path, action):
     """
     The whole command in a process of its own, killed by the clock: every other time at any moment, else soon after its

@@ -12,7 +12,7 @@ import unicodedata
 
 import pytest
 import torch
-from conftest import ROOT, lacks, needs_offsets, official_vocabulary, tiny_model, tokenization_qwen
+from conftest import ROOT, lacks, needs_offsets, official_vocabulary, sampled, tiny_model, tokenization_qwen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import KNOWN, generated_texts, without_surrogates
@@ -194,7 +194,7 @@ def test_a_model_with_the_new_tokens(words, tmp_path, rows):
 # --- The fast tokenizer -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["demo", "official", "extended"])
+@pytest.fixture(scope="module", params=sampled(["extended", "demo", "official"]))
 def ours_and_fast(request, tmp_path_factory):
     """Our tokenizer of a folder, and what the tool makes of it."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -216,7 +216,7 @@ def ours_and_fast(request, tmp_path_factory):
     return ours, PreTrainedTokenizerFast.from_pretrained(folder / "fast")
 
 
-@pytest.mark.parametrize("batch", range(20))
+@pytest.mark.parametrize("batch", sampled(range(20)))
 def test_the_fast_tokenizer_gives_the_same_ids(ours_and_fast, batch):
     """Of the texts that tests/test_tokenization_qwen.py uses; the library `tokenizers` takes no lone surrogates."""
     ours, fast = ours_and_fast
