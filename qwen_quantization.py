@@ -210,7 +210,7 @@ class QuantizedLinear(_Quantized):
     The weight is computed by `dequantize`. Gradients go through it to the inputs, never to the codes.
 
     On a GPU codes of inputs in another order than the groups' (`desc_act`) are sorted once, in place, so that kernels
-    find the inputs of a group side by side: qweight is None then, `sorted_qweight` has the same codes, and input
+    find the inputs of a group side by side: there is no qweight then, `sorted_qweight` has its codes, and input
     order[i], int64 (in), belongs to the i-th of them. `arrangement` names that order: matrices with the same take the
     same inputs. A state dict has the codes as the file has them.
     """
@@ -284,8 +284,10 @@ class QuantizedLinear(_Quantized):
         order = self.g_idx.argsort(stable=True)
         if not torch.equal(self.g_idx[order], self._ordered_groups()):
             return
-        _reorder_(self.qweight.data, order, self.format.bits)
-        self.sorted_qweight, self.qweight = self.qweight, None
+        codes = self.qweight
+        _reorder_(codes.data, order, self.format.bits)
+        del self.qweight  # peft asks a matrix that has this name for its device
+        self.sorted_qweight = codes
         self.order, self.arrangement = order, hash(tuple(order.tolist()))
 
     def _unsort_inputs(self) -> None:
