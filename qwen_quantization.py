@@ -209,10 +209,10 @@ class QuantizedLinear(_Quantized):
 
     The weight is computed by `dequantize`. Gradients go through it to the inputs, never to the codes.
 
-    On a GPU codes of inputs in another order than the groups' (`desc_act`) are sorted once, in place, so that kernels
-    find the inputs of a group side by side: there is no qweight then, `sorted_qweight` has its codes, and input
-    order[i], int64 (in), belongs to the i-th of them. `arrangement` names that order: matrices with the same take the
-    same inputs. A state dict has the codes as the file has them.
+    On a GPU codes of inputs in another order than the groups' (`desc_act`) are sorted, once, so that kernels find the
+    inputs of a group side by side: there is no qweight then, `sorted_qweight` has its codes, and input order[i], int64
+    (in), belongs to the i-th of them. `arrangement` names that order: matrices with the same take the same inputs. A
+    state dict has the codes as the file has them.
     """
 
     SCALES = "scales"
@@ -284,16 +284,13 @@ class QuantizedLinear(_Quantized):
         order = self.g_idx.argsort(stable=True)
         if not torch.equal(self.g_idx[order], self._ordered_groups()):
             return
-        codes = self.qweight
-        _reorder_(codes.data, order, self.format.bits)
+        arrangement, codes = hash(tuple(order.tolist())), _reordered(self.qweight, order, self.format.bits)
         del self.qweight  # peft asks a matrix that has this name for its device
-        self.sorted_qweight = codes
-        self.order, self.arrangement = order, hash(tuple(order.tolist()))
+        self.sorted_qweight = nn.Parameter(codes, requires_grad=False)
+        self.order, self.arrangement = order, arrangement
 
-    def _unsort_inputs(self) -> None:
-        _reorder_(self.sorted_qweight.data, self.order.argsort(), self.format.bits)
-        self.qweight, self.sorted_qweight = self.sorted_qweight, None
-        self.order = self.arrangement = None
+    def _codes_as_in_the_file(self) -> torch.Tensor:
+        return _reordered(self.sorted_qweight, self.order.argsort(), self.format.bits)
 
     def _apply(self, fn, *args, **kwargs):
         super()._apply(fn, *args, **kwargs)
@@ -304,14 +301,14 @@ class QuantizedLinear(_Quantized):
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.order is not None:
-            codes = destination.pop(f"{prefix}sorted_qweight").detach().clone()
-            _reorder_(codes, self.order.argsort(), self.format.bits)
-            destination[f"{prefix}qweight"] = codes
+            del destination[f"{prefix}sorted_qweight"]
+            destination[f"{prefix}qweight"] = self._codes_as_in_the_file()
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
         was_sorted = self.order is not None
         if was_sorted:
-            self._unsort_inputs()
+            self.qweight = nn.Parameter(self._codes_as_in_the_file(), requires_grad=False)
+            self.sorted_qweight = self.order = self.arrangement = None
         super()._load_from_state_dict(state_dict, prefix, *args)
         if was_sorted:
             self.set_order()
@@ -351,12 +348,16 @@ class QuantizedLinear(_Quantized):
         )
 
 
-def _reorder_(qweight: torch.Tensor, order: torch.Tensor, bits: int) -> None:
-    """Packed codes, int32 (in / n, out), in place, by blocks of outputs: those of input order[i] become the i-th."""
+@torch.no_grad()
+def _reordered(qweight: torch.Tensor, order: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packed codes, int32 (in / n, out), those of input order[i] in the i-th place; by blocks of outputs."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=qweight.device)[:, None]
-    for block in qweight.split(max(1, REORDERED_CODES // len(order)), dim=1):
+    result = torch.empty_like(qweight)
+    width = max(1, REORDERED_CODES // len(order))
+    for block, to in zip(qweight.split(width, dim=1), result.split(width, dim=1)):
         codes = (block[:, None] >> shifts & 2**bits - 1).flatten(0, 1)[order]  # (in, outputs)
-        block.copy_((codes.unflatten(0, (len(block), -1)) << shifts).sum(1, dtype=torch.int32))
+        to.copy_((codes.unflatten(0, (len(block), -1)) << shifts).sum(1, dtype=torch.int32))
+    return result
 
 
 class _FrozenProduct(torch.autograd.Function):
