@@ -159,7 +159,8 @@ def test_every_error_is_brought_about():
 @pytest.fixture
 def checkpoint(tmp_path):
     """A copy of the demo to spoil."""
-    return shutil.copytree(ROOT / "demo", tmp_path / "checkpoint", ignore=shutil.ignore_patterns("__pycache__"))
+    folder = tmp_path / tmp_path.name  # transformers takes code in folders of one name for the same
+    return shutil.copytree(ROOT / "demo", folder, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 @pytest.fixture(scope="module")
