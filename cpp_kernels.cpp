@@ -636,7 +636,10 @@ Product linear_product(Rows& x, Tensor weight, optional<Tensor> bias, optional<T
   const auto run = bf16 ? levels()[level].linear_bf16 : kernels().linear;
   // Pairs of channels stay together: a channel alone has another order of sums.
   return {a.out, 2, a.in * static_cast<int64_t>(weight.element_size()),
-          [=](int64_t begin, int64_t end) { run(a, int8, begin, end); (void)weight, (void)bias, (void)scale; }};
+          [=](int64_t begin, int64_t end) {
+            run(a, int8, begin, end);
+            (void)weight, (void)bias, (void)scale;  // so that they are captured, and live as long
+          }};
 }
 
 Tensor linear(const Tensor& x, Tensor weight, optional<Tensor> bias, optional<Tensor> scale) {
@@ -748,7 +751,7 @@ Product gptq_product(Rows& x, Tensor qweight, Tensor qzeros, Tensor scales, opti
             if (kind == at::kFloat) finish(static_cast<float*>(y));
             if (kind == at::kBFloat16) finish(static_cast<BFloat16*>(y));
             if (kind == at::kHalf) finish(static_cast<c10::Half*>(y));
-            (void)qweight, (void)qzeros, (void)scales, (void)g_idx;
+            (void)qweight, (void)qzeros, (void)scales, (void)g_idx;  // as above
           }};
 }
 

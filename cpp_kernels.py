@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "01b277721314a1de8f9c26d5f4cd9e0d47de9cc1618838f4116cef1ced8dc27f"
+SOURCE_SHA256 = "d90bc89ecfb8ea63a04f8706a311b703f7497ebabbbe3315d48708c58b99bc72"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
