@@ -145,17 +145,21 @@ def has_varlen_attention(device: torch.device, dtype: torch.dtype, head_dim: int
     )
 
 
-def varlen_attention(query, key, value, starts: torch.Tensor, longest: int, scaling: float) -> torch.Tensor:
+def varlen_attention(query, key, value, starts, longest: int, scaling: float, key_starts=None, longest_key=None):
     """
     Causal attention of sequences that follow each other: query, key, value: (N, nh, hd), `starts`: int32
     (sequences + 1,), where each begins, and N; `longest`: the length of the longest. Returns (N, nh, hd).
+
+    With `key_starts` and `longest_key` a sequence has keys and values, (M, nh, hd), before its queries, too.
     """
+    if key_starts is None:
+        key_starts, longest_key = starts, longest
     arguments: dict = {"window_size": (-1, 0)} if "window_size" in _VARLEN_ARGUMENTS else {"is_causal": True}
     if "scale" in _VARLEN_ARGUMENTS:
         arguments["scale"] = scaling
     else:  # torch 2.10
         query = query * (scaling * query.shape[-1] ** 0.5)
-    return _varlen(query, key, value, starts, starts, longest, longest, **arguments)
+    return _varlen(query, key, value, starts, key_starts, longest, longest_key, **arguments)
 
 
 def is_compiling() -> bool:
@@ -557,7 +561,8 @@ def attention_function(name: str | None, default):
         function = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
     else:
         function = ALL_ATTENTION_FUNCTIONS[name]
-    return functools.partial(_attend, function) if _MODEL_WRITES_PAGES else function
+    is_sdpa = _varlen is not None and name in ("sdpa", "paged|sdpa")
+    return functools.partial(_attend, function, is_sdpa) if _MODEL_WRITES_PAGES or is_sdpa else function
 
 
 def computes_attention(name: str | None) -> bool:
@@ -570,10 +575,40 @@ def computes_attention(name: str | None) -> bool:
     return function.__module__.partition(".")[0] == "transformers" or function.__module__ == __name__
 
 
-def _attend(function, module, query, key, value, attention_mask, **kwargs):
-    if kwargs.get("cache") is not None:
-        key, value = kwargs.pop("cache").update(key, value, module.layer_idx, kwargs=kwargs)  # which it changes
-    return function(module, query, key, value, attention_mask, **kwargs)
+def _attend(function, is_sdpa: bool, module, query, key, value, attention_mask, *, scaling, dropout=0.0, **kwargs):
+    """`function`, for what continuous batching hands over too. is_sdpa: it is SDPA, and PyTorch has `_varlen`."""
+    cache = kwargs.get("cache")
+    if cache is not None:
+        is_faster = is_sdpa and not dropout and has_varlen_attention(query.device, query.dtype, query.shape[-1])
+        if is_faster or _MODEL_WRITES_PAGES:
+            del kwargs["cache"]
+            if _changes_kwargs(type(cache)):
+                key, value = cache.update(key, value, module.layer_idx, kwargs=kwargs)  # which it changes
+            else:  # up to 5.17 or so: (M, nh, hd)
+                where = {name: kwargs[name] for name in ("read_index", "write_index")}
+                key, value = (x.transpose(0, 1)[None] for x in cache.update(key, value, module.layer_idx, **where))
+        if is_faster:
+            return _attend_to_sequences(query, key, value, scaling, kwargs), None
+    return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+@functools.lru_cache(maxsize=None)
+def _changes_kwargs(kind: type) -> bool:
+    return "kwargs" in inspect.signature(kind.update).parameters
+
+
+def _attend_to_sequences(query, key, value, scaling: float, where: dict) -> torch.Tensor:
+    """
+    What SDPA gives with the mask of continuous batching, (1, N, nh, hd); but it multiplies every query with the keys of
+    all sequences. query: (1, nh, N, hd); key, value: (1, nh, M, hd); where: the lengths of the sequences.
+    """
+    key_starts = where["cu_seq_lens_k"]
+    longest, longest_key = (where.get(f"max_length_{x}", where.get(f"max_seqlen_{x}")) for x in "qk")
+    if isinstance(key_starts, dict):  # by the kind of a layer's attention, of which there is one
+        key_starts, longest_key = (next(iter(of_kinds.values())) for of_kinds in (key_starts, longest_key))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    starts, key_starts = where["cu_seq_lens_q"].int(), key_starts.int()
+    return varlen_attention(q, k, v, starts, longest, scaling, key_starts, longest_key)[None]
 
 
 try:
@@ -929,6 +964,16 @@ class PreTrainedModel(transformers.PreTrainedModel):
         """From 4.56: whether the attention function can change; by default names in the source file decide."""
         return True
 
+    if hasattr(transformers.PreTrainedModel, "tp_plan"):  # from 4.54
+
+        @transformers.PreTrainedModel.tp_plan.getter
+        def tp_plan(self):
+            """With the names by which continuous batching of transformers 5 tells that each process has some heads."""
+            plan = super().tp_plan
+            if any(style == "colwise_fused_heads" for style in (plan or {}).values()):
+                plan = {**plan, **{f"layers.*.self_attn.{name}": "colwise" for name in ("k_proj", "v_proj")}}
+            return plan
+
     if HAS_TENSOR_PARALLEL and not KEEPS_FUSED_HEADS:  # 4.52 to 5.10
 
         def save_pretrained(self, *args, **kwargs):
@@ -1058,6 +1103,9 @@ _GENERATE_ARGUMENTS = (
 _STEPS = contextvars.ContextVar("steps", default=None)
 
 
+_GENERATE_BATCH = inspect.signature(getattr(transformers.GenerationMixin, "generate_batch", lambda: None))  # from 4.53
+
+
 class GenerationMixin(transformers.GenerationMixin):
     """
     transformers' `GenerationMixin`, called with the cache as `past_key_values`.
@@ -1086,6 +1134,19 @@ class GenerationMixin(transformers.GenerationMixin):
         if not steps:
             raise RuntimeError(f"generate has prepared no step in a way that could be checked. {_release()}")
         return _with_both_names(output)
+
+    if "warmup" in _GENERATE_BATCH.parameters:
+
+        @functools.wraps(transformers.GenerationMixin.generate_batch)
+        def generate_batch(self, inputs, *args, **kwargs):
+            """
+            With graphs for all numbers of rows captured beforehand (`warmup`) only if they stay, in a
+            `persistent_manager`: that takes longer than to answer some dozens of prompts.
+            """
+            given = _GENERATE_BATCH.bind_partial(self, inputs, *args, **kwargs).arguments
+            if "warmup" not in given:
+                kwargs["warmup"] = given.get("persistent_manager", False)
+            return super().generate_batch(inputs, *args, **kwargs)
 
     if IS_NEWER:
 

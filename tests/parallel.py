@@ -74,6 +74,12 @@ def tensor(path: str, folder: str) -> dict:
     }
     if HAS_LAZY_STATIC_CACHE:
         found["static ids"] = model.generate(IDS, attention_mask=MASK, cache_implementation="static", **GREEDY)
+    if hasattr(transformers, "ContinuousBatchingConfig") and hasattr(model, "tp_plan"):
+        few = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # or nearly all memory
+        settings = transformers.GenerationConfig(**{**GREEDY, "eos_token_id": -1})
+        rows = [row[mask.bool()].tolist() for row, mask in zip(IDS, MASK)]
+        batch = model.generate_batch(rows, generation_config=settings, continuous_batching_config=few)
+        found["batch ids"] = [output.generated_tokens for output in batch.values()]
     found.update(training(model))
     try:
         model.save_pretrained(folder)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
-from conftest import HAS_STATIC, TINY, lacks, needs_prefill_in_chunks, random_ids, static_cache, tiny_model
+from conftest import HAS_STATIC, TINY, compat, lacks, needs_prefill_in_chunks, random_ids, static_cache, tiny_model
 from qwen.qwen_cache import QWenCache
 from qwen.qwen_generation_utils import StopWordsLogitsProcessor
 from qwen.transformers_compat import ASSISTANTS_GENERATE, DynamicCache
@@ -334,7 +336,8 @@ def test_eight_threads_on_one_model_get_what_they_get_alone(model):
         assert all(torch.equal(output, alone) for output in outputs)
 
 
-def test_continuous_batching_gives_every_prompt_what_it_gets_alone():
+@pytest.mark.parametrize("is_varlen", [False, True])
+def test_continuous_batching_gives_every_prompt_what_it_gets_alone(is_varlen, monkeypatch):
     """Several sequences share a row there; each has its own NTK scale and LogN positions."""
     if not hasattr(GenerationMixin, "generate_batch"):
         lacks("has no continuous batching")
@@ -355,7 +358,42 @@ def test_continuous_batching_gives_every_prompt_what_it_gets_alone():
 
     if not is_right(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**QWEN2)).eval()):
         lacks("has no continuous batching on a CPU")  # up to 5.0
-    assert is_right(tiny_model(**NTK_LOGN))
+    calls = []
+
+    def varlen(q, k, v, starts, key_starts, longest, longest_key, *, scale, window_size):
+        """As PyTorch's on a GPU, which replaces SDPA: the last query of a sequence has the last key."""
+        assert window_size == (-1, 0)
+        calls.append(longest)
+        lengths, key_lengths = starts.diff().tolist(), key_starts.diff().tolist()
+        assert longest >= max(lengths)
+        assert longest_key >= max(key_lengths)
+        attended = []
+        for q_k_v in zip(q.split(lengths), k.split(key_lengths), v.split(key_lengths)):
+            q1, k1, v1 = (x.transpose(0, 1) for x in q_k_v)
+            mask = torch.ones(q1.shape[1], k1.shape[1], dtype=torch.bool).tril(k1.shape[1] - q1.shape[1])
+            attended.append(F.scaled_dot_product_attention(q1, k1, v1, mask, scale=scale).transpose(0, 1))
+        return torch.cat(attended)
+
+    if is_varlen:
+        monkeypatch.setattr(compat, "_varlen", varlen)
+        monkeypatch.setattr(compat, "_VARLEN_ARGUMENTS", ("scale", "window_size"))
+        monkeypatch.setattr(compat, "has_varlen_attention", lambda *args: True)
+    model = tiny_model(**NTK_LOGN)
+    assert is_right(model)
+    if is_varlen:
+        assert len(calls) >= model.config.num_hidden_layers * 8
+        assert min(calls) == 1 < max(calls)
+
+
+def test_continuous_batching_captures_graphs_beforehand_only_where_they_stay(monkeypatch):
+    seen = []
+    if "warmup" not in inspect.signature(getattr(GenerationMixin, "generate_batch", lambda: None)).parameters:
+        lacks("captures no graphs beforehand")
+    monkeypatch.setattr(GenerationMixin, "generate_batch", lambda self, inputs, **kwargs: seen.append(kwargs))
+    model = tiny_model()
+    for kwargs in ({}, {"persistent_manager": True}, {"warmup": True}, {"persistent_manager": True, "warmup": False}):
+        model.generate_batch([[1]], **kwargs)
+    assert [kwargs["warmup"] for kwargs in seen] == [False, True, True, False]
 
 
 def test_streamer_sees_every_token(model, demo_tokenizer, capsys):

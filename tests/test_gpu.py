@@ -118,3 +118,22 @@ def test_generate_takes_the_cache_that_has_kernels():
     assert taken.get_seq_length() == 9 + 23
     other = tiny_model().cuda().bfloat16()  # heads of 16 channels
     assert type(generate(other, random_ids(1, 9).cuda(), **settings).past_key_values).__name__ == "DynamicCache"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_continuous_batching_attends_to_each_sequence(dtype):
+    """By PyTorch's kernel for sequences of all lengths, that of SDPA with a mask."""
+    if not compat.has_varlen_attention(torch.device("cuda"), dtype, 64):
+        pytest.skip("this PyTorch, or this GPU, has no such kernel")
+    lengths, key_lengths = torch.tensor([1, 7, 40, 1]), torch.tensor([90, 7, 64, 1])
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, int(n.sum()), 64, generator=draw) for n in (lengths, key_lengths, key_lengths))
+    mask = torch.block_diag(*(torch.ones(m, n).tril(n - m) for m, n in zip(lengths.tolist(), key_lengths.tolist())))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask.bool(), scale=0.1).transpose(1, 2)
+    starts = {
+        f"cu_seq_lens_{x}": torch.nn.functional.pad(n.cumsum(0), (1, 0)).cuda()
+        for x, n in (("q", lengths), ("k", key_lengths))
+    }
+    where = {**starts, "max_seqlen_q": 40, "max_seqlen_k": 90}
+    found = compat._attend_to_sequences(*(x.to("cuda", dtype) for x in (q, k, v)), 0.1, where)
+    torch.testing.assert_close(found.float().cpu(), expected, rtol=0, atol=0.02)

@@ -82,6 +82,8 @@ def test_tensor_parallel_logits_and_greedy_ids_are_those_of_one_process(tensor):
         assert torch.equal(result["ids"], expected["ids"])
         if parallel.HAS_LAZY_STATIC_CACHE:
             assert torch.equal(result["static ids"], expected["ids"])
+        if "batch ids" in result:
+            assert result["batch ids"] == expected["ids"][:, 40:].tolist()
 
 
 def test_every_process_has_its_heads_of_queries_keys_and_values_and_its_share_of_the_rest(tensor):
