@@ -396,8 +396,9 @@ class _Part:
         stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         with _CAPTURE, torch.cuda.stream(stream):
-            # Once as it is: kernels are compiled, and the library of products makes its workspace. What it writes to
-            # the cache the replay writes again.
+            # Once as it is: the library of products makes its workspace, and kernels are loaded. What it writes to the
+            # cache the replay writes again.
+            _kernels().compile_together(lambda: self._compute(model), self.input.device)
             self._compute(model)
             stream.synchronize()
             graph.capture_begin(capture_error_mode="thread_local")

@@ -17,6 +17,9 @@ In the shapes below N is a block of keys, hd the width of a head, G the groups o
 import functools
 import importlib
 import math
+import os
+import threading
+from concurrent import futures
 
 import torch
 
@@ -36,6 +39,65 @@ from .qwen_ops import (
 # No import statements: transformers refuses code that imports what is not installed.
 triton = importlib.import_module("triton")
 tl = importlib.import_module("triton.language")
+
+# --- Launches ----------------------------------------------------------------------------------------------------
+
+_THREAD = threading.local()  # `.noted`: the launches that `compile_together` collects in it
+
+
+class _Kernel:
+    """What `triton.jit` makes of a function, launched in its way: `kernel[grid](…)`."""
+
+    def __init__(self, jitted):
+        self.jitted = jitted
+
+    def __getitem__(self, grid):
+        noted = getattr(_THREAD, "noted", None)
+        return self.jitted[grid] if noted is None else functools.partial(self._note, noted)
+
+    def _note(self, noted: dict, *args, **options) -> None:
+        kinds = (
+            x.dtype if isinstance(x, torch.Tensor) else () if parameter.do_not_specialize else x
+            for x, parameter in zip(args, self.jitted.params)
+        )
+        noted.setdefault((self, *kinds, *options.items()), (self.jitted, args, options))
+
+    def __getattr__(self, name: str):
+        return getattr(self.jitted, name)
+
+
+def _kernel(function=None, **options):
+    """`triton.jit`, for functions that are launched."""
+    if function is None:
+        return lambda function: _kernel(function, **options)
+    return _Kernel(triton.jit(function, **options))
+
+
+def compile_together(compute, device: torch.device) -> None:
+    """
+    Makes the kernels that `compute()` launches on this GPU ready, in as many threads as there are cores.
+
+    One after the other they take seconds in a process that finds none in Triton's cache: besides Triton's passes each
+    has an assembler and a C compiler to wait for. `compute` is called, with its launches left out. What fails here
+    raises what the launch would.
+    """
+    _THREAD.noted = noted = {}
+    try:
+        compute()
+    finally:
+        del _THREAD.noted
+
+    def make_ready(launch) -> None:
+        jitted, args, options = launch
+        with torch.cuda.device(device):
+            jitted.warmup(*args, grid=(1,), **options).run  # noqa: B018 (Triton builds it when it is looked up)
+
+    launches = list(noted.values())
+    if not launches or not hasattr(launches[0][0], "_hash_lock"):
+        return  # up to Triton 3.3 two threads can't compile: they will be compiled when they are launched
+    with futures.ThreadPoolExecutor(min(len(launches), os.cpu_count() or 1)) as threads:
+        list(threads.map(make_ready, launches))
+
 
 # What is launched for a store of so many bits: keys in a block, warps, blocks read ahead, programs for each
 # multiprocessor that the keys are shared out to, tensor cores or not (4 bits are made for them, floats not), registers.
@@ -151,7 +213,7 @@ def _two_codes(low, high, by, zero):
     return (low | (high << 4)).to(tl.uint8)
 
 
-@triton.jit(do_not_specialize=["T", "position", "slot"])
+@_kernel(do_not_specialize=["T", "position", "slot"])
 def _append_kernel(
     x, codes, scales, x_b, x_h, x_t, c_b, c_h, c_t, p_b, p_h, p_t, nh, T, position, table, slot, x_2,
     HD: tl.constexpr, LOG_HD: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, LATE: tl.constexpr,
@@ -410,7 +472,7 @@ def _scales4(params, n, p_t, g, G: tl.constexpr, PLUS: tl.constexpr, ASM: tl.con
     return _from_bf16_bits(base), step, centre * (CENTRE_BY * 2.0**127) + (CENTRE - 7.5 - PLUS) / 8
 
 
-@triton.jit(do_not_specialize=["S", "T", "splits", "blocks", "m_b", "m_h", "m_t", "slot"])
+@_kernel(do_not_specialize=["S", "T", "splits", "blocks", "m_b", "m_h", "m_t", "slot"])
 def _attend_kernel(
     q, k, k_params, v, v_params, mask, partial, stats, scaling,
     q_b, q_h, q_t, k_b, k_h, k_t, kp_b, kp_h, kp_t, v_b, v_h, v_t, vp_b, vp_h, vp_t, m_b, m_h, m_t,
@@ -565,7 +627,7 @@ def _attend_kernel(
     tl.store(stats + place * 2 + 1, total)
 
 
-@triton.jit(do_not_specialize=["T", "splits"])
+@_kernel(do_not_specialize=["T", "splits"])
 def _merge_kernel(
     partial, stats, y, nh, T, splits,
     ROTATED: tl.constexpr, HD: tl.constexpr, LOG_HD: tl.constexpr, MAX_SPLITS: tl.constexpr,
@@ -675,7 +737,7 @@ PRODUCT = {
 PRODUCT_ROWS = 16  # up to so many; more are left to the library of products
 
 
-@triton.jit
+@_kernel
 def _norm_kernel(x, weight, y, eps, K: tl.constexpr, BLOCK: tl.constexpr):
     """RMSNorm of one row of (M, K)."""
     row = tl.program_id(0).to(tl.int64) * K
@@ -714,7 +776,7 @@ def _finish(
     tl.store(y + place, total.to(kind), mask=there)
 
 
-@triton.jit
+@_kernel
 def _product_kernel(
     x, norm, weight, gate, scale, gate_scale, bias, gate_bias, residual, y, M, N, K, eps,
     ROWS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
@@ -805,7 +867,7 @@ def _product(x, matrix, gate, ends, norm, eps, tuning):
     return y
 
 
-@triton.jit(do_not_specialize=["T", "slot"])
+@_kernel(do_not_specialize=["T", "slot"])
 def _rotary_kernel(
     qkv, cos, sin, scale, q, k, v, table, slot, nh, T,
     HD: tl.constexpr, HALF: tl.constexpr, SCALED: tl.constexpr, STORED: tl.constexpr,
@@ -1025,7 +1087,7 @@ def _scaled(part, sums, scale, zero):
     return scale * 2.0**49 * (part - zero.to(tl.float32, bitcast=True) * (sums * 2.0**100)[:, None])
 
 
-@triton.jit
+@_kernel
 def _gptq_row_kernel(
     x, norm, qweight, qzeros, scales, gate_qweight, gate_qzeros, gate_scales, bias, gate_bias, residual, y, words, N,
     eps, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr, SLOTS: tl.constexpr,
@@ -1172,7 +1234,7 @@ def _sum_of_shares(total, SHARES: tl.constexpr, EACH: tl.constexpr, BN: tl.const
     return tl.sum(tl.reshape(total, (EACH, SHARES, BN)), 1)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@_kernel(do_not_specialize=["blocks"])
 def _gptq_rows_kernel(
     x, qweight, qzeros, scales, gate_qweight, gate_qzeros, gate_scales, bias, gate_bias, residual, y, partial,
     M, words, N, blocks, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
@@ -1239,7 +1301,7 @@ def _gptq_rows_kernel(
         _finish(total, gate_total, n, m * N + n, there, bias, gate_bias, residual, y, N, GATE, BIAS, RESIDUAL)
 
 
-@triton.jit
+@_kernel
 def _gptq_sum_kernel(
     partial, bias, gate_bias, residual, y, M, N, splits,
     BLOCK: tl.constexpr, GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -1321,7 +1383,7 @@ def gptq_product(
     return y
 
 
-@triton.jit
+@_kernel
 def _gptq_dequantize_kernel(
     qweight, qzeros, scales, g_idx, weight, words, N, q_stride, z_stride, s_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
@@ -1388,7 +1450,7 @@ INT8_ROWS = {
 }
 
 
-@triton.jit
+@_kernel
 def _int8_row_kernel(
     x, norm, codes, gate_codes, scale, gate_scale, bias, gate_bias, residual, y, words, N, eps,
     BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,

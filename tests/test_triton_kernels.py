@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import threading
+import types
 
 import pytest
 import torch
@@ -368,3 +371,75 @@ def test_compiles_without_graph_breaks():
     with torch.no_grad():
         expected = step(*inputs())
         torch.testing.assert_close(torch.compile(step, fullgraph=True)(*inputs()), expected)
+
+
+class Jitted:
+    """Of Triton's functions what `compile_together` takes: what is compiled, loaded and launched is noted."""
+
+    _hash_lock = threading.RLock()
+    params = tuple(types.SimpleNamespace(do_not_specialize=name == "slot") for name in ("x", "K", "slot"))
+
+    def __init__(self, meeting=None):
+        self.compiled, self.loaded, self.launched, self.meeting = [], [], [], meeting
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launched.append((grid, args, options))
+
+    def warmup(self, *args, grid, **options):
+        if self.meeting is not None:
+            self.meeting.wait(10)  # raises if the others come later
+        self.compiled.append((args, options))
+        jitted = self
+
+        class Compiled:
+            @property
+            def run(self):
+                jitted.loaded.append(threading.current_thread())
+
+        return Compiled()
+
+
+@pytest.fixture
+def on_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(triton_kernels.os, "cpu_count", lambda: 4)
+
+
+def test_kernels_are_compiled_together_and_not_launched(on_no_gpu):
+    meeting = threading.Barrier(4)
+    first, second = (triton_kernels._Kernel(Jitted(meeting)) for _ in range(2))
+    x, half = torch.ones(3), torch.ones(3).half()
+
+    def compute():
+        for slot in (6, 8, 10):  # one kernel for all
+            first[(1,)](x, 16, slot, BN=8)
+        first[(2,)](half, 16, 6, BN=8)
+        first[(3,)](x, 17, 6, BN=8)
+        second[(4,)](x, 16, 6, BN=8)
+
+    triton_kernels.compile_together(compute, "a GPU")
+    assert len(first.compiled) == 3
+    assert len(second.compiled) == 1
+    assert first.launched == second.launched == []
+    assert len({*first.loaded, *second.loaded} - {threading.current_thread()}) == 4
+    compute()
+    assert [grid for grid, _, _ in first.launched] == [(1,), (1,), (1,), (2,), (3,)]
+    assert second.launched == [((4,), (x, 16, 6), {"BN": 8})]
+
+
+def test_kernels_that_do_not_compile_say_so_and_others_are_launched_again(on_no_gpu, monkeypatch):
+    kernel = triton_kernels._Kernel(Jitted())
+    monkeypatch.setattr(Jitted, "warmup", lambda self, *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        triton_kernels.compile_together(lambda: kernel[(1,)](torch.ones(1), 16, 6), "a GPU")
+    with pytest.raises(KeyError, match="broken"):
+        triton_kernels.compile_together(lambda: {}["broken"], "a GPU")
+    kernel[(1,)](16)
+    assert kernel.launched == [((1,), (16,), {})]
+
+
+def test_one_thread_compiles_where_triton_takes_no_more(on_no_gpu, monkeypatch):
+    monkeypatch.delattr(Jitted, "_hash_lock")
+    kernel = triton_kernels._Kernel(Jitted())
+    triton_kernels.compile_together(lambda: kernel[(1,)](torch.ones(1), 16, 6), "a GPU")
+    assert kernel.compiled == kernel.launched == []
