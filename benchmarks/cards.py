@@ -9,7 +9,8 @@ Speed of Qwen on several GPUs: whole blocks on each (`device_map`), or a share o
 `run` loads it by `from_pretrained`, by torchrun with tensor parallelism, and makes the weights random in place. Results
 are JSON lines, written as they come, so that a run may be stopped. What would begin after --seconds is left out, and so
 are cases that do not fit into the memory that is free; both are said. The case 1x2048i8 has an int8 cache, 1x2048i4 an
-int4 one. `--size small --fp32` is the check: there greedy ids must be those of the ordinary path.
+int4 one. --requests N: as many by `generate_batch`. `--size small --fp32` is the check: there greedy ids must be those
+of the ordinary path.
 
 A token is the mean between the first new one and the last; the first call of as many rows, which captures the graph,
 is timed apart. Its share of the bandwidth counts the weights, keys and values that it reads against what a sum over
@@ -40,6 +41,7 @@ from gpu import (
     SIZES,
     cached_bytes,
     config_of,
+    lengths_of,
     quantization,
     randomize_codes,
     read_bandwidth,
@@ -48,7 +50,7 @@ from gpu import (
     weight_bytes,
 )
 from kv_cache import modeling
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES["small"] = (1024, 8, 8, 4096, 32000)
@@ -259,6 +261,37 @@ def measure(model, graphs, report: Report, case: str, tokens: int, bandwidth: fl
     del output
 
 
+def continuous(model, report: Report, requests: int, longest: int, tokens: int) -> None:
+    """`generate_batch`, of prompts of a third to the whole of `longest` tokens; two requests before, apart."""
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()  # it takes a share of what is free
+    for i in devices():
+        torch.cuda.reset_peak_memory_stats(i)
+    draw = torch.Generator().manual_seed(requests)
+    prompts = [
+        torch.randint(0, model.config.vocab_size, (n,), generator=draw).tolist()
+        for n in lengths_of(requests, longest).tolist()
+    ]
+    settings = GenerationConfig(eos_token_id=-1, pad_token_id=0, do_sample=False, max_new_tokens=tokens)
+    kwargs = {"generation_config": settings, "progress_bar": False}
+    if not CUDA:  # where every process would take nine tenths
+        kwargs["continuous_batching_config"] = transformers.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
+    took = []
+    for some in (prompts[:2], prompts):
+        synchronize()
+        began = time.perf_counter()
+        output = model.generate_batch(some, **kwargs)
+        took.append(time.perf_counter() - began)
+    found = of_all([request.generated_tokens for request in output.values()])
+    new = sum(map(len, found[0]))
+    report(
+        what="generate_batch", requests=len(output), of=requests, longest=longest, new_tokens=new,
+        tokens_a_second=new / took[1], first_call_s=took[0], peak_GB=peaks(),
+        equal_in_all_processes=all(ids == found[0] for ids in found),
+    )  # fmt: skip
+
+
 def sums(graphs, hidden: int, rows: int, report: Report) -> None:
     """Microseconds of one of 160 sums over the processes in a graph: NCCL's, and what the graphs take."""
     x = torch.zeros(rows, hidden, dtype=torch.bfloat16, device="cuda")
@@ -315,6 +348,8 @@ def run(folder: str, arguments) -> None:
         work += [lambda: check(model, graphs, report, 3, *((20, 3) if quick else (300, 32)))]
         new = 4 if quick else arguments.tokens
         work += [lambda case=case: measure(model, graphs, report, case, new, bandwidth) for case in cases]
+        if arguments.requests:
+            work.append(lambda: continuous(model, report, arguments.requests, *((24, 4) if quick else (768, 128))))
         if CUDA and PARALLEL:
             work += [lambda rows=rows: sums(graphs, model.config.hidden_size, rows, report) for rows in (1, 16)]
         for i, task in enumerate(work):
@@ -338,6 +373,7 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help='on the first card, of which "auto" leaves a tenth free')
     parser.add_argument("--fp32", action="store_true")
     parser.add_argument("--cases", nargs="+", default=CASES, help="rows x tokens before, as 1x2048")
+    parser.add_argument("--requests", type=int, help="of `generate_batch`: prompts of 256 to 768, 128 new tokens each")
     parser.add_argument("--tokens", type=int, default=48, help="new ones, that are timed")
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--out", help="a file that the results are added to")

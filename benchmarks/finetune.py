@@ -131,8 +131,9 @@ def make_weights(model) -> None:
         else:
             parameter.copy_(whole)
     for module in model.modules():
-        for name in module._buffers:  # Qwen2's rotary frequencies
-            module._buffers[name] = getattr(type(module)(module.config), name).to(DEVICE)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:  # Qwen2's rotary frequencies
+                module._buffers[name] = getattr(type(module)(module.config), name).to(DEVICE)
 
 
 class ShardingTrainer(Trainer):
