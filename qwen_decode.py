@@ -11,8 +11,10 @@ In the shapes below B is the batch, T the new tokens, S the tokens attended to, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import threading
 
 import torch
 from torch import nn
@@ -21,7 +23,15 @@ from transformers.utils import logging
 
 from .qwen_attention import AttendingCache
 from .qwen_cache import QWenCache, quantized_cache
-from .qwen_cuda_graph import GraphedGeneration, graphed_step, has_graphs, is_as_made, is_checked, is_plain, is_untouched
+from .qwen_cuda_graph import (
+    GraphedGeneration,
+    graphed_step,
+    has_graphs,
+    is_as_made,
+    is_checked,
+    is_plain,
+    is_untouched,
+)
 from .qwen_generation_utils import StopWordsLogitsProcessor
 from .qwen_ops import decode_blocks, has_decode_kernel, rms_norm, times
 from .qwen_quantization import Int8Linear, QuantizedLinear, check_training
@@ -111,7 +121,8 @@ def _compute(model, call: dict):
     cache = call["past_key_values"]
     ids, x = call.get("input_ids"), call.get("inputs_embeds")
     checked = ids is not None and is_checked(model, cache, ids)
-    if not checked and (not is_as_made(network) or (network is not model and not is_untouched(network))):
+    weights = None if checked else _found_before(network)
+    if not (checked or weights or is_as_made(network)) or (network is not model and not is_untouched(network)):
         return None
     new = ids if x is None else x
     if new.shape[0] != cache.layers[0].batch_size:
@@ -134,8 +145,8 @@ def _compute(model, call: dict):
     head = _matrix(model.lm_head, like) if has_head else None
     if head is None and has_head:
         return None
-    blocks = _weights(network, cache, like)
-    if blocks is None or new.device != like.device:
+    weights = weights or _weights(network, like)
+    if weights is None or new.device != like.device or not _stores_for(network, cache, like):
         return None
     if x is not None and (x.dtype != like.dtype or type(x) is not torch.Tensor):
         return None
@@ -145,7 +156,6 @@ def _compute(model, call: dict):
     rotation = network.rotation(position_ids, cache, length, call.get("ntk_alpha"))
     mask = None if mask is None else mask[..., : length + T].bool()
     eps = network.ln_f.eps
-    weights = [[each for block in blocks for each in block[i]] for i in range(3)]  # norms, matrices, formats
     store = [tensor for layer in cache.layers for tensor in layer.room_for(T)]
     scaling = [block.attn.scaling for block in network.h]
     angles = rotation.cos, rotation.sin, rotation.query_scale
@@ -162,15 +172,60 @@ def _kept(call: dict):
     return slice(-kept, None) if isinstance(kept, int) else kept
 
 
-def _weights(network, cache, like: torch.Tensor):
+class _Found:
     """
-    For every block (norms, matrices, formats) as `decode_blocks` takes them; None if a weight is not as the network was
-    made, or the cache is elsewhere.
+    The weights of a network that is as it was made, and what tells that it still is so: whether a thousand attributes
+    have changed takes less time than what they are. Hooks of all modules are not looked for.
     """
-    if len(cache.layers) != len(network.h) or not _is_weight(like, like):
+
+    def __init__(self, network, weights: list):
+        self.weights = weights
+        modules = list(network.modules())
+        self._forwards = [(kind, kind.forward) for kind in {type(module) for module in modules}]
+        self._modules = [(module._modules, list(module._modules.values())) for module in modules if module._modules]
+        dictionaries = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
+        self._places = [(tensors, name) for tensors in dictionaries for name in tensors]
+        self._tensors = [tensors[name] for tensors, name in self._places]
+        self._addresses = [t.data_ptr() for t in self._tensors if t is not None]
+        self._attributes = [(vars(module), module.__dict__.get("eps")) for module in modules]
+
+    def is_as_it_was(self) -> bool:
+        now = [tensors.get(name) for tensors, name in self._places]
+        return (
+            all(t is before for t, before in zip(now, self._tensors))
+            and [t.data_ptr() for t in now if t is not None] == self._addresses
+            and all(list(modules.values()) == before for modules, before in self._modules)
+            and not any(
+                own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+                for own, _ in self._attributes
+            )
+            and all(own.get("eps") == eps for own, eps in self._attributes)
+            and all(kind.forward is forward for kind, forward in self._forwards)
+        )
+
+
+_GENERATION = threading.local()  # `.found`: of each network a `_Found` or None, while this thread is in `generate`
+
+
+def _found_before(network) -> list | None:
+    """What `_weights` found before in this generation, if nothing has changed since."""
+    found = getattr(_GENERATION, "found", {}).get(network)
+    if found is None:
+        return None
+    if found.is_as_it_was():
+        return found.weights
+    _GENERATION.found[network] = None
+    return None
+
+
+def _weights(network, like: torch.Tensor) -> list | None:
+    """
+    Norms, matrices and formats of all blocks as `decode_blocks` takes them; None if one is not as the network was made.
+    """
+    if not _is_weight(like, like):
         return None
     blocks = []
-    for block, layer in zip(network.h, cache.layers):
+    for block in network.h:
         attn, mlp = block.attn, block.mlp
         norms = [block.ln_1.weight, block.ln_2.weight]
         matrices = [_matrix(m, like) for m in (attn.c_attn, attn.c_proj, mlp.w1, mlp.w2, mlp.c_proj)]
@@ -178,11 +233,19 @@ def _weights(network, cache, like: torch.Tensor):
             return None
         if not block.ln_1.eps == block.ln_2.eps == network.ln_f.eps:
             return None
-        stored = layer.keys.tensors[0]
-        if stored.device != like.device or (cache.bits is None and stored.dtype != like.dtype):
-            return None
         blocks.append((norms, [t for matrix in matrices for t in matrix[:5]], [n for m in matrices for n in m[5:]]))
-    return blocks
+    weights = [[each for block in blocks for each in block[i]] for i in range(3)]
+    if network not in getattr(_GENERATION, "found", {network}):
+        _GENERATION.found[network] = _Found(network, weights)
+    return weights
+
+
+def _stores_for(network, cache, like: torch.Tensor) -> bool:
+    """Whether the cache has stored keys and values of this network, where its weights are."""
+    stored = [layer.keys.tensors[0] for layer in cache.layers]
+    return len(stored) == len(network.h) and all(
+        t.device == like.device and (cache.bits is not None or t.dtype == like.dtype) for t in stored
+    )
 
 
 def _is_weight(tensor, like: torch.Tensor) -> bool:
@@ -205,6 +268,19 @@ def _matrix(module: nn.Module, like: torch.Tensor):
 
 
 # --- Generation --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _one_generation():
+    """Within it, and what it calls, a network that stays as it is is looked at once."""
+    if hasattr(_GENERATION, "found"):  # an assistant's
+        yield
+        return
+    _GENERATION.found = {}
+    try:
+        yield
+    finally:
+        del _GENERATION.found
 
 
 class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
@@ -267,7 +343,8 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
         is_qwen = isinstance(assistant, QWenGenerationMixin)
         if ASSISTANTS_GENERATE and is_qwen and assistant.config.vocab_size < self.config.vocab_size:
             kwargs["assistant_model"] = _PaddedAssistant(assistant, self.config.vocab_size, logits_processor)
-        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+        with _one_generation():
+            return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def _prompt_alpha(self, settings, ids, kwargs: dict) -> torch.Tensor | None:
         """

@@ -450,3 +450,105 @@ def test_adapters_of_embeddings_generate():
     adapted = peft.get_peft_model(model, adapters).eval()
     found = adapted.generate(input_ids=ids, past_key_values=QWenCache(), **settings)
     assert found.tolist() == adapted.merge_and_unload().generate(ids, use_cache=False, **settings).tolist()
+
+
+def patch_class(model):
+    modeling_qwen.QWenMLP.forward = doubled(modeling_qwen.QWenMLP.forward)
+
+
+def hook_all(model):
+    def hook(module, x, y):
+        return y * 2 if isinstance(module, modeling_qwen.QWenMLP) else None
+
+    model.handle = nn.modules.module.register_module_forward_hook(hook)
+
+
+def exchange_weight(model):
+    w1 = model.transformer.h[1].mlp.w1
+    w1.weight = nn.Parameter(w1.weight * 3)
+
+
+def exchange_data(model):
+    w1 = model.transformer.h[1].mlp.w1
+    w1.weight.data = w1.weight.data * 3
+
+
+def subclass(model):
+    """Of the same memory."""
+    w1 = model.transformer.h[1].mlp.w1
+    w1.weight = nn.Parameter(w1.weight.detach().as_subclass(Subclass), requires_grad=False)
+
+
+WHILE_GENERATING = {name: change for name, change in NOT_PLAIN.items() if "precision" not in name}
+WHILE_GENERATING["a patched class"] = patch_class
+WHILE_GENERATING["hook of all modules"] = hook_all
+WHILE_GENERATING["a subclass of a block's weight"] = subclass
+WHILE_GENERATING["attention in training"] = lambda m: m.transformer.h[1].attn.train()
+PLAIN_AFTERWARDS = {
+    "a weight in place": lambda m: m.transformer.h[1].mlp.w1.weight.mul_(3),
+    "another weight": exchange_weight,
+    "another tensor of a weight": exchange_data,
+    "another scale of the scores": lambda m: setattr(m.transformer.h[0].attn, "scaling", 3.0),
+}
+
+
+@pytest.mark.parametrize("change", [*WHILE_GENERATING, *PLAIN_AFTERWARDS])
+def test_what_changes_while_it_generates_counts_from_the_next_token(change, monkeypatch):
+    def generate():
+        model, ids = tiny_model(**PLAIN), random_ids(2, 9)
+        forward = modeling_qwen.QWenMLP.forward
+
+        def processor(input_ids, scores):
+            if input_ids.shape[1] == 12:
+                {**WHILE_GENERATING, **PLAIN_AFTERWARDS}[change](model)
+            return scores
+
+        settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+        try:
+            with without_layers(allowed=True) as calls:
+                cache = QWenCache()
+                output = model.generate(
+                    ids, past_key_values=cache, logits_processor=[processor], output_scores=True, **settings
+                )
+        finally:
+            modeling_qwen.QWenMLP.forward = forward
+            if hasattr(model, "handle"):
+                model.handle.remove()
+        return torch.stack(output.scores), len(calls)
+
+    scores, calls = generate()
+    assert calls == (3 if change in PLAIN_AFTERWARDS else 3 + 4 * 3)
+    monkeypatch.setattr(qwen_decode, "_found_before", lambda network: None)
+    expected, calls_of_looking = generate()
+    assert calls == calls_of_looking
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0)
+
+
+def test_a_network_is_looked_at_once_in_a_generation(monkeypatch):
+    looked = []
+    is_as_made = qwen_decode.is_as_made
+    monkeypatch.setattr(qwen_decode, "is_as_made", lambda network: looked.append(network) or is_as_made(network))
+    model = tiny_model(**PLAIN)
+    for i in range(2):
+        model.generate(random_ids(1, 9), past_key_values=QWenCache(), max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert looked == [model.transformer] * (i + 1)
+    assert not hasattr(qwen_decode._GENERATION, "found")
+    cache = filled(model, QWenCache, random_ids(1, 9))
+    for _ in range(2):  # steps of a caller's own
+        with torch.no_grad():
+            model(random_ids(1, 1), past_key_values=cache)
+    assert len(looked) == 4
+
+
+def test_a_weight_that_changes_its_precision_while_it_generates_is_refused():
+    """As by the layers; the kernels would read it as what it was."""
+    model = tiny_model(**PLAIN)
+    w1 = model.transformer.h[1].mlp.w1
+
+    def processor(input_ids, scores):
+        if input_ids.shape[1] == 12:
+            w1.weight.data = w1.weight.data.bfloat16()
+        return scores
+
+    with pytest.raises(RuntimeError, match="dtype"):
+        model.generate(random_ids(1, 9), max_new_tokens=8, pad_token_id=0, logits_processor=[processor])
