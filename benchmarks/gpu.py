@@ -4,7 +4,8 @@ Speed of Qwen on an NVIDIA GPU as a user gets it, beside transformers' Qwen2, an
     python benchmarks/gpu.py [--size 7B] [--gpt-fast FOLDER] [--sections generate batch prefill] [--quick]
 
 --sections int4: the same shapes with random codes of GPTQ, 4 bits, 128 inputs a group, beside bfloat16.
---sections continuous: 64 requests by `generate_batch`. drafts: prompt look-up and an assistant, with weights that make
+--sections continuous: 64 requests by `generate_batch`. stream: `chat_stream` beside `generate`, with the vocabulary of
+the checkpoint in demo/. drafts: prompt look-up and an assistant, with weights that make
 the model say the same 64 tokens over and over (so name it last).
 --gpt-fast: a checkout of gpt-fast (https://github.com/pytorch-labs/gpt-fast), whose compiled loop is run with the same
 shapes. --seconds: what would begin later is left out, and said so. --quick: a small model on any device, to try this.
@@ -19,6 +20,8 @@ is the first call of its kind, in seconds, over the same call warm. Qwen2's leng
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import gc
 import importlib
 import itertools
@@ -29,11 +32,12 @@ import traceback
 
 import torch
 import transformers
-from kv_cache import kernels, modeling, qwen2_of
-from transformers import GenerationConfig
+from kv_cache import ROOT, kernels, modeling, qwen2_of
+from transformers import AutoTokenizer, GenerationConfig
 
 QWenConfig = modeling.QWenConfig
 quantization = importlib.import_module(modeling.__name__.rpartition(".")[0] + ".qwen_quantization")
+utils = importlib.import_module(modeling.__name__.rpartition(".")[0] + ".qwen_generation_utils")
 quantized_sizes = kernels.quantized_sizes
 
 # hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, vocab_size
@@ -337,6 +341,35 @@ def continuous(ours, theirs, rows: int, longest: int, tokens: int) -> None:
         table.row(name, rows, attention, new / took, first)
 
 
+def streams(model, length: int, tokens: int, repetitions: int) -> None:
+    """A token of `chat_stream`, text included, and of `generate` with the same prompt and settings, by turns."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo", trust_remote_code=True)
+    model.lm_head.weight[len(tokenizer) :] = 0  # other ids have no text
+    query = "word " * (length // len(tokenizer.encode("word ")))
+    ids = torch.tensor([utils.make_context(tokenizer, query, system="")[1]], device=DEVICE)
+    known = GenerationConfig(chat_format="chatml", eos_token_id=tokenizer.im_end_id, pad_token_id=0, do_sample=False)
+    known.max_window_size = 2 * length
+
+    def settings(n: int):
+        config = copy.deepcopy(known)
+        config.max_new_tokens = config.min_new_tokens = n
+        return config
+
+    def generate(n: int):
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings(n))
+
+    def stream(n: int):
+        for _ in model.chat_stream(tokenizer, query, None, system="", generation_config=settings(n)):
+            pass
+
+    ways = {"generate": generate, "chat_stream": stream}
+    taken = medians({(name, n): functools.partial(way, n) for name, way in ways.items() for n in (1, tokens)}, repetitions)
+    table = Table("stream", "behind", "ms a token", "times generate")
+    a_token = {name: (taken[name, tokens] - taken[name, 1]) / (tokens - 1) for name in ways}
+    for name, took in a_token.items():
+        table.row(name, ids.shape[1], took * 1e3, took / a_token["generate"])
+
+
 def repeating(model, period: int):
     """In place: a model that computes all it did, and says `period` tokens over and over."""
     for block in model.transformer.h:
@@ -468,6 +501,7 @@ def main() -> None:
         "launches": lambda: launches({"ours": ours, "Qwen2": theirs}, context, 9),
         "batch": lambda: batches(ours, theirs, 4 if arguments.quick else 64, 3 * long, tokens * 2),
         "continuous": lambda: continuous(ours, theirs, 4 if arguments.quick else 64, 3 * long, tokens * 2),
+        "stream": lambda: streams(ours, context, 2 * tokens, 5),
         "drafts": lambda: drafts(ours, context, 4 * tokens),
         "int4": lambda: quantised(ours, size, context, [1, 4] if arguments.quick else [1, 4, 16], bandwidth, tokens),
         "prefill": lambda: prefills(ours, theirs, [64] if arguments.quick else [2048, 8192, 32000], rate, 5),
