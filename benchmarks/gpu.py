@@ -363,7 +363,8 @@ def streams(model, length: int, tokens: int, repetitions: int) -> None:
             pass
 
     ways = {"generate": generate, "chat_stream": stream}
-    taken = medians({(name, n): functools.partial(way, n) for name, way in ways.items() for n in (1, tokens)}, repetitions)
+    calls = {(name, n): functools.partial(way, n) for name, way in ways.items() for n in (1, tokens)}
+    taken = medians(calls, repetitions)
     table = Table("stream", "behind", "ms a token", "times generate")
     a_token = {name: (taken[name, tokens] - taken[name, 1]) / (tokens - 1) for name in ways}
     for name, took in a_token.items():
