@@ -24,8 +24,11 @@ GB = tool.GB
 WIDE = {"hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 352}
 
 
-def published(size: str):
-    return tool.QWenConfig(**dict(zip(tool.SHAPE, tool.SIZES[size])))
+def published(size: str, matrices: str = "full"):
+    config = tool.QWenConfig(**dict(zip(tool.SHAPE, tool.SIZES[size])), int8_weights=matrices == "int8")
+    if matrices == "Int4":
+        config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    return config
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -269,8 +272,13 @@ def test_figures_of_the_page():
         figures = [needs[0]["weights"], *(sum(need.values()) for need in needs)]
         assert f"| Qwen-{size} | " + " | ".join(f"{n / GB:.2f}" for n in figures) + " |" in page
 
-    def fitting(size: str, gigabytes: int, number: int = 1, context: int = 8192, cache: str = "full") -> bool:
-        return tool.fits(published(size), "bf16", context, 1, cache, [gigabytes * GB] * number)
+    def fitting(
+        size: str, gigabytes: int, number: int = 1, context: int = 8192, cache: str = "full", matrices: str = "full"
+    ) -> bool:
+        return tool.fits(published(size, matrices), "bf16", context, 1, cache, [gigabytes * GB] * number)
+
+    def together(size: str, matrices: str, dtype: str = "bf16", context: int = 8192) -> str:
+        return f"{sum(tool.memory(published(size, matrices), dtype, context, 1).values()) / GB:.1f}"
 
     assert fitting("14B", 80, context=32768)
     assert fitting("1.8B", 16, context=32768)
@@ -282,3 +290,17 @@ def test_figures_of_the_page():
     assert [cache for cache in tool.CACHES if fitting("72B", 24, 8, cache=cache)] == ["int8", "int4"]
     assert fitting("72B", 80, 2, context=2048)
     assert fitting("72B", 24, 8, context=2048)
+    for context, cache in ((13312, "full"), (32768, "int4")):
+        assert fitting("72B", 80, context=context, cache=cache, matrices="Int4")
+    assert not fitting("72B", 80, context=32768, cache="int8", matrices="Int4")
+    assert fitting("1.8B", 12)
+    for gigabytes, matrices, contexts in ((16, "Int4", [2048, 8192]), (16, "int8", [2048, 8192]), (12, "int8", [2048])):
+        found = [n for n in (2048, 8192) if fitting("7B", gigabytes, context=n, matrices=matrices)]
+        assert found == contexts
+    assert fitting("7B", 12, matrices="Int4")
+    assert fitting("14B", 16, cache="int8", matrices="Int4")
+    assert [n for n in (2048, 8192) if fitting("14B", 12, context=n, cache="int8", matrices="Int4")] == [2048]
+    cells = [[together(size, matrices) for matrices in ("full", "int8", "Int4")] for size in ("1.8B", "7B", "14B")]
+    assert cells == [["5.7", "4.1", "3.9"], ["20.5", "13.4", "10.9"], ["36.0", "22.6", "17.3"]]
+    assert "5.7 GB of memory, 4.1 in int8, 3.9 in Int4 | 20.5 GB; 13.4; 10.9 | 36.0 GB; 22.6; 17.3 |" in page
+    assert [together("7B", matrices, "fp32", 2048) for matrices in ("int8", "Int4")] == ["12.1", "10.9"]
