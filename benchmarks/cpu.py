@@ -143,13 +143,13 @@ def int8_of(model):
     return other.eval()
 
 
-def int4_of(model):
+def int4_of(model, lm_head: bool = False):
     """The model with matrices in 4 bits, groups of 128, as GPTQ stores them, rounded to the nearest."""
     sys.path.insert(0, str(ROOT / "tools"))
     quantize = importlib.import_module("gptq").quantize
     quantization = importlib.import_module(modeling.__name__.replace("modeling_qwen", "qwen_quantization"))
     config = copy.deepcopy(model.config)
-    setattr(config, quantization.HELD, {"quant_method": "gptq", "bits": 4, "group_size": 128})
+    setattr(config, quantization.HELD, {"quant_method": "gptq", "bits": 4, "group_size": 128, "lm_head": lm_head})
     with torch.device("meta"):
         other = modeling.QWenLMHeadModel(config)
     state = dict(model.state_dict())
@@ -212,6 +212,7 @@ def all_engines(model, wanted: list[str], context: int, folder: Path) -> dict:
         "ours, bfloat16": lambda: (Ours(model, QWenCache), read),
         "ours, int8": lambda: ours(int8_of(model)),
         "ours, int4": lambda: ours(int4_of(model)),
+        "ours, all in int4": lambda: ours(int4_of(model, lm_head=True)),
         "Qwen2, bfloat16": lambda: (Ours(qwen2_of(model), transformers.DynamicCache), read),
         "llama.cpp, bfloat16": lambda: llama("BF16", 64),
         "llama.cpp, q8_0": lambda: llama("Q8_0", 34),

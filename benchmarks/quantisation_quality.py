@@ -39,6 +39,7 @@ OURS = {
     "rounded, 4 bits": {"bits": 4, "method": "rtn"},
     "our GPTQ, 4 bits": {"bits": 4},
     "our GPTQ, 4 bits, desc_act": {"bits": 4, "desc_act": True},
+    "our GPTQ, 4 bits, output layer too": {"bits": 4, "lm_head": True},
     "rounded, 8 bits": {"bits": 8, "method": "rtn"},
     "our GPTQ, 8 bits": {"bits": 8},
     "int8": None,

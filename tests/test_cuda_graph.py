@@ -175,7 +175,9 @@ def test_steps_compute_what_the_network_computes(model, bits, lengths):
 @needs_loop
 @pytest.mark.parametrize("lengths", [(21,), (21, 7)])
 @pytest.mark.parametrize(
-    "kind", [{"bits": 4}, {"bits": 8, "group_size": -1, "sym": False}, {"bits": 4, "desc_act": True}], ids=str
+    "kind",
+    [{"bits": 4, "lm_head": True}, {"bits": 8, "group_size": -1, "sym": False}, {"bits": 4, "desc_act": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("is_sorted", [False, True])
 def test_matrices_of_gptq(kind, is_sorted, lengths, steps_taken):

@@ -50,9 +50,12 @@ def test_bytes_of_int8_weights_are_those_of_the_model(dtype):
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, -1), (4, 128)])
-def test_bytes_of_gptq_weights_are_those_of_the_model(dtype, bits, group_size):
+@pytest.mark.parametrize("lm_head", [False, True])
+def test_bytes_of_gptq_weights_are_those_of_the_model(dtype, bits, group_size, lm_head):
     config = tiny_config(**WIDE)
-    config.quantization_config = {"quant_method": "gptq", "bits": bits, "group_size": group_size}
+    config.quantization_config = {
+        "quant_method": "gptq", "bits": bits, "group_size": group_size, "lm_head": lm_head
+    }  # fmt: skip
     built = tiny_config(**WIDE)
     setattr(built, tool.quantization.HELD, config.quantization_config)
     with init_empty_weights():

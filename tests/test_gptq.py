@@ -117,6 +117,41 @@ def test_it_loads_and_computes_nearly_the_same(source, tmp_path, bits):
     assert torch.equal(model.transformer.h[1].attn.c_attn.bias, plain.transformer.h[1].attn.c_attn.bias.half().float())
 
 
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_the_output_layer_too(source, tmp_path, method, monkeypatch):
+    monkeypatch.setattr(gptq, "HEAD_ROWS", 1000)
+    settings = ["--bits", "4", "--method", method]
+    for name, more in (("without", []), ("with", ["--lm-head"])):
+        assert quantised(source, tmp_path / name, *settings, *more) == 0
+    plain, model = (QWenLMHeadModel.from_pretrained(tmp_path / name, fp32=True) for name in ("without", "with"))
+    assert model.config.quantization_config["lm_head"] is True
+    assert "lm_head" not in plain.config.quantization_config
+    assert type(model.lm_head).__name__ == "QuantizedLinear"
+    ids = torch.tensor([gptq.calibration_samples(tokenizer(source), source.parent / "text.txt", 1, 24)[0]])
+    with torch.no_grad():
+        hidden = plain.transformer(ids).last_hidden_state
+        assert torch.equal(model.transformer(ids).last_hidden_state, hidden)
+        found, expected = model(ids).logits, plain.lm_head(hidden)
+        weight = QWenLMHeadModel.from_pretrained(source, fp32=True).lm_head.weight.detach()
+        nearest = gptq.dequantized(gptq.quantize(weight, 4, 32), 4)
+        of_nearest = (hidden @ nearest.T - expected).norm()
+    error = (found - expected).norm()
+    assert 0 < error < 0.2 * expected.norm()
+    if method == "rtn":
+        torch.testing.assert_close(found, hidden @ nearest.T, rtol=1e-4, atol=1e-4)
+    else:  # it is the calibration text
+        assert error < 0.8 * of_nearest
+        samples = gptq.calibration_samples(tokenizer(source), source.parent / "text.txt", 6, 24)
+        with torch.no_grad():
+            inputs = torch.cat([plain.transformer(torch.tensor([ids])).last_hidden_state[0] for ids in samples])
+        best = gptq.dequantized(gptq.quantize(weight, 4, 32, hessian=inputs.T @ inputs), 4)
+        assert (model.lm_head.dequantize() == best).float().mean() > 0.9
+    assert torch.equal(
+        model.generate(ids[:, :9], max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False),
+        model.generate(ids[:, :9], max_new_tokens=6, do_sample=False, pad_token_id=0),
+    )
+
+
 def tokenizer(folder):
     return tokenization_qwen.QWenTokenizer.from_pretrained(folder)
 

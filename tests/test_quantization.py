@@ -58,11 +58,12 @@ def matrices(model):
 
 
 def with_codes(model, bits=4, group_size=32, **kind):
-    """The model, its blocks with random codes for matrices."""
+    """The model, its blocks with random codes for matrices; with `lm_head` its output layer, too."""
     format = quantization.check_quantization_config(
         {"quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": kind.get("desc_act", False)}
     )
-    for seed, (name, module) in enumerate(matrices(model).items()):
+    head = {"lm_head": model.lm_head} if kind.pop("lm_head", False) else {}
+    for seed, (name, module) in enumerate({**matrices(model), **head}.items()):
         sizes = module.in_features, module.out_features
         new = quantization.QuantizedLinear(*sizes, format, device=module.weight.device, dtype=module.weight.dtype)
         parts, _ = random_matrix(*sizes, bits, group_size, seed=seed, **kind)

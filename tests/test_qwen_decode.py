@@ -89,7 +89,9 @@ def test_equals_the_layers_over_a_quantised_cache(bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [{"bits": 4}, {"bits": 8, "sym": False}, {"bits": 4, "desc_act": True}], ids=str)
+@pytest.mark.parametrize(
+    "kind", [{"bits": 4, "lm_head": True}, {"bits": 8, "sym": False}, {"bits": 4, "desc_act": True}], ids=str
+)
 def test_matrices_of_gptq(kind, dtype):
     """Steps of few rows, for which there is a kernel, and of many."""
     with torch.no_grad():

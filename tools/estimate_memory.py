@@ -81,12 +81,15 @@ def memory(config, dtype: str = "bf16", context: int = 8192, batch: int = 1, cac
     weights = parameters(config) * size
     gptq = quantization.check_quantization_config(getattr(config, "quantization_config", None) or NOT_QUANTISED)
     if gptq is not None:  # codes, a scale and a zero for each group and output, the group of each input, a bias
-        block = 2 * h * size
-        for inputs, outputs in ((h, 3 * p), (p, h), (h, w), (h, w), (w, h)):
+
+        def matrix(inputs: int, outputs: int) -> int:
             groups = 1 if gptq.group_size == -1 else -(-inputs // gptq.group_size)
             codes = (inputs + groups) * outputs * gptq.bits // 8
-            block += codes + 2 * groups * outputs + 4 * inputs + outputs * size
-        weights = config.num_hidden_layers * block + (2 * V * h + h) * size
+            return codes + 2 * groups * outputs + 4 * inputs + outputs * size
+
+        block = 2 * h * size + sum(matrix(*shape) for shape in ((h, 3 * p), (p, h), (h, w), (h, w), (w, h)))
+        head = matrix(h, V) if gptq.lm_head else V * h * size
+        weights = config.num_hidden_layers * block + head + (V * h + h) * size
     if getattr(config, "int8_weights", False):  # a byte each, and a float32 for each output channel
         matrices = config.num_hidden_layers * (4 * h * p + 3 * h * w) + V * h
         weights -= matrices * (size - 1) - 4 * (config.num_hidden_layers * (3 * p + 2 * h + 2 * w) + V)

@@ -31,6 +31,7 @@ QWenTokenizer = get_class_from_dynamic_module("tokenization_qwen.QWenTokenizer",
 
 # The matrices of a block in the order of its computation; those of a line have one input.
 STAGES = (("attn.c_attn",), ("attn.c_proj",), ("mlp.w1", "mlp.w2"), ("mlp.c_proj",))
+HEAD_ROWS = 8192  # of the output layer on the device at a time: it is larger than any matrix of a block
 SYSTEM = "You are a helpful assistant."
 
 
@@ -273,6 +274,25 @@ def quantize_block(model, block, settings: dict, hidden, device, dtype) -> dict[
     return tensors
 
 
+def quantize_head(model, weights, settings: dict, hidden, device) -> dict[str, torch.Tensor]:
+    """The output layer as it is stored; its inputs are hidden states (T, hidden) behind the last norm."""
+    hessian = None
+    if settings["method"] == "gptq":
+        norm = model.transformer.ln_f.to_empty(device=device).float()
+        norm.load_state_dict({"weight": weights["transformer.ln_f.weight"].float()})
+        inputs = [norm(x.to(device).float()) for x in hidden]
+        hessian = sum(x.t() @ x for x in inputs)
+        norm.to("meta")
+    options = {key: settings[key] for key in ("bits", "group_size", "sym", "desc_act")}
+    weight, parts = weights["lm_head.weight"], []
+    for rows in tqdm(weight.split(HEAD_ROWS), desc="output layer", unit="part", disable=None):
+        quantised = quantize(rows.to(device), hessian=hessian, **options)
+        parts.append({name: tensor.cpu() for name, tensor in quantised.items()})
+    tensors = {name: torch.cat([part[name] for part in parts], 1) for name in ("qweight", "qzeros", "scales")}
+    tensors["g_idx"], tensors["bias"] = parts[0]["g_idx"], torch.zeros(len(weight), dtype=torch.float16)
+    return {f"lm_head.{name}": tensor for name, tensor in tensors.items()}
+
+
 def dequantized(parts: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
     """float32 (out, in)."""
     shifts = torch.arange(0, 32, bits, device=parts["qweight"].device)
@@ -301,6 +321,7 @@ def make(
     length: int = 2048,
     sym: bool = True,
     desc_act: bool = False,
+    lm_head: bool = False,
     device: str | None = None,
 ) -> None:
     """Quantise the checkpoint in `source` into `target`; `Problem` says what does not go, and leaves no `target`."""
@@ -317,7 +338,10 @@ def make(
     if desc_act and method == "rtn":
         raise Problem("--desc-act orders inputs by the calibration text, and --method rtn has none. Leave it out.")
     print(check_weights(source))
+    if lm_head and config.get("tie_word_embeddings"):
+        raise Problem("--lm-head: the output layer of this checkpoint is its embedding, which has no codes.")
     settings = {"bits": bits, "method": method, "group_size": group_size, "sym": sym, "desc_act": desc_act}
+    settings["lm_head"] = lm_head
     weights = Weights(source)
     stamp = {name: (source / name).stat().st_size for name in sorted(set(weights.places.values()))}
     if calibration is not None:
@@ -357,12 +381,18 @@ def make(
             save({f"transformer.h.{index}.{name}": t for name, t in tensors.items()}, partial / files[index + 1])
             save({str(i): x for i, x in enumerate(hidden)}, partial / f"hidden-{index + 1:05}.safetensors")
             (partial / f"hidden-{index:05}.safetensors").unlink(missing_ok=True)
-    rest = ("transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight")
-    save({name: half(name, weights[name]) for name in rest}, partial / files[0])
+        head = {}
+        if lm_head:
+            try:
+                head = quantize_head(model, weights, settings, hidden, device)
+            except ValueError as error:
+                raise Problem(f"lm_head: {error}") from None
+    rest = ["transformer.wte.weight", "transformer.ln_f.weight", *(() if lm_head else ("lm_head.weight",))]
+    save({**{name: half(name, weights[name]) for name in rest}, **head}, partial / files[0])
     finish(source, partial, config, settings, files)
     partial.rename(target)
     size = sum((target / name).stat().st_size for name in files)
-    print(f"{target}: {layers * 5} matrices in {bits} bits, {size / 1e9:.2f} GB")
+    print(f"{target}: {layers * 5 + lm_head} matrices in {bits} bits, {size / 1e9:.2f} GB")
 
 
 def first_hidden(source: Path, weights: Weights, calibration: Path, samples: int, length: int) -> list[torch.Tensor]:
@@ -412,6 +442,7 @@ def finish(source: Path, partial: Path, config: dict, settings: dict, files: lis
         "true_sequential": True,
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
+        **({"lm_head": True} if settings["lm_head"] else {}),
     }
     write_file(partial / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     for name, content in planned(partial).items():

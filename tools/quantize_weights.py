@@ -13,8 +13,9 @@ largest magnitude of the channel is 127 steps. One weight file is read at a time
 
 With --bits the matrices of the blocks are stored in the format of GPTQ, 4 or 8 bits with a scale, float16, for each
 output and --group-size inputs, the rest in float16. --method gptq rounds so that the outputs for the calibration text
-change least, rtn each weight to the nearest. One block at a time is in memory. A run that was stopped goes on where it
-was when it is started again with the same arguments.
+change least, rtn each weight to the nearest. --lm-head does so with the output layer, too, which published checkpoints
+leave in float16. One block at a time is in memory. A run that was stopped goes on where it was when it is started again
+with the same arguments.
 
 Exit status: 0 done; 2 the checkpoint has a problem, or TARGET can't be written, and there is no TARGET.
 """
@@ -129,6 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     gptq.add_argument("--length", type=int, default=2048, help="tokens of a sample (default: %(default)s)")
     gptq.add_argument("--asymmetric", action="store_true", help="a zero of its own for each group")
     gptq.add_argument("--desc-act", action="store_true", help="take the inputs that matter most first")
+    gptq.add_argument("--lm-head", action="store_true", help="the output layer, too")
     gptq.add_argument("--device", help="default: the GPU if there is one, else the CPU")
     args = parser.parse_args(arguments)
     options = {key: value for key, value in vars(args).items() if key not in ("source", "target", "bits")}
