@@ -192,6 +192,11 @@ class _Found:
         self._places = [(tensors, name) for tensors in dictionaries for name in tensors]
         self._tensors = [tensors[name] for tensors, name in self._places]
         self._memory = self._memory_of(self._tensors)
+        self._formats = [
+            (vars(module), module.format, module.group_size, module.is_ordered)
+            for module in modules
+            if type(module) is QuantizedLinear
+        ]
 
     @staticmethod
     def _attributes(own: dict) -> tuple:
@@ -219,6 +224,10 @@ class _Found:
             and self._memory_of(now) == self._memory
             and all(list(children.items()) == before for children, before in self._children)
             and all(kind.forward is forward for kind, forward in self._forwards)
+            and all(
+                own["format"] is format and own["group_size"] == group_size and own["is_ordered"] == is_ordered
+                for own, format, group_size, is_ordered in self._formats
+            )
             and is_untouched(self._modules[0][0])  # of the hooks of all modules, too
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib
 
@@ -581,6 +582,36 @@ def test_a_network_is_looked_at_once_in_a_generation(monkeypatch):
         with torch.no_grad():
             model(random_ids(1, 1), past_key_values=cache)
     assert len(looked) == 4
+
+
+@pytest.mark.parametrize("change", ["zeros", "groups"])
+def test_a_format_that_changes_while_it_generates_counts(change, monkeypatch):
+    def generate():
+        with torch.no_grad():
+            model = with_codes(tiny_model(**PLAIN), bits=4, group_size=16).eval()
+        w1 = model.transformer.h[1].mlp.w1
+        assert w1.is_ordered
+
+        def processor(input_ids, scores):
+            if input_ids.shape[1] == 12 and change == "zeros":
+                w1.format = dataclasses.replace(w1.format, zero_offset=1 - w1.format.zero_offset)
+            elif input_ids.shape[1] == 12:
+                w1.g_idx.copy_(w1.g_idx.flip(0))
+                w1.set_order()
+            return scores
+
+        settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+        cache = QWenCache()
+        with without_layers(allowed=True) as calls:
+            output = model.generate(
+                random_ids(1, 9), past_key_values=cache, logits_processor=[processor], output_scores=True, **settings
+            )
+        assert len(calls) == 3
+        return torch.stack(output.scores)
+
+    scores = generate()
+    monkeypatch.setattr(qwen_decode, "_found_before", lambda network: None)
+    torch.testing.assert_close(scores, generate(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["wte", "rotary_emb"])
