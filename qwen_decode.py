@@ -175,32 +175,60 @@ def _kept(call: dict):
 class _Found:
     """
     The weights of a network that is as it was made, and what tells that it still is so: whether a thousand attributes
-    have changed takes less time than what they are. Hooks of all modules are not looked for.
+    have changed takes less time than what they are. Modules that a step calls may be of any kind, and are left alone.
     """
 
     def __init__(self, network, weights: list):
         self.weights = weights
-        modules = list(network.modules())
+        modules = [network, network.drop, network.h, network.ln_f]
+        for block in network.h:
+            attn, mlp = block.attn, block.mlp
+            modules += [block, block.ln_1, block.ln_2, attn, attn.c_attn, attn.c_proj]
+            modules += [mlp, mlp.w1, mlp.w2, mlp.c_proj, mlp.act]
+        self._modules = [(module, type(module), vars(module), *self._attributes(vars(module))) for module in modules]
         self._forwards = [(kind, kind.forward) for kind in {type(module) for module in modules}]
-        self._modules = [(module._modules, list(module._modules.values())) for module in modules if module._modules]
+        self._children = [(module._modules, list(module._modules.items())) for module in modules if module._modules]
         dictionaries = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
         self._places = [(tensors, name) for tensors in dictionaries for name in tensors]
         self._tensors = [tensors[name] for tensors, name in self._places]
-        self._addresses = [t.data_ptr() for t in self._tensors if t is not None]
-        self._attributes = [(vars(module), module.__dict__.get("eps")) for module in modules]
+        self._memory = self._memory_of(self._tensors)
+        self._formats = [
+            (vars(module), module.format, module.group_size, module.is_ordered)
+            for module in modules
+            if type(module) is QuantizedLinear
+        ]
+
+    @staticmethod
+    def _attributes(own: dict) -> tuple:
+        return (
+            *(len(own), own["_modules"], own["_parameters"], own["_buffers"]),
+            *(own.get("eps"), own.get("layer_idx")),
+        )
+
+    @staticmethod
+    def _memory_of(tensors: list) -> list:
+        return [(t.data_ptr(), t.dtype, type(t)) for t in tensors if t is not None]
 
     def is_as_it_was(self) -> bool:
+        for module, kind, own, number, modules, parameters, buffers, eps, layer_idx in self._modules:
+            if (
+                (type(module) is not kind or vars(module) is not own or len(own) != number or "forward" in own)
+                or (own["_modules"] is not modules or own["_parameters"] is not parameters)
+                or (own["_buffers"] is not buffers or own.get("eps") != eps or own.get("layer_idx") != layer_idx)
+                or (own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"])
+            ):
+                return False
         now = [tensors.get(name) for tensors, name in self._places]
         return (
             all(t is before for t, before in zip(now, self._tensors))
-            and [t.data_ptr() for t in now if t is not None] == self._addresses
-            and all(list(modules.values()) == before for modules, before in self._modules)
-            and not any(
-                own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
-                for own, _ in self._attributes
-            )
-            and all(own.get("eps") == eps for own, eps in self._attributes)
+            and self._memory_of(now) == self._memory
+            and all(list(children.items()) == before for children, before in self._children)
             and all(kind.forward is forward for kind, forward in self._forwards)
+            and all(
+                own["format"] is format and own["group_size"] == group_size and own["is_ordered"] == is_ordered
+                for own, format, group_size, is_ordered in self._formats
+            )
+            and is_untouched(self._modules[0][0])  # of the hooks of all modules, too
         )
 
 

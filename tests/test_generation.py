@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import threading
 
@@ -394,6 +395,19 @@ def test_continuous_batching_captures_graphs_beforehand_only_where_they_stay(mon
     for kwargs in ({}, {"persistent_manager": True}, {"warmup": True}, {"persistent_manager": True, "warmup": False}):
         model.generate_batch([[1]], **kwargs)
     assert [kwargs["warmup"] for kwargs in seen] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("plan", ["auto", {"lm_head": "colwise_gather_output"}])
+def test_tensor_parallelism_is_not_told_the_names_for_continuous_batching(plan, caplog):
+    model = tiny_model()
+    if not hasattr(model, "_resolve_parallel_plans"):
+        lacks("makes no plan of modules' names")
+    module = importlib.import_module("transformers.distributed")
+    before = dict(model._tp_plan)
+    model._resolve_parallel_plans(module.DistributedConfig(tp_size=2, tp_plan=plan))
+    assert "match nothing" not in caplog.text
+    assert model._tp_plan == before
+    assert model.tp_plan["layers.*.self_attn.k_proj"] == "colwise"
 
 
 def test_streamer_sees_every_token(model, demo_tokenizer, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import importlib
 
@@ -481,12 +482,55 @@ def subclass(model):
     w1.weight = nn.Parameter(w1.weight.detach().as_subclass(Subclass), requires_grad=False)
 
 
+def other_tensors(model):
+    """As `__setstate__` has it."""
+    w1 = model.transformer.h[1].mlp.w1
+    w1._parameters = {**w1._parameters, "weight": nn.Parameter(w1.weight * 3)}
+
+
+def other_blocks(model):
+    blocks = model.transformer.h
+    blocks._modules = dict(zip(blocks._modules, reversed(blocks)))
+    for layer_idx, block in enumerate(blocks):
+        block.attn.layer_idx = layer_idx
+
+
+def rename(model):
+    mlp = model.transformer.h[1].mlp
+    names = {"w1": "w2", "w2": "w1"}
+    items = [(names.get(name, name), module) for name, module in mlp._modules.items()]
+    mlp._modules.clear()
+    mlp._modules.update(items)
+
+
+class DoubledParameter(nn.Parameter):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        y = super().__torch_function__(func, types, args, kwargs or {})
+        return y * 2 if func is nn.functional.linear else y
+
+
 WHILE_GENERATING = {name: change for name, change in NOT_PLAIN.items() if "precision" not in name}
 WHILE_GENERATING["a patched class"] = patch_class
 WHILE_GENERATING["hook of all modules"] = hook_all
 WHILE_GENERATING["a subclass of a block's weight"] = subclass
 WHILE_GENERATING["attention in training"] = lambda m: m.transformer.h[1].attn.train()
+WHILE_GENERATING["another class of the same matrix"] = lambda m: setattr(
+    m.transformer.h[1].mlp.w1, "__class__", Doubled
+)
+WHILE_GENERATING["another class of the same weight"] = lambda m: setattr(
+    m.transformer.h[1].mlp.w1.weight, "__class__", DoubledParameter
+)
+WHILE_GENERATING["an attribute before a weight"] = lambda m: vars(m.transformer.h[1].mlp.w1).update(
+    weight=m.transformer.h[1].mlp.w1.weight * 3
+)
+WHILE_GENERATING["blocks with the numbers of others"] = lambda m: [
+    setattr(block.attn, "layer_idx", 2 - i) for i, block in enumerate(m.transformer.h)
+]
 PLAIN_AFTERWARDS = {
+    "other parameters": other_tensors,
+    "other blocks": other_blocks,
+    "names of other matrices": rename,
     "a weight in place": lambda m: m.transformer.h[1].mlp.w1.weight.mul_(3),
     "another weight": exchange_weight,
     "another tensor of a weight": exchange_data,
@@ -540,6 +584,68 @@ def test_a_network_is_looked_at_once_in_a_generation(monkeypatch):
         with torch.no_grad():
             model(random_ids(1, 1), past_key_values=cache)
     assert len(looked) == 4
+
+
+@pytest.mark.parametrize("change", ["zeros", "groups"])
+def test_a_format_that_changes_while_it_generates_counts(change, monkeypatch):
+    def generate():
+        with torch.no_grad():
+            model = with_codes(tiny_model(**PLAIN), bits=4, group_size=16).eval()
+        w1 = model.transformer.h[1].mlp.w1
+        assert w1.is_ordered
+
+        def processor(input_ids, scores):
+            if input_ids.shape[1] == 12 and change == "zeros":
+                w1.format = dataclasses.replace(w1.format, zero_offset=1 - w1.format.zero_offset)
+            elif input_ids.shape[1] == 12:
+                w1.g_idx.copy_(w1.g_idx.flip(0))
+                w1.set_order()
+            return scores
+
+        settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+        cache = QWenCache()
+        with without_layers(allowed=True) as calls:
+            output = model.generate(
+                random_ids(1, 9), past_key_values=cache, logits_processor=[processor], output_scores=True, **settings
+            )
+        assert len(calls) == 3
+        return torch.stack(output.scores)
+
+    scores = generate()
+    monkeypatch.setattr(qwen_decode, "_found_before", lambda network: None)
+    torch.testing.assert_close(scores, generate(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["wte", "rotary_emb"])
+def test_what_a_step_calls_may_be_compiled(name):
+    model, ids = tiny_model(**PLAIN), random_ids(1, 9)
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "past_key_values": QWenCache()}
+    expected = model.generate(ids, **{**settings, "past_key_values": QWenCache()})
+    setattr(model.transformer, name, torch.compile(getattr(model.transformer, name), backend="eager"))
+    assert model.generate(ids, **settings).tolist() == expected.tolist()
+
+
+def test_hooks_of_all_modules_count_for_a_network_without_a_head_too():
+    model, other, ids = tiny_model(**PLAIN), tiny_model(1, **PLAIN).transformer, random_ids(1, 9)
+    cache, handles = filled(other, QWenCache, ids), []
+
+    def processor(input_ids, scores):
+        if input_ids.shape[1] == 11:
+            register = nn.modules.module.register_module_forward_hook
+            handles.append(register(lambda m, x, y: y * 2 if isinstance(m, modeling_qwen.QWenMLP) else None))
+        before = len(calls)
+        other(input_ids[:, -1:], past_key_values=cache)
+        assert len(calls) - before == (3 if handles else 0)
+        return scores
+
+    settings = {"max_new_tokens": 4, "pad_token_id": 0, "do_sample": False, "use_cache": False}
+    try:
+        with without_layers(allowed=True) as calls:
+            model.generate(ids, logits_processor=[processor], **settings)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert handles
 
 
 def test_a_weight_that_changes_its_precision_while_it_generates_is_refused():
