@@ -178,6 +178,9 @@ class _Found:
     have changed takes less time than what they are. Modules that a step calls may be of any kind, and are left alone.
     """
 
+    # of a module: where it holds what, and the settings that a step takes from it
+    _NAMES = "_modules", "_parameters", "_buffers", "eps", "layer_idx", "format", "group_size", "is_ordered"
+
     def __init__(self, network, weights: list):
         self.weights = weights
         modules = [network, network.drop, network.h, network.ln_f]
@@ -185,50 +188,34 @@ class _Found:
             attn, mlp = block.attn, block.mlp
             modules += [block, block.ln_1, block.ln_2, attn, attn.c_attn, attn.c_proj]
             modules += [mlp, mlp.w1, mlp.w2, mlp.c_proj, mlp.act]
-        self._modules = [(module, type(module), vars(module), *self._attributes(vars(module))) for module in modules]
+        self._network = network
+        self._owns = [(module, type(module), vars(module), len(vars(module))) for module in modules]
+        self._values = [(own, name, own[name]) for _, _, own, _ in self._owns for name in self._NAMES if name in own]
         self._forwards = [(kind, kind.forward) for kind in {type(module) for module in modules}]
         self._children = [(module._modules, list(module._modules.items())) for module in modules if module._modules]
         dictionaries = [tensors for module in modules for tensors in (module._parameters, module._buffers)]
         self._places = [(tensors, name) for tensors in dictionaries for name in tensors]
         self._tensors = [tensors[name] for tensors, name in self._places]
         self._memory = self._memory_of(self._tensors)
-        self._formats = [
-            (vars(module), module.format, module.group_size, module.is_ordered)
-            for module in modules
-            if type(module) is QuantizedLinear
-        ]
-
-    @staticmethod
-    def _attributes(own: dict) -> tuple:
-        return (
-            *(len(own), own["_modules"], own["_parameters"], own["_buffers"]),
-            *(own.get("eps"), own.get("layer_idx")),
-        )
 
     @staticmethod
     def _memory_of(tensors: list) -> list:
         return [(t.data_ptr(), t.dtype, type(t)) for t in tensors if t is not None]
 
     def is_as_it_was(self) -> bool:
-        for module, kind, own, number, modules, parameters, buffers, eps, layer_idx in self._modules:
-            if (
-                (type(module) is not kind or vars(module) is not own or len(own) != number or "forward" in own)
-                or (own["_modules"] is not modules or own["_parameters"] is not parameters)
-                or (own["_buffers"] is not buffers or own.get("eps") != eps or own.get("layer_idx") != layer_idx)
-                or (own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"])
-            ):
+        for module, kind, own, number in self._owns:
+            if type(module) is not kind or vars(module) is not own or len(own) != number or own["training"]:
+                return False
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
                 return False
         now = [tensors.get(name) for tensors, name in self._places]
         return (
-            all(t is before for t, before in zip(now, self._tensors))
+            all(own.get(name) is value for own, name, value in self._values)
+            and all(t is before for t, before in zip(now, self._tensors))
             and self._memory_of(now) == self._memory
             and all(list(children.items()) == before for children, before in self._children)
             and all(kind.forward is forward for kind, forward in self._forwards)
-            and all(
-                own["format"] is format and own["group_size"] == group_size and own["is_ordered"] == is_ordered
-                for own, format, group_size, is_ordered in self._formats
-            )
-            and is_untouched(self._modules[0][0])  # of the hooks of all modules, too
+            and is_untouched(self._network)  # of the hooks of all modules, too
         )
 
 
