@@ -968,21 +968,15 @@ class PreTrainedModel(transformers.PreTrainedModel):
 
         @transformers.PreTrainedModel.tp_plan.getter
         def tp_plan(self):
-            """With the names by which continuous batching of transformers 5 tells that each process has some heads."""
+            """
+            Of a model that is split with the names by which continuous batching of transformers 5 tells that a process
+            has a share of the heads; who plans would take them for modules that there are not.
+            """
             plan = super().tp_plan
-            is_wanted = not vars(self).get("_resolves_plans", False)
-            if is_wanted and any(style == "colwise_fused_heads" for style in (plan or {}).values()):
+            styles = filter(None, map(parallel_style, self.modules()))
+            if any(style == "colwise_fused_heads" for style, _ in styles):
                 plan = {**plan, **{f"layers.*.self_attn.{name}": "colwise" for name in ("k_proj", "v_proj")}}
             return plan
-
-    if hasattr(transformers.PreTrainedModel, "_resolve_parallel_plans"):  # newer than 5.17; it warns of other names
-
-        def _resolve_parallel_plans(self, *args, **kwargs):
-            self._resolves_plans = True
-            try:
-                return super()._resolve_parallel_plans(*args, **kwargs)
-            finally:
-                del self._resolves_plans
 
     if HAS_TENSOR_PARALLEL and not KEEPS_FUSED_HEADS:  # 4.52 to 5.10
 

@@ -552,12 +552,15 @@ def test_unfinished_checkpoints_are_passed_over_and_finished_ones_not_overwritte
 
 # Several processes
 
+ADAPTER = ["--use_lora", "True", "--lora_dropout", "0"]
+
 
 @pytest.fixture(scope="module")
-def one_process(tiny, tmp_path_factory) -> list[float]:
+def one_process(tiny, tmp_path_factory) -> dict[str, list[float]]:
     output = tmp_path_factory.mktemp("one")
-    tune(tiny, output, "--max_steps", "3", "--learning_rate", "1e-3")
-    return losses(output)
+    tune(tiny, output / "whole", "--max_steps", "3", "--learning_rate", "1e-3")
+    tune(tiny, output / "adapter", "--max_steps", "3", "--learning_rate", "1e-3", *ADAPTER)
+    return {way: losses(output / way) for way in ("whole", "adapter")}
 
 
 TWO = ["--model_name_or_path", "{tiny}", *QUICK, "--per_device_train_batch_size", "2", "--max_steps", "3"]
@@ -568,14 +571,15 @@ ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--config_fi
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2"]
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2, adapter", "zero2", "zero3"])
 def test_two_processes_learn_what_one_learns(tiny, tmp_path, one_process, way):
     launcher, program = TORCHRUN, FINETUNE / "finetune.py"
     arguments = [argument.format(tiny=tiny, output=tmp_path / "out") for argument in TWO]
-    if way == "fsdp2":
+    if way.startswith("fsdp2"):
         if Version(torch.__version__) < Version("2.9"):
             pytest.skip("needs FSDP2 that averages over gloo, which torch 2.8 does not")
         launcher, program = ACCELERATE, ROOT / "tests" / "fsdp_on_cpu.py"
+        arguments += ADAPTER if "adapter" in way else []
     elif way != "ddp":
         if importlib.util.find_spec("deepspeed") is None:
             pytest.skip("needs deepspeed")
@@ -587,7 +591,8 @@ def test_two_processes_learn_what_one_learns(tiny, tmp_path, one_process, way):
     command = [sys.executable, "-m", *launcher, port_argument, port, str(program), *arguments]
     done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "out") == pytest.approx(one_process, abs=1e-4)
+    expected = one_process["adapter" if "adapter" in way else "whole"]
+    assert losses(tmp_path / "out") == pytest.approx(expected, abs=1e-4)
     assert loaded(tmp_path / "out") is not None
 
 
