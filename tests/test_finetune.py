@@ -552,14 +552,14 @@ def test_unfinished_checkpoints_are_passed_over_and_finished_ones_not_overwritte
 
 # Several processes
 
-ADAPTER = ["--use_lora", "True", "--lora_dropout", "0"]
+BY_LORA = ["--use_lora", "True", "--lora_dropout", "0"]
 
 
 @pytest.fixture(scope="module")
 def one_process(tiny, tmp_path_factory) -> dict[str, list[float]]:
     output = tmp_path_factory.mktemp("one")
     tune(tiny, output / "whole", "--max_steps", "3", "--learning_rate", "1e-3")
-    tune(tiny, output / "adapter", "--max_steps", "3", "--learning_rate", "1e-3", *ADAPTER)
+    tune(tiny, output / "adapter", "--max_steps", "3", "--learning_rate", "1e-3", *BY_LORA)
     return {way: losses(output / way) for way in ("whole", "adapter")}
 
 
@@ -579,7 +579,7 @@ def test_two_processes_learn_what_one_learns(tiny, tmp_path, one_process, way):
         if Version(torch.__version__) < Version("2.9"):
             pytest.skip("needs FSDP2 that averages over gloo, which torch 2.8 does not")
         launcher, program = ACCELERATE, ROOT / "tests" / "fsdp_on_cpu.py"
-        arguments += ADAPTER if "adapter" in way else []
+        arguments += BY_LORA if "adapter" in way else []
     elif way != "ddp":
         if importlib.util.find_spec("deepspeed") is None:
             pytest.skip("needs deepspeed")
