@@ -23,15 +23,7 @@ from transformers.utils import logging
 
 from .qwen_attention import AttendingCache
 from .qwen_cache import QWenCache, quantized_cache
-from .qwen_cuda_graph import (
-    GraphedGeneration,
-    graphed_step,
-    has_graphs,
-    is_as_made,
-    is_checked,
-    is_plain,
-    is_untouched,
-)
+from .qwen_cuda_graph import GraphedGeneration, graphed_step, has_graphs, is_as_made, is_checked, is_plain, is_untouched
 from .qwen_generation_utils import StopWordsLogitsProcessor
 from .qwen_ops import decode_blocks, has_decode_kernel, rms_norm, times
 from .qwen_quantization import Int8Linear, QuantizedLinear, check_training

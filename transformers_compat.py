@@ -1143,10 +1143,8 @@ class GenerationMixin(transformers.GenerationMixin):
 
         @functools.wraps(transformers.GenerationMixin.generate_batch)
         def generate_batch(self, inputs, *args, **kwargs):
-            """
-            With graphs for all numbers of rows captured beforehand (`warmup`) only if they stay, in a
-            `persistent_manager`: that takes longer than to answer some dozens of prompts.
-            """
+            # Graphs for all numbers of rows are captured beforehand (`warmup`) only if they stay: it takes longer than
+            # to answer some dozens of prompts.
             given = _GENERATE_BATCH.bind_partial(self, inputs, *args, **kwargs).arguments
             if "warmup" not in given:
                 kwargs["warmup"] = given.get("persistent_manager", False)

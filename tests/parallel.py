@@ -74,7 +74,8 @@ def tensor(path: str, folder: str) -> dict:
     }
     if HAS_LAZY_STATIC_CACHE:
         found["static ids"] = model.generate(IDS, attention_mask=MASK, cache_implementation="static", **GREEDY)
-    if hasattr(transformers, "ContinuousBatchingConfig") and hasattr(model, "tp_plan"):
+    compat = importlib.import_module(f"{type(model).__module__.rpartition('.')[0]}.transformers_compat")
+    if compat.KEEPS_FUSED_HEADS:
         few = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # or nearly all memory
         settings = transformers.GenerationConfig(**{**GREEDY, "eos_token_id": -1})
         rows = [row[mask.bool()].tolist() for row, mask in zip(IDS, MASK)]

@@ -196,6 +196,8 @@ def test_it_refuses(source, tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "quantised").mkdir()
     (tmp_path / "quantised" / "config.json").write_text('{"quantization_config": {}, "int8_weights": true}')
+    (tmp_path / "tied").mkdir()
+    (tmp_path / "tied" / "config.json").write_text('{"tie_word_embeddings": true}')
     (tmp_path / "bad.json").write_text("[{}]")
     text = source.parent / "text.txt"
     for folder, target, arguments, message in (
@@ -203,6 +205,7 @@ def test_it_refuses(source, tmp_path, capsys):
         (source, "new", ["--bits", "4", "--calibration", str(tmp_path / "none.txt")], "no calibration text"),
         (source, "new", ["--bits", "4", "--calibration", str(tmp_path / "bad.json")], "not a list of texts"),
         (source, "new", ["--bits", "4", "--method", "rtn", "--desc-act"], "--desc-act"),
+        (tmp_path / "tied", "new", ["--bits", "4", "--calibration", str(text), "--lm-head"], "is its embedding"),
         (source, "taken", ["--bits", "4", "--calibration", str(text)], "taken exists"),
         (tmp_path / "quantised", "new", ["--bits", "4", "--calibration", str(text)], "quantised already"),
     ):

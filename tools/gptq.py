@@ -280,7 +280,7 @@ def quantize_head(model, weights, settings: dict, hidden, device) -> dict[str, t
     if settings["method"] == "gptq":
         norm = model.transformer.ln_f.to_empty(device=device).float()
         norm.load_state_dict({"weight": weights["transformer.ln_f.weight"].float()})
-        inputs = [norm(x.to(device).float()) for x in hidden]
+        inputs = (norm(x.to(device).float()) for x in hidden)  # one sample on the device at a time
         hessian = sum(x.t() @ x for x in inputs)
         norm.to("meta")
     options = {key: settings[key] for key in ("bits", "group_size", "sym", "desc_act")}
@@ -337,9 +337,9 @@ def make(
         )
     if desc_act and method == "rtn":
         raise Problem("--desc-act orders inputs by the calibration text, and --method rtn has none. Leave it out.")
-    print(check_weights(source))
     if lm_head and config.get("tie_word_embeddings"):
-        raise Problem("--lm-head: the output layer of this checkpoint is its embedding, which has no codes.")
+        raise Problem("--lm-head: the output layer of this checkpoint is its embedding. Leave --lm-head out.")
+    print(check_weights(source))
     settings = {"bits": bits, "method": method, "group_size": group_size, "sym": sym, "desc_act": desc_act}
     settings["lm_head"] = lm_head
     weights = Weights(source)
