@@ -79,20 +79,25 @@ struct Linear {
 };
 
 struct Gptq {  // a product with a quantised matrix, or the matrix itself
-  const float* x;        // (rows rounded up to a power of two, in)
-  const BFloat16* pairs;  // (rows, in): x for the kernel of bfloat16, in its order
-  const float* sums;     // (rows, segments) of x
+  const float* x;     // (rows rounded up to a power of two, in)
+  const float* sums;  // (rows, segments) of x, or with digits (rows, parts)
+  const int8_t* digits;  // (rows, places, in): x in whole steps, for gptq_by_output
+  const float* steps;    // (rows, in / SEGMENT)
+  int places;
   const int32_t *qweight, *qzeros, *g_idx;  // g_idx null: input i is in group i / group_size
   const uint16_t* scales;                   // float16
-  int64_t qweight_stride, qzeros_stride, scales_stride;
+  int64_t qweight_stride, qweight_column, qzeros_stride, scales_stride;  // from row to row; from output to output
   int64_t rows, in, out, groups, group_size;
   int bits, zero_offset;
   float* y;  // (rows, out), zeros
   void* weight;  // (out, in), float or BFloat16
 };
 
-constexpr int64_t SEGMENT = 128;  // inputs of one group that are summed up before the scale
+constexpr int64_t SEGMENT = 128;  // inputs of one group that are summed up before the scale, or that share a step
 constexpr int64_t TILE = 512;     // outputs whose sums are kept meanwhile
+
+// Inputs that share a scale and a step.
+int64_t part_of(int64_t group_size) { return std::min(group_size, SEGMENT); }
 
 struct Store {  // keys or values, (B, nh, S, ...)
   const char *rows, *params;
@@ -145,6 +150,8 @@ enum Kind { F32, BF16, INT8, INT4 };
 struct Kernels {
   void (*linear)(const Linear&, bool int8, int64_t begin, int64_t end);  // output channels
   void (*gptq)(const Gptq&, int64_t begin, int64_t end);                        // output channels
+  void (*fixed_point)(const float* x, const Gptq&, int8_t* digits, float* steps, float* sums);  // of a row
+  void (*gptq_by_output)(const Gptq&, int64_t begin, int64_t end);               // output channels
   void (*widen)(const Linear&, bool bf16, int64_t begin, int64_t end);          // output channels
   void (*dequantize)(const Gptq&, bool bf16, int64_t begin, int64_t end);       // output channels
   void (*attend)(const Attention&, Kind, int64_t begin, int64_t end);            // splits of heads
@@ -188,7 +195,7 @@ QWEN_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #undef QWEN_WIDTH
 QWEN_END
 
-QWEN_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+QWEN_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma")
 #define QWEN_LEVEL avx512_bf16
 #define QWEN_WIDTH 16
 #define QWEN_BF16
@@ -232,7 +239,7 @@ struct Level {
   int width;
   Kernels kernels;
   void (*linear_bf16)(const Linear&, bool int8, int64_t begin, int64_t end);  // x bfloat16 too, or null
-  void (*gptq_bf16)(const Gptq&, int64_t begin, int64_t end);
+  void (*gptq_vnni)(const Gptq&, int64_t begin, int64_t end);  // for gptq_by_output, or null
 };
 
 const std::vector<Level>& levels() {
@@ -250,8 +257,8 @@ const std::vector<Level>& levels() {
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       found.push_back({"avx512", 16, avx512::KERNELS, nullptr, nullptr});
-      if (__builtin_cpu_supports("avx512bf16"))
-        found.push_back({"avx512_bf16", 16, avx512::KERNELS, avx512_bf16::linear, avx512_bf16::gptq});
+      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+        found.push_back({"avx512_bf16", 16, avx512::KERNELS, avx512_bf16::linear, avx512_bf16::gptq_by_output});
     }
 #endif
     return found;
@@ -454,7 +461,7 @@ constexpr int64_t PIECE = 1 << 17;  // bytes read
 
 int64_t piece(int64_t bytes_each) { return std::max<int64_t>(1, PIECE / std::max<int64_t>(1, bytes_each)); }
 
-constexpr int64_t GPTQ_UNIT = 64;  // outputs, a multiple of all vectors
+constexpr int64_t GPTQ_UNIT = 64, BY_OUTPUT_UNIT = 16;  // outputs, multiples of all vectors
 
 // Outputs of a quantised matrix that make a piece. They lie side by side: many are read from
 // memory in long runs, fewer leave fewer threads without work in the end.
@@ -529,13 +536,15 @@ class Rows {
   Tensor tensor;  // contiguous; float32 instead of float16
   int64_t number, padded, in;
   bool bf16;
+  int places;  // in fixed point
 
   // From now on these; what products read is gone.
   void take(const Tensor& x) {
     tensor = x.scalar_type() == at::kHalf ? x.to(at::kFloat).contiguous() : x.contiguous();
     number = rows_of(x), in = x.size(-1), bf16 = x.scalar_type() == at::kBFloat16;
+    places = x.scalar_type() == at::kFloat ? 3 : 2;
     for (padded = 1; padded < number;) padded *= 2;
-    summed.clear(), widened.clear(), filled_halves.clear(), turned.clear();
+    summed.clear(), widened.clear(), filled_halves.clear(), fixed.clear();
   }
 
   const BFloat16* halves() {  // of bfloat16
@@ -548,13 +557,20 @@ class Rows {
     return bf16 ? filled<BFloat16>(widened).data() : filled<float>(widened).data();
   }
 
-  const BFloat16* pairs() {  // of bfloat16: inputs j and j + 4 of an integer of codes side by side
-    if (!turned.empty()) return turned.data();
-    turned.resize(padded * in);
-    const BFloat16* x = halves();
-    for (size_t i = 0; i < turned.size(); i += 8)
-      for (int j = 0; j < 8; ++j) turned[i + j] = x[i + j / 2 + j % 2 * 4];
-    return turned.data();
+  // What gptq_by_output wants of x, into `a`.
+  void in_fixed_point(Gptq& a) {
+    const int64_t part = part_of(a.group_size), segments = in / SEGMENT;
+    auto found = std::find_if(fixed.begin(), fixed.end(), [&](const Fixed& f) { return f.bits == a.bits && f.part == part; });
+    if (found == fixed.end()) {
+      fixed.push_back({a.bits, part, std::vector<int8_t>(padded * places * in), std::vector<float>(padded * segments),
+                       std::vector<float>(padded * (in / part))});
+      found = fixed.end() - 1;
+      a.places = places;
+      for (int64_t r = 0; r < padded; ++r)
+        kernels().fixed_point(floats() + r * in, a, found->digits.data() + r * places * in,
+                              found->steps.data() + r * segments, found->sums.data() + r * (in / part));
+    }
+    a.places = places, a.digits = found->digits.data(), a.steps = found->steps.data(), a.sums = found->sums.data();
   }
 
   const float* sums(int64_t group_size) {
@@ -567,7 +583,15 @@ class Rows {
  private:
   std::vector<std::pair<int64_t, std::vector<float>>> summed;
   std::vector<float> widened;
-  std::vector<BFloat16> filled_halves, turned;
+  std::vector<BFloat16> filled_halves;
+
+  struct Fixed {
+    int bits;
+    int64_t part;
+    std::vector<int8_t> digits;
+    std::vector<float> steps, sums;
+  };
+  std::vector<Fixed> fixed;
 
   template <class T, class U>
   std::vector<U>& filled(std::vector<U>& to) {
@@ -593,7 +617,7 @@ void multiply(const std::vector<Product>& products, const F& finish) {
     TORCH_CHECK(product.out == out, "matrices of ", out, " and ", product.out, " outputs don't belong together");
     unit = std::max(unit, product.unit), bytes += product.bytes;
   }
-  const int64_t width = unit == GPTQ_UNIT ? gptq_piece(out, bytes) : 2 * piece(2 * bytes);
+  const int64_t width = unit == GPTQ_UNIT ? gptq_piece(out, bytes) : (2 * piece(2 * bytes) + unit - 1) / unit * unit;
   Team::share(out, std::max(unit, width), [&](int64_t begin, int64_t end) {
     for (const Product& product : products) product.run(begin, end);
     finish(begin, end);
@@ -674,6 +698,13 @@ Tensor linear(const Tensor& x, Tensor weight, optional<Tensor> bias, optional<Te
   return y;
 }
 
+// Whether a product wants an output's codes side by side: what lies in memory as a row does in the file is read in short
+// runs. Segments and parts have to fill vectors then.
+bool gptq_has_side_by_side(int64_t in, int64_t group_size) {
+  const int64_t part = part_of(group_size);
+  return in % SEGMENT == 0 && part >= 32 && SEGMENT % part == 0 && group_size % part == 0;
+}
+
 // What is said about the matrix, checked; the tensors are kept alive by the caller.
 Gptq gptq_matrix(Tensor& qweight, Tensor& qzeros, Tensor& scales, optional<Tensor>& g_idx, int64_t bits,
                  int64_t group_size, int64_t zero_offset) {
@@ -697,9 +728,11 @@ Gptq gptq_matrix(Tensor& qweight, Tensor& qzeros, Tensor& scales, optional<Tenso
                 " don't make ", a.in);
   }
   scales = scales.to(at::kHalf);
+  const bool by_output = qweight.stride(0) == 1 && qweight.stride(1) == qweight.size(0) && !a.g_idx &&
+                         gptq_has_side_by_side(a.in, group_size);
   for (Tensor* t : {&qweight, &qzeros, &scales})
-    if (t->stride(1) != 1) *t = t->contiguous();
-  a.qweight = qweight.data_ptr<int32_t>(), a.qweight_stride = qweight.stride(0);
+    if (t->stride(1) != 1 && !(by_output && t == &qweight)) *t = t->contiguous();
+  a.qweight = qweight.data_ptr<int32_t>(), a.qweight_stride = qweight.stride(0), a.qweight_column = qweight.stride(1);
   a.qzeros = qzeros.data_ptr<int32_t>(), a.qzeros_stride = qzeros.stride(0);
   a.scales = static_cast<const uint16_t*>(scales.data_ptr()), a.scales_stride = scales.stride(0);
   return a;
@@ -707,7 +740,7 @@ Gptq gptq_matrix(Tensor& qweight, Tensor& qzeros, Tensor& scales, optional<Tenso
 
 // The matrix from output `first` on, a multiple of 8.
 Gptq gptq_from(Gptq a, int64_t first) {
-  a.qweight += first, a.qzeros += first / (32 / a.bits), a.scales += first;
+  a.qweight += first * a.qweight_column, a.qzeros += first / (32 / a.bits), a.scales += first;
   return a;
 }
 
@@ -730,13 +763,17 @@ Product gptq_product(Rows& x, Tensor qweight, Tensor qzeros, Tensor scales, opti
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == a.out), "gptq_linear: bias must be (", a.out,
               "), found ", bias->sizes());
   a.rows = x.number, a.x = x.floats();
-  const auto bf16 = x.bf16 && bits == 4 && !a.g_idx ? levels()[level].gptq_bf16 : nullptr;
-  if (bf16) a.pairs = x.pairs();
-  if (!a.g_idx) a.sums = x.sums(group_size);
-  const auto run = bf16 ? bf16 : kernels().gptq;
+  const bool by_output = a.qweight_stride == 1 && a.out > 1;
+  auto run = kernels().gptq;
+  if (by_output) {
+    run = levels()[level].gptq_vnni ? levels()[level].gptq_vnni : kernels().gptq_by_output;
+    x.in_fixed_point(a);
+  } else if (!a.g_idx) {
+    a.sums = x.sums(group_size);
+  }
   const optional<Tensor> added = bias ? optional<Tensor>(floats(*bias)) : bias;
   const int64_t padded = x.padded;
-  return {a.out, GPTQ_UNIT, a.in * bits / 8, [=](int64_t begin, int64_t end) {
+  return {a.out, by_output ? BY_OUTPUT_UNIT : GPTQ_UNIT, a.in * bits / 8, [=](int64_t begin, int64_t end) {
             const int64_t width = end - begin;
             std::vector<float> totals(padded * width);
             Gptq part = gptq_from(a, begin);
@@ -1163,8 +1200,9 @@ namespace QWEN_LEVEL {
 #define INLINE inline __attribute__((always_inline))
 
 constexpr int W = QWEN_WIDTH;
-// Bytes: a cache line, how far ahead keys and values and weights are asked for.
-constexpr int LINE = 64, AHEAD = 4096, AHEAD_OF_WEIGHTS = 8192;
+// Bytes: a cache line, how far ahead memory is asked for. It is asked into the second cache: with the first one, where x
+// is, a core of a Zen 4 read half as fast.
+constexpr int LINE = 64, AHEAD = 8192;
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 
@@ -1269,7 +1307,7 @@ INLINE void dots(const A* a, int64_t a_stride, const B* b, int64_t b_stride, int
   vf acc[N][C][R] = {};
   int64_t k = 0;
   for (; k + U * W <= n; k += U * W) {
-    for (int c = 0; c < C; ++c) __builtin_prefetch(b + c * b_stride + k + ahead);
+    for (int c = 0; c < C; ++c) __builtin_prefetch(b + c * b_stride + k + ahead, 0, 2);
     for (int u = 0; u < U; ++u) {
       vf x[R];
       for (int r = 0; r < R; ++r) x[r] = load(a + r * a_stride + k + u * W);
@@ -1335,7 +1373,7 @@ INLINE void dots(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t
     for (int u = 0; u < M; ++u) {
       const int64_t i = k + 2 * W * u;
       if (u % U == 0)
-        for (int c = 0; c < C; ++c) __builtin_prefetch(b + c * b_stride + i + ahead);
+        for (int c = 0; c < C; ++c) __builtin_prefetch(b + c * b_stride + i + ahead, 0, 2);
       add_pairs<R, C>(a + i, a_stride, b + i, b_stride, 2 * W, acc[u % N]);
     }
   for (int u = 0; k < n; k += 2 * W, ++u) add_pairs<R, C>(a + k, a_stride, b + k, b_stride, n - k, acc[u % N]);
@@ -1383,7 +1421,7 @@ template <int R, class X, class T>
 void linear_channels(const Linear& a, int64_t begin, int64_t end) {
   constexpr int C = R == 1 ? 1 : 2;
   // Whole steps of C channels, so that every line is asked for once.
-  const int64_t step = std::max<int64_t>(1, C * a.weight_stride), distance = AHEAD_OF_WEIGHTS / sizeof(T);
+  const int64_t step = std::max<int64_t>(1, C * a.weight_stride), distance = AHEAD / sizeof(T);
   const int64_t ahead = (distance + step - 1) / step * step;
   int64_t channel = begin;
   for (; channel + C <= end; channel += C) linear_block<R, C, X, T>(a, channel, ahead);
@@ -1465,6 +1503,7 @@ INLINE vf zeros_at(const Gptq& a, int64_t group, int64_t channel) {
   return __builtin_convertvector(((words >> shifts) + a.zero_offset) & ((1 << BITS) - 1), vf);
 }
 
+#ifndef QWEN_BF16
 INLINE float one_code(const Gptq& a, int64_t i, int64_t channel) {
   const int n = 32 / a.bits;
   const uint32_t word = a.qweight[i / n * a.qweight_stride + channel];
@@ -1477,13 +1516,6 @@ INLINE int64_t gptq_block(const Gptq& a, int64_t i, int64_t channel, int64_t fir
   constexpr int N = 32 / BITS;
   const int32_t* q = a.qweight + i / N * a.qweight_stride + channel;
   const int64_t ahead = std::max<int64_t>(U, AHEAD / 4 / width);  // rows
-#ifdef QWEN_BF16
-  static const uint16_t VALUES[32] = {
-      0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160,
-      0x4170, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150,
-      0x4160, 0x4170};  // the fifth bit of an index is the next code's
-  const __m512i values = _mm512_loadu_si512(VALUES);
-#endif
   int64_t o = first;
   for (; o + C * W <= width; o += C * W) {
     vf acc[C][R];
@@ -1493,28 +1525,13 @@ INLINE int64_t gptq_block(const Gptq& a, int64_t i, int64_t channel, int64_t fir
       vi words[C];
       for (int c = 0; c < C; ++c) {
         words[c] = read<vi>(q + u * a.qweight_stride + o + c * W);
-        __builtin_prefetch(q + (ahead + u) * a.qweight_stride + o + c * W);
+        __builtin_prefetch(q + (ahead + u) * a.qweight_stride + o + c * W, 0, 2);
       }
-#ifdef QWEN_BF16
-      for (int j = 0; j < 4; ++j) {
-        __m512bh x[R];
-        for (int r = 0; r < R; ++r) {
-          int32_t pair;
-          std::memcpy(&pair, a.pairs + r * a.in + i + u * N + 2 * j, 4);
-          x[r] = (__m512bh)_mm512_set1_epi32(pair);
-        }
-        for (int c = 0; c < C; ++c) {
-          const __m512i codes = _mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)words[c], 4 * j), values);
-          for (int r = 0; r < R; ++r) acc[c][r] = (vf)_mm512_dpbf16_ps((__m512)acc[c][r], x[r], (__m512bh)codes);
-        }
-      }
-#else
       for (int j = 0; j < N; ++j)
         for (int c = 0; c < C; ++c) {
           const vf codes = codes_at<BITS>(words[c], BITS * j);
           for (int r = 0; r < R; ++r) acc[c][r] = fma(codes, all(a.x[r * a.in + i + u * N + j]), acc[c][r]);
         }
-#endif
     }
     for (int c = 0; c < C; ++c)
       for (int r = 0; r < R; ++r) save(sums + r * TILE + o + c * W, acc[c][r]);
@@ -1566,7 +1583,6 @@ void gptq_channels(const Gptq& a, int64_t begin, int64_t end) {
   gptq_rest<R>(a, whole, end);
 }
 
-#ifndef QWEN_BF16
 // Inputs in groups of any order: a sum for each group.
 template <int R, int BITS>
 void gptq_in_any_order(const Gptq& a, int64_t begin, int64_t end) {
@@ -1596,18 +1612,13 @@ void gptq_in_any_order(const Gptq& a, int64_t begin, int64_t end) {
   }
   gptq_rest<R>(a, channel, end);
 }
-#endif
 
 template <int R>
 void gptq_rows(const Gptq& a, int64_t begin, int64_t end) {
-#ifdef QWEN_BF16
-  gptq_channels<R, 4>(a, begin, end);
-#else
   if (a.g_idx)
     a.bits == 4 ? gptq_in_any_order<R, 4>(a, begin, end) : gptq_in_any_order<R, 8>(a, begin, end);
   else
     a.bits == 4 ? gptq_channels<R, 4>(a, begin, end) : gptq_channels<R, 8>(a, begin, end);
-#endif
 }
 
 void gptq(const Gptq& a, int64_t begin, int64_t end) {
@@ -1619,6 +1630,186 @@ void gptq(const Gptq& a, int64_t begin, int64_t end) {
     gptq_rows<4>(a, begin, end);
   else
     gptq_rows<8>(a, begin, end);
+}
+
+// x in fixed point: every segment's inputs in whole steps, of which its largest has LARGEST. A number of steps is
+// written with `places` digits to the base 256, from -128 to 127, the highest first. Two places keep what bfloat16 and
+// float16 have, three what float32 has: an input is off by at most 2^-16 or 2^-24 of the segment's largest.
+// Inputs whose codes are in the lower halves of bytes come before the others.
+void fixed_point(const float* x, const Gptq& a, int8_t* digits, float* steps, float* sums) {
+  const float largest_number = a.places == 2 ? 127 * 256.f : 127 * 65536.f;
+  const int64_t part = part_of(a.group_size), half = a.in / 2;
+  for (int64_t first = 0; first < a.in; first += SEGMENT, ++steps) {
+    vf high = vf{}, wrong = vf{};
+    for (int64_t i = 0; i < SEGMENT; i += W) {
+      const vf v = load(x + first + i);
+      high = maximum(high, maximum(v, -v)), wrong += v - v;  // NaN for NaN and infinity
+    }
+    const float most = largest(high), step = most < 1e-30f ? 0.f : most / largest_number;
+    const bool is_finite = sum(wrong) == 0;
+    const vf inverse = all(step > 0 && is_finite ? largest_number / most : 0.f);
+    *steps = is_finite ? step : std::numeric_limits<float>::quiet_NaN();
+    int32_t numbers[SEGMENT];
+    for (int64_t i = 0; i < SEGMENT; i += W) {
+      vf v = load(x + first + i);
+      v = is_finite ? v * inverse : vf{};
+      v += select(v < 0.f, all(-.5f), all(.5f));
+      const vi n = __builtin_convertvector(v, vi);
+      std::memcpy(numbers + i, &n, sizeof n);
+    }
+    for (int64_t i = 0; i < SEGMENT; i += part) {
+      int32_t total = 0;
+      for (int64_t j = i; j < i + part; ++j) total += numbers[j];
+      *sums++ = *steps * total;
+    }
+    for (int place = a.places - 1; place >= 0; --place) {
+      int8_t* to = digits + place * a.in;
+      int8_t lowest[SEGMENT];
+      for (int64_t i = 0; i < SEGMENT; ++i) {
+        lowest[i] = static_cast<int8_t>(numbers[i]);
+        numbers[i] = (numbers[i] - lowest[i]) >> 8;
+      }
+      if (a.bits == 8)
+        std::memcpy(to + first, lowest, SEGMENT);
+      else
+        for (int64_t i = 0; i < SEGMENT / 2; ++i)
+          to[first / 2 + i] = lowest[2 * i], to[half + first / 2 + i] = lowest[2 * i + 1];
+    }
+  }
+}
+#endif
+
+// --- outputs of which the codes lie side by side ------------------------------------------------------------------
+//
+// Digits of x are multiplied with codes as whole numbers, and added up exactly within a segment.
+
+// sums + products of four bytes each: codes from 0, of BITS bits, with digits.
+template <int BITS>
+INLINE vi add_fours(vi sums, vi codes, vi digits) {
+#if QWEN_WIDTH == 16 && defined(QWEN_BF16)
+  return (vi)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)digits);
+#else
+  if (BITS == 8)  // in two halves: sums of two products have to fit 16 bits
+    return add_fours<4>(sums, codes & 0x0f0f0f0f, digits) +
+           (add_fours<4>(vi{}, codes >> 4 & 0x0f0f0f0f, digits) << 4);
+#if QWEN_WIDTH == 16
+  const __m512i twos = _mm512_maddubs_epi16((__m512i)codes, (__m512i)digits);
+  return sums + (vi)_mm512_madd_epi16(twos, _mm512_set1_epi16(1));
+#elif QWEN_WIDTH == 8
+  const __m256i twos = _mm256_maddubs_epi16((__m256i)codes, (__m256i)digits);
+  return sums + (vi)_mm256_madd_epi16(twos, _mm256_set1_epi16(1));
+#elif defined(__aarch64__)
+  const int8x16_t a = (int8x16_t)codes, b = (int8x16_t)digits;
+  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+  return (vi)vpadalq_s16((int32x4_t)sums, vpaddq_s16(low, high));
+#else
+  int8_t a[4 * W], b[4 * W];
+  std::memcpy(a, &codes, sizeof a), std::memcpy(b, &digits, sizeof b);
+  for (int i = 0; i < 4 * W; ++i) sums[i / 4] += a[i] * b[i];
+  return sums;
+#endif
+#endif
+}
+
+// Of C outputs from `channel` on, y[c * R + r]: sums of scale * code * x. scales (parts, W), the first output's; lanes:
+// where a vector has inputs of several parts, the scales of its lanes, (vectors, C, W), else null.
+template <int R, int C, int BITS, int P>
+INLINE void by_output_block(const Gptq& a, int64_t channel, const float* scales, const float* lanes, float* y) {
+  constexpr int64_t INPUTS = W * 32 / BITS;  // of a vector
+  const int64_t unit = std::max(part_of(a.group_size), INPUTS), segments = a.in / SEGMENT;
+  const int32_t* q = a.qweight + channel * a.qweight_column;
+  vf acc[C][R] = {};
+  int64_t begin = 0;  // of the unit, in bytes
+  for (int64_t first = 0; first < a.in; first += unit, scales += W, lanes += lanes ? C * W : 0) {
+    const int64_t end = begin + (INPUTS == SEGMENT ? 4 * W : unit * BITS / 8);
+    vi sums[C][R][P] = {};
+    for (int64_t byte = begin; byte < end; byte += 4 * W) {
+      vi words[C];
+      for (int c = 0; c < C; ++c) {
+        const int32_t* from = q + c * a.qweight_column + byte / 4;
+        words[c] = read<vi>(from);
+        __builtin_prefetch(from + AHEAD / 4, 0, 2);
+      }
+      for (int r = 0; r < R; ++r)
+        for (int p = 0; p < P; ++p) {
+          const int8_t* digits = a.digits + (r * P + p) * a.in + byte;
+          const vi even = read<vi>(digits);
+          for (int c = 0; c < C; ++c)
+            sums[c][r][p] = add_fours<BITS>(sums[c][r][p], BITS == 4 ? words[c] & 0x0f0f0f0f : words[c], even);
+          if (BITS == 8) continue;
+          const vi odd = read<vi>(digits + a.in / 2);
+          for (int c = 0; c < C; ++c) sums[c][r][p] = add_fours<BITS>(sums[c][r][p], words[c] >> 4 & 0x0f0f0f0f, odd);
+        }
+    }
+    for (int c = 0; c < C; ++c) {
+      const vf scale = lanes ? load(lanes + c * W) : all(scales[c]);
+      for (int r = 0; r < R; ++r) {
+        vf total = __builtin_convertvector((sums[c][r][P - 2] << 8) + sums[c][r][P - 1], vf);
+        if (P == 3) total = fma(__builtin_convertvector(sums[c][r][0], vf), all(65536.f), total);
+        acc[c][r] = fma(total * all(a.steps[r * segments + first / SEGMENT]), scale, acc[c][r]);
+      }
+    }
+    begin = end;
+  }
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) y[c * R + r] = sum(acc[c][r]);
+}
+
+template <int R, int BITS, int P>
+void by_output(const Gptq& a, int64_t begin, int64_t end) {
+  // One after the other in memory, unless rows of x are many to read again.
+  constexpr int64_t C = R < 4 ? 1 : 2, INPUTS = W * 32 / BITS;
+  const int64_t part = part_of(a.group_size), parts = a.in / part;
+  std::vector<float> scales(parts * W), lanes(part < INPUTS ? a.in / INPUTS * C * W : 0);
+  for (int64_t first = begin; first < end; first += W) {
+    const int64_t width = std::min<int64_t>(W, end - first);
+    float zeros[R][W] = {};
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t group = i * part / a.group_size;
+      vf scale, zero;
+      if (width == W) {
+        scale = load_half(a.scales + group * a.scales_stride + first), zero = zeros_at<BITS>(a, group, first);
+      } else {
+        float some[2][W] = {};
+        for (int64_t o = 0; o < width; ++o) {
+          some[0][o] = one_half(a.scales[group * a.scales_stride + first + o]);
+          some[1][o] = one_zero(a, group, first + o);
+        }
+        scale = load(some[0]), zero = load(some[1]);
+      }
+      save(scales.data() + i * W, scale);
+      for (int r = 0; r < R; ++r) save(zeros[r], fma(scale * zero, all(a.sums[r * parts + i]), load(zeros[r])));
+    }
+    for (int64_t o = 0; o < width; o += C) {  // outputs are packed to integers, so their number is even
+      for (size_t i = 0; i < lanes.size(); ++i) {
+        const int64_t input = static_cast<int64_t>(i) / (C * W) * INPUTS + i % W * 32 / BITS;
+        lanes[i] = scales[input / part * W + o + i / W % C];
+      }
+      float y[C * R];
+      by_output_block<R, C, BITS, P>(a, first + o, scales.data() + o, lanes.empty() ? nullptr : lanes.data(), y);
+      for (int c = 0; c < C; ++c)
+        for (int r = 0; r < R; ++r) a.y[r * a.out + first + o + c] = y[c * R + r] - zeros[r][o + c];
+    }
+  }
+}
+
+template <int R>
+void by_output_rows(const Gptq& a, int64_t begin, int64_t end) {
+  if (a.places == 2)
+    a.bits == 4 ? by_output<R, 4, 2>(a, begin, end) : by_output<R, 8, 2>(a, begin, end);
+  else
+    a.bits == 4 ? by_output<R, 4, 3>(a, begin, end) : by_output<R, 8, 3>(a, begin, end);
+}
+
+void gptq_by_output(const Gptq& a, int64_t begin, int64_t end) {
+  if (a.rows == 1)
+    by_output_rows<1>(a, begin, end);
+  else if (a.rows == 2)
+    by_output_rows<2>(a, begin, end);
+  else if (a.rows <= 4)
+    by_output_rows<4>(a, begin, end);
+  else
+    by_output_rows<8>(a, begin, end);
 }
 
 #ifndef QWEN_BF16  // the rest is that of avx512
@@ -1686,15 +1877,17 @@ template <int BITS, class T>
 void dequantize_outputs(const Gptq& a, int64_t begin, int64_t end) {
   constexpr int64_t N = 32 / BITS, C = 16;
   const int64_t words = a.in / N;
-  std::vector<int32_t> turned(C * words);
+  const bool side_by_side = a.qweight_stride == 1;
+  std::vector<int32_t> turned(side_by_side ? 0 : C * words);
   std::vector<float> scale(a.groups), zero(a.groups);
   std::vector<T> tables(a.g_idx && BITS == 4 ? 16 * a.groups : 0);
   for (int64_t first = begin; first < end; first += C) {
     const int64_t columns = std::min(C, end - first);
-    for (int64_t r = 0; r < words; ++r)
+    for (int64_t r = 0; r < words && !side_by_side; ++r)
       for (int64_t c = 0; c < columns; ++c) turned[c * words + r] = a.qweight[r * a.qweight_stride + first + c];
     for (int64_t c = 0; c < columns; ++c) {
-      const uint8_t* codes = reinterpret_cast<const uint8_t*>(turned.data() + c * words);
+      const int32_t* column = side_by_side ? a.qweight + (first + c) * a.qweight_column : turned.data() + c * words;
+      const uint8_t* codes = reinterpret_cast<const uint8_t*>(column);
       T* to = static_cast<T*>(a.weight) + (first + c) * a.in;
       for (int64_t g = 0; g < a.groups; ++g) {
         scale[g] = one_half(a.scales[g * a.scales_stride + first + c]), zero[g] = one_zero(a, g, first + c);
@@ -1749,7 +1942,7 @@ struct Plain {
     int64_t c = 0;
     for (; c + W <= hd; c += W) {
       if (c * sizeof(T) % LINE == 0)
-        for (int r = 0; r < R; ++r) __builtin_prefetch(row + r * stride + c + AHEAD / sizeof(T));
+        for (int r = 0; r < R; ++r) __builtin_prefetch(row + r * stride + c + AHEAD / sizeof(T), 0, 2);
       vf y = load(acc + c);
       for (int r = 0; r < R; ++r) y = fma(all(p[r]), load(row + r * stride + c), y);
       save(acc + c, y);
@@ -1883,7 +2076,7 @@ struct Codes4 {
       for (int j = 0; j < GROUP; ++j) part[j] = load(q + j * G + g);
       for (int64_t i = 0; i < n; ++i) {
         vf step, centre, low{}, high{};
-        __builtin_prefetch(rows + (key + i) * stride + AHEAD);
+        __builtin_prefetch(rows + (key + i) * stride + AHEAD, 0, 2);
         groups(key + i, g, &step, &centre);
         for (int j = 0; j < GROUP / 2; ++j) {
           const vi codes = widen(rows + (key + i) * stride + j * G + g);
@@ -1910,7 +2103,7 @@ struct Codes4 {
       for (int j = 0; j < GROUP; ++j) y[j] = load(acc + j * G + g);
       for (int64_t i = 0; i < n; ++i) {
         vf step, centre;
-        __builtin_prefetch(rows + (key + i) * stride + AHEAD);
+        __builtin_prefetch(rows + (key + i) * stride + AHEAD, 0, 2);
         groups(key + i, g, &step, &centre);
         step *= p[i];
         offset = fma(centre, all(p[i]), offset);
@@ -2272,7 +2465,7 @@ void gate(const void* x, bool bf16, int64_t n, void* y) {
   bf16 ? gate_numbers<BFloat16>(x, n, y) : gate_numbers<float>(x, n, y);
 }
 
-constexpr Kernels KERNELS{linear, gptq, widen, dequantize, attend, merge, append, norm, rotary, add, gate};
+constexpr Kernels KERNELS{linear, gptq, fixed_point, gptq_by_output, widen, dequantize, attend, merge, append, norm, rotary, add, gate};
 
 #endif
 #endif

@@ -144,6 +144,15 @@ def gptq_linear_reference(x, qweight, qzeros, scales, g_idx, bits, group_size, z
     return y if bias is None else y + bias.to(y.dtype)
 
 
+def gptq_wants_side_by_side(inputs: int, group_size: int) -> bool:
+    """
+    Whether a CPU multiplies faster with a qweight whose transpose is contiguous, of inputs in the groups' order: the
+    codes of an output are read in one piece then, in whole segments of 128 inputs, each in one group or in several.
+    """
+    part = min(group_size, 128)
+    return inputs % 128 == 0 and part >= 32 and 128 % part == 0 and group_size % part == 0
+
+
 BLOCK_WEIGHTS = 1 << 22  # that are dequantised at a time on a CPU, whose caches are small
 GPU_BLOCK_WEIGHTS = 1 << 26  # 128 MB in half precision
 

@@ -30,6 +30,7 @@ from .qwen_ops import (
     gptq_dequantize,
     gptq_linear,
     gptq_linear_reference,
+    gptq_wants_side_by_side,
     linear,
     linear_reference,
 )
@@ -42,6 +43,7 @@ from .transformers_compat import (
 )
 
 SORTED_ON = ("cuda",)  # devices whose kernels want the inputs in the groups' order
+SIDE_BY_SIDE_ON = ("cpu",)  # devices whose kernels want the codes of an output side by side in memory
 REORDERED_CODES = 1 << 24  # at a time
 HELD = "_gptq"  # where a configuration keeps its quantization_config while transformers may not see it
 
@@ -213,6 +215,8 @@ class QuantizedLinear(_Quantized):
     inputs of a group side by side: there is no qweight then, `sorted_qweight` has its codes, and input order[i], int64
     (in), belongs to the i-th of them. `arrangement` names that order: matrices with the same take the same inputs. A
     state dict has the codes as the file has them.
+
+    On a CPU the codes of an output lie side by side in memory: qweight is the same matrix, and not contiguous.
     """
 
     SCALES = "scales"
@@ -289,13 +293,32 @@ class QuantizedLinear(_Quantized):
         self.sorted_qweight = nn.Parameter(codes, requires_grad=False)
         self.order, self.arrangement = order, arrangement
 
+    @torch.no_grad()
+    def put_side_by_side(self) -> None:
+        """
+        Have the codes of an output side by side in memory, in the place that they have, if kernels want them so.
+
+        Not while others compute with them.
+        """
+        codes = self.codes.detach()
+        wanted = self.is_ordered and gptq_wants_side_by_side(self.in_features, self.group_size)
+        if wanted and codes.is_contiguous():
+            turned = codes.t().contiguous()
+            self.qweight = nn.Parameter(codes.view(turned.shape).copy_(turned).t(), requires_grad=False)
+
     def _codes_as_in_the_file(self) -> torch.Tensor:
         return _reordered(self.sorted_qweight, self.order.argsort(), self.format.bits)
 
     def _apply(self, fn, *args, **kwargs):
+        before = self.codes.device
         super()._apply(fn, *args, **kwargs)
         if self.codes.device.type in SORTED_ON:
             self.sort_inputs()
+        if self.codes.device != before and self.order is None:
+            if not self.codes.is_contiguous():
+                self.qweight = nn.Parameter(self.codes.detach().contiguous(), requires_grad=False)
+            if self.codes.device.type in SIDE_BY_SIDE_ON:
+                self.put_side_by_side()
         return self
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
@@ -602,3 +625,5 @@ def check_tensors(model, info: dict, source) -> None:
                 raise RuntimeError(f"The checkpoint {source} is damaged: {name}: {error}. Copy it again.") from None
             if module.codes.device.type in SORTED_ON:
                 module.sort_inputs()
+            if module.codes.device.type in SIDE_BY_SIDE_ON:
+                module.put_side_by_side()

@@ -159,6 +159,9 @@ def int4_of(model, lm_head: bool = False):
             state.update({f"{name}.{part}": tensor for part, tensor in parts.items()})
             state.setdefault(f"{name}.bias", torch.zeros(module.out_features, dtype=model.dtype))
     other.load_state_dict(state, strict=True, assign=True)
+    for module in other.modules():
+        if isinstance(module, quantization.QuantizedLinear):
+            module.put_side_by_side()  # as loading does
     return other.requires_grad_(False).eval()
 
 

@@ -116,12 +116,14 @@ double half(uint16_t h) {  // of normal numbers
   return std::ldexp(1024 + (h & 1023), (h >> 10 & 31) - 25) * (h >> 15 ? -1 : 1);
 }
 
-void check_gptq() {
+// by_output: the codes of an output lie side by side, and x is in fixed point.
+void check_gptq(bool by_output) {
   Gptq a{};
   a.bits = pick({4, 8}), a.zero_offset = pick({0, 1}), a.rows = 1 + engine() % 8;
   const int n = 32 / a.bits, mask = (1 << a.bits) - 1;
-  const bool any_order = engine() % 3 == 0;
-  a.in = n * pick({1, 4, 16, 48}), a.out = 8 * pick({1, 2, 5, 9, 16, 17, 90}), a.group_size = n * pick({1, 4, 16, 40});
+  const bool any_order = !by_output && engine() % 3 == 0;
+  a.in = by_output ? 128 * pick({1, 2, 6}) : n * pick({1, 4, 16, 48}), a.out = 8 * pick({1, 2, 5, 9, 16, 17, 90});
+  a.group_size = by_output ? pick({32, 64, 128, 256, 1024}) : n * pick({1, 4, 16, 40});
   a.groups = (a.in + a.group_size - 1) / a.group_size;
   int64_t padded = 1;
   while (padded < a.rows) padded *= 2;
@@ -144,13 +146,28 @@ void check_gptq() {
   a.x = static_cast<float*>(x.data()), a.y = static_cast<float*>(y.data()), a.sums = sums.data();
   a.qweight = qweight.data(), a.qzeros = qzeros.data(), a.scales = scales.data();
   a.g_idx = any_order ? order.data() : nullptr;
-  a.qweight_stride = a.out, a.qzeros_stride = a.out / n, a.scales_stride = a.out;
-  run("gptq", (a.out + 63) / 64, 1, y.memory,
-      [&](int64_t begin, int64_t end) { kernels().gptq(a, begin * 64, std::min(a.out, end * 64)); });
+  a.qweight_stride = a.out, a.qweight_column = 1, a.qzeros_stride = a.out / n, a.scales_stride = a.out;
+  auto product = kernels().gptq;
+  std::vector<int32_t> turned(qweight.size());
+  std::vector<int8_t> digits(padded * a.in * 3);
+  std::vector<float> steps(padded * a.in / SEGMENT), totals(padded * a.in / part_of(a.group_size));
+  if (by_output) {
+    product = levels()[level].gptq_vnni && engine() % 2 ? levels()[level].gptq_vnni : kernels().gptq_by_output;
+    for (int64_t i = 0; i < a.in / n; ++i)
+      for (int64_t o = 0; o < a.out; ++o) turned[o * (a.in / n) + i] = qweight[i * a.out + o];
+    a.qweight = turned.data(), a.qweight_stride = 1, a.qweight_column = a.in / n, a.places = pick({2, 3});
+    for (int64_t r = 0; r < padded; ++r)
+      kernels().fixed_point(a.x + r * a.in, a, digits.data() + r * a.in * a.places, steps.data() + r * (a.in / SEGMENT),
+                            totals.data() + r * (a.in / part_of(a.group_size)));
+    a.digits = digits.data(), a.steps = steps.data(), a.sums = totals.data();
+  }
+  const char* name = by_output ? "gptq by output" : "gptq";
+  run(name, (a.out + 63) / 64, 1, y.memory,
+      [&](int64_t begin, int64_t end) { product(a, begin * 64, std::min(a.out, end * 64)); });
   Numbers whole(padded * a.out, false);
   std::fill(whole.memory.begin(), whole.memory.end(), 0);
   a.y = static_cast<float*>(whole.data());
-  kernels().gptq(a, 0, a.out);
+  product(a, 0, a.out);
   if (whole.memory != y.memory) fail("gptq, in one piece", -1, 0, 1);
   const bool bf16 = engine() % 2;
   Numbers weight(a.in * a.out, bf16);
@@ -167,7 +184,8 @@ void check_gptq() {
       for (int64_t r = 0; r < a.rows; ++r) expected[r * a.out + o] += w * x[r * a.in + i];
     }
   // Codes and zeros are added up apart: the error is that of their sums, which are larger than their difference.
-  close("gptq", y, expected, 3e-5);
+  // Two places round x to 2^-16 of its segment's largest.
+  close(name, y, expected, by_output && a.places == 2 ? 2e-4 : 3e-5);
   close("dequantize", weight, matrix);
 }
 
@@ -368,7 +386,8 @@ int main(int argc, char** argv) {
   for (level = 0; level < levels().size(); ++level) {
     for (int i = 0; i < trials; ++i) {
       check_linear();
-      check_gptq();
+      check_gptq(false);
+      check_gptq(true);
       check_attention();
       check_norm_and_rotary_and_sums();
     }
