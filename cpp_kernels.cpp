@@ -1511,32 +1511,24 @@ INLINE float one_code(const Gptq& a, int64_t i, int64_t channel) {
 }
 
 // Adds the products of U integers of codes, inputs from i on, to the sums (R, TILE) of `width` outputs from `channel` on.
-template <int R, int C, int BITS, int U>
-INLINE int64_t gptq_block(const Gptq& a, int64_t i, int64_t channel, int64_t first, int64_t width, float* sums) {
+template <int R, int BITS, int U>
+INLINE void gptq_block(const Gptq& a, int64_t i, int64_t channel, int64_t width, float* sums) {
   constexpr int N = 32 / BITS;
   const int32_t* q = a.qweight + i / N * a.qweight_stride + channel;
   const int64_t ahead = std::max<int64_t>(U, AHEAD / 4 / width);  // rows
-  int64_t o = first;
-  for (; o + C * W <= width; o += C * W) {
-    vf acc[C][R];
-    for (int c = 0; c < C; ++c)
-      for (int r = 0; r < R; ++r) acc[c][r] = load(sums + r * TILE + o + c * W);
+  for (int64_t o = 0; o < width; o += W) {
+    vf acc[R];
+    for (int r = 0; r < R; ++r) acc[r] = load(sums + r * TILE + o);
     for (int u = 0; u < U; ++u) {
-      vi words[C];
-      for (int c = 0; c < C; ++c) {
-        words[c] = read<vi>(q + u * a.qweight_stride + o + c * W);
-        __builtin_prefetch(q + (ahead + u) * a.qweight_stride + o + c * W, 0, 2);
+      const vi words = read<vi>(q + u * a.qweight_stride + o);
+      __builtin_prefetch(q + (ahead + u) * a.qweight_stride + o, 0, 2);
+      for (int j = 0; j < N; ++j) {
+        const vf codes = codes_at<BITS>(words, BITS * j);
+        for (int r = 0; r < R; ++r) acc[r] = fma(codes, all(a.x[r * a.in + i + u * N + j]), acc[r]);
       }
-      for (int j = 0; j < N; ++j)
-        for (int c = 0; c < C; ++c) {
-          const vf codes = codes_at<BITS>(words[c], BITS * j);
-          for (int r = 0; r < R; ++r) acc[c][r] = fma(codes, all(a.x[r * a.in + i + u * N + j]), acc[c][r]);
-        }
     }
-    for (int c = 0; c < C; ++c)
-      for (int r = 0; r < R; ++r) save(sums + r * TILE + o + c * W, acc[c][r]);
+    for (int r = 0; r < R; ++r) save(sums + r * TILE + o, acc[r]);
   }
-  return o;
 }
 
 // The outputs from `channel` on that fill no vector.
@@ -1553,7 +1545,7 @@ void gptq_rest(const Gptq& a, int64_t channel, int64_t end) {
 // The integers of a row lie side by side in memory, so a tile of outputs goes through a few rows at once.
 template <int R, int BITS>
 void gptq_channels(const Gptq& a, int64_t begin, int64_t end) {
-  constexpr int C = R <= 2 ? 4 : R == 4 ? 2 : 1, N = 32 / BITS, U = 4;
+  constexpr int N = 32 / BITS, U = 4;
   const int64_t whole = begin + (end - begin) / W * W;
   int64_t segments = 0;
   for (int64_t g = 0; g < a.in; g += a.group_size)
@@ -1565,10 +1557,8 @@ void gptq_channels(const Gptq& a, int64_t begin, int64_t end) {
       for (int64_t i = group * a.group_size; i < last; ++segment) {
         const int64_t stop = std::min(last, i + SEGMENT);
         float sums[R * TILE] = {};
-        for (; i + U * N <= stop; i += U * N)
-          gptq_block<R, 1, BITS, U>(a, i, channel, gptq_block<R, C, BITS, U>(a, i, channel, 0, width, sums), width, sums);
-        for (; i < stop; i += N)
-          gptq_block<R, 1, BITS, 1>(a, i, channel, gptq_block<R, C, BITS, 1>(a, i, channel, 0, width, sums), width, sums);
+        for (; i + U * N <= stop; i += U * N) gptq_block<R, BITS, U>(a, i, channel, width, sums);
+        for (; i < stop; i += N) gptq_block<R, BITS, 1>(a, i, channel, width, sums);
         for (int64_t o = 0; o < width; o += W) {
           const vf scale = load_half(a.scales + group * a.scales_stride + channel + o);
           const vf zero = zeros_at<BITS>(a, group, channel + o);
@@ -1793,23 +1783,28 @@ void by_output(const Gptq& a, int64_t begin, int64_t end) {
   }
 }
 
-template <int R>
+template <int BITS>
 void by_output_rows(const Gptq& a, int64_t begin, int64_t end) {
-  if (a.places == 2)
-    a.bits == 4 ? by_output<R, 4, 2>(a, begin, end) : by_output<R, 8, 2>(a, begin, end);
-  else
-    a.bits == 4 ? by_output<R, 4, 3>(a, begin, end) : by_output<R, 8, 3>(a, begin, end);
+  if (a.places == 3) {  // of float32, one row after the other: kernels for several would be as many again to build
+    const int64_t parts = a.in / part_of(a.group_size);
+    Gptq row = a;
+    for (int64_t r = 0; r < a.rows; ++r) {
+      by_output<1, BITS, 3>(row, begin, end);
+      row.digits += 3 * a.in, row.steps += a.in / SEGMENT, row.sums += parts, row.y += a.out;
+    }
+  } else if (a.rows == 1) {
+    by_output<1, BITS, 2>(a, begin, end);
+  } else if (a.rows == 2) {
+    by_output<2, BITS, 2>(a, begin, end);
+  } else if (a.rows <= 4) {
+    by_output<4, BITS, 2>(a, begin, end);
+  } else {
+    by_output<8, BITS, 2>(a, begin, end);
+  }
 }
 
 void gptq_by_output(const Gptq& a, int64_t begin, int64_t end) {
-  if (a.rows == 1)
-    by_output_rows<1>(a, begin, end);
-  else if (a.rows == 2)
-    by_output_rows<2>(a, begin, end);
-  else if (a.rows <= 4)
-    by_output_rows<4>(a, begin, end);
-  else
-    by_output_rows<8>(a, begin, end);
+  a.bits == 4 ? by_output_rows<4>(a, begin, end) : by_output_rows<8>(a, begin, end);
 }
 
 #ifndef QWEN_BF16  // the rest is that of avx512
