@@ -142,7 +142,7 @@ class QWenPreTrainedModel(PreTrainedModel):
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
             )
-        check_tensors(model, info, pretrained_model_name_or_path)
+        check_tensors(model, info, pretrained_model_name_or_path, are_given=kwargs.get("state_dict") is not None)
         give_back_quantization(model)
         forget_device_map(model, device_map)
         for name, value in tokens.items():

@@ -294,17 +294,18 @@ class QuantizedLinear(_Quantized):
         self.order, self.arrangement = order, arrangement
 
     @torch.no_grad()
-    def put_side_by_side(self) -> None:
+    def put_side_by_side(self, in_place: bool = False) -> None:
         """
-        Have the codes of an output side by side in memory, in the place that they have, if kernels want them so.
+        Have the codes of an output side by side in memory, if kernels want them so; the matrix stays the same.
 
-        Not while others compute with them.
+        in_place: in the memory that they have, which nobody else may be reading.
         """
         codes = self.codes.detach()
         wanted = self.is_ordered and gptq_wants_side_by_side(self.in_features, self.group_size)
         if wanted and codes.is_contiguous():
             turned = codes.t().contiguous()
-            self.qweight = nn.Parameter(codes.view(turned.shape).copy_(turned).t(), requires_grad=False)
+            place = codes.view(turned.shape).copy_(turned) if in_place else turned
+            self.qweight = nn.Parameter(place.t(), requires_grad=False)
 
     def _codes_as_in_the_file(self) -> torch.Tensor:
         return _reordered(self.sorted_qweight, self.order.argsort(), self.format.bits)
@@ -584,11 +585,12 @@ def leave_out(model, names) -> None:
             module.g_idx = None
 
 
-def check_tensors(model, info: dict, source) -> None:
+def check_tensors(model, info: dict, source, are_given: bool = False) -> None:
     """
-    See that the tensors of a checkpoint fit its quantisation, and derive a g_idx that it left out.
+    See that the tensors of a checkpoint fit its quantisation, derive a g_idx that it left out, and have codes in the
+    order that the device's kernels want.
 
-    info: what `output_loading_info=True` gives.
+    info: what `output_loading_info=True` gives. are_given: whether the tensors were the caller's, and stay as they are.
 
     Raises RuntimeError for tensors of other shapes, for a g_idx that is missing with desc_act or names groups that
     there are not, and for scales that are not finite.
@@ -626,4 +628,4 @@ def check_tensors(model, info: dict, source) -> None:
             if module.codes.device.type in SORTED_ON:
                 module.sort_inputs()
             if module.codes.device.type in SIDE_BY_SIDE_ON:
-                module.put_side_by_side()
+                module.put_side_by_side(in_place=not are_given)

@@ -994,6 +994,15 @@ class PreTrainedModel(transformers.PreTrainedModel):
         def save_pretrained(self, save_directory, safe_serialization=True, **kwargs):
             return super().save_pretrained(save_directory, safe_serialization=safe_serialization, **kwargs)
 
+    if "padding_side" not in inspect.signature(transformers.PreTrainedTokenizer.pad).parameters:
+        # up to 4.44 tensors are saved as they lie in memory, which safetensors refuses of codes side by side
+
+        def state_dict(self, *args, **kwargs):
+            state = super().state_dict(*args, **kwargs)
+            if not kwargs.get("keep_vars"):
+                state.update({name: tensor.contiguous() for name, tensor in state.items()})
+            return state
+
     if getattr(getattr(transformers.PreTrainedModel, "loss_function", None), "fset", None) is None:
         # up to 4.47; from 4.46 it is guessed from the class's name, with a warning that does not compile
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -77,13 +78,13 @@ def with_codes(model, bits=4, group_size=32, **kind):
     return model
 
 
-def make(folder, bits=4, group_size=32, biases="all", with_g_idx=True, files=1, **kind):
+def make(folder, bits=4, group_size=32, biases="all", with_g_idx=True, files=1, sizes=None, **kind):
     """
     A checkpoint as published ones are, and the same network in float32 with the weights that it stands for.
 
     biases: "all" matrices have one, zeros where the network has none; "own": only those of the network.
     """
-    plain = tiny_model(no_bias=kind.pop("no_bias", True))
+    plain = tiny_model(no_bias=kind.pop("no_bias", True), **(sizes or {}))
     tensors = {}
     for seed, (name, module) in enumerate(matrices(plain).items()):
         parts, weight = random_matrix(module.in_features, module.out_features, bits, group_size, seed=seed, **kind)
@@ -303,6 +304,53 @@ def test_adapters_over_sorted_inputs(tmp_path, monkeypatch):
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
     model(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
+
+
+WIDE = {"hidden_size": 128, "num_attention_heads": 2, "kv_channels": 64, "intermediate_size": 512}
+
+
+@pytest.mark.parametrize("kind", [{"group_size": 128}, {"group_size": 32, "sym": False}, {"bits": 8, "group_size": -1}])
+def test_codes_of_an_output_lie_side_by_side(tmp_path, kind, monkeypatch):
+    """What a CPU's kernels need: it computes, is saved, copied, moved and loaded as if they lay as in the file."""
+    plain = make(tmp_path / "made", files=2, sizes=WIDE, **kind)
+    model = QWenLMHeadModel.from_pretrained(tmp_path / "made", fp32=True)
+    before = stored(tmp_path / "made")
+    ids = random_ids(1, 12)
+
+    def check(model, expected=plain):
+        for name, module in matrices(model).items():
+            assert module.qweight.shape == before[f"{name}.qweight"].shape
+            assert module.qweight.t().is_contiguous() and not module.qweight.is_contiguous()
+        for shape in ((1, 1), (2, 3), (3, 20)):
+            with torch.no_grad():
+                wanted = expected(random_ids(*shape)).logits
+                torch.testing.assert_close(model(random_ids(*shape)).logits, wanted, rtol=1e-4, atol=1e-4)
+
+    check(model), check(copy.deepcopy(model))
+    new = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **new), plain.generate(ids, **new))
+    model.save_pretrained(tmp_path / "saved")
+    for name, tensor in stored(tmp_path / "saved").items():
+        assert torch.equal(tensor, before[name]), name
+    # another state, read into it
+    other = make(tmp_path / "other", sizes=WIDE, **{**kind, "sym": True})
+    model.load_state_dict({**model.state_dict(), **{k: v for k, v in stored(tmp_path / "other").items() if ".h." in k}})
+    check(model, other)
+    # a device whose kernels read rows, and back
+    monkeypatch.setattr(quantization, "SIDE_BY_SIDE_ON", ("meta",))
+    assert all(m.qweight.t().is_contiguous() for m in matrices(copy.deepcopy(model).to("meta")).values())
+    monkeypatch.setattr(quantization, "SIDE_BY_SIDE_ON", ("cpu",))
+    assert all(m.qweight.is_contiguous() for m in matrices(model.to("meta")).values())
+
+
+def test_a_state_dict_of_the_caller_stays_as_it_is(tmp_path):
+    make(tmp_path, group_size=128, sizes=WIDE)
+    state, before = stored(tmp_path), stored(tmp_path)
+    config = QWenConfig.from_pretrained(tmp_path)
+    model = QWenLMHeadModel.from_pretrained(None, config=config, state_dict=state)
+    for name, module in matrices(model).items():
+        assert torch.equal(module.qweight, before[f"{name}.qweight"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
 
 
 def test_groups_of_several_sizes_stay_as_they_are():
@@ -739,7 +787,11 @@ SHAPES = {  # inputs, outputs, then how they are quantised
     "short groups": (96, 40, {"bits": 4, "group_size": 32, "sym": False}),
     "a last group that is short": (200, 104, {"bits": 4, "group_size": 64, "sym": False}),
     "groups that fill no integer": (48, 16, {"bits": 4, "group_size": 12, "sym": False}),
+    "groups of 32": (384, 72, {"bits": 4, "group_size": 32, "sym": False}),
+    "groups of 64": (256, 40, {"bits": 4, "group_size": 64, "sym": False, "v2": True}),
+    "one group of segments": (384, 40, {"bits": 4}),
     "int8": (256, 100, {"bits": 8, "group_size": 128, "sym": False}),
+    "int8 in groups of 32": (256, 44, {"bits": 8, "group_size": 32, "sym": False}),
     "int8 per channel": (132, 68, {"bits": 8}),
     "more than a tile": (160, 1112, {"bits": 4, "group_size": 80, "sym": False}),
     "any order": (256, 104, {"bits": 4, "group_size": 64, "desc_act": True, "sym": False}),
@@ -747,10 +799,15 @@ SHAPES = {  # inputs, outputs, then how they are quantised
 }
 
 
+def in_memory(qweight, side_by_side: bool):
+    return qweight.t().contiguous().t() if side_by_side else qweight
+
+
+@pytest.mark.parametrize("side_by_side", [False, True], ids=["as in the file", "side by side"])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 13, 40])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_products(instructions, shape, rows, dtype):
+def test_products(instructions, shape, rows, dtype, side_by_side):
     inputs, outputs, kind = SHAPES[shape]
     parts, weight = random_matrix(inputs, outputs, **kind)
     x = torch.randn(2, rows, inputs, generator=torch.Generator().manual_seed(1)).to(dtype)[1:]
@@ -758,7 +815,7 @@ def test_products(instructions, shape, rows, dtype):
     group_size = kind.get("group_size", inputs)
     g_idx = parts["g_idx"] if kind.get("desc_act") else None
     tensors = (
-        parts["qweight"],
+        in_memory(parts["qweight"], side_by_side),
         parts["qzeros"],
         parts["scales"],
         g_idx,
@@ -774,15 +831,32 @@ def test_products(instructions, shape, rows, dtype):
     torch.testing.assert_close(y.double(), expected, rtol=exact, atol=exact * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("x", [0.0, 1e-38, 1e30, math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_of_extreme_numbers(instructions, dtype, x):
+    """In fixed point: what is not finite, or too large or small for the steps of others, stays in its segment's sums."""
+    parts, weight = random_matrix(256, 16, group_size=128, bits=4)
+    row = torch.randn(1, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    row[0, :128] = 0
+    row[0, 5] = x
+    qweight = in_memory(parts["qweight"], True)
+    y = operations.gptq_linear(row, qweight, parts["qzeros"], parts["scales"], None, 4, 128, 1)
+    expected = (row.double() @ weight.t()).to(dtype)
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    atol = 1e-6 * max(1.0, float(expected.abs().max())) if math.isfinite(x) else 0
+    torch.testing.assert_close(y[y.isfinite()], expected[y.isfinite()], rtol=2.0**-7, atol=atol)
+
+
+@pytest.mark.parametrize("side_by_side", [False, True], ids=["as in the file", "side by side"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_dequantised_matrix(instructions, shape, dtype):
+def test_the_dequantised_matrix(instructions, shape, dtype, side_by_side):
     inputs, outputs, kind = SHAPES[shape]
     parts, weight = random_matrix(inputs, outputs, **kind)
     group_size = kind.get("group_size", inputs)
     g_idx = parts["g_idx"] if kind.get("desc_act") else None
     tensors = (
-        parts["qweight"],
+        in_memory(parts["qweight"], side_by_side),
         parts["qzeros"],
         parts["scales"],
         g_idx,
