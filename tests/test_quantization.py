@@ -320,7 +320,8 @@ def test_codes_of_an_output_lie_side_by_side(tmp_path, kind, monkeypatch):
     def check(model, expected=plain):
         for name, module in matrices(model).items():
             assert module.qweight.shape == before[f"{name}.qweight"].shape
-            assert module.qweight.t().is_contiguous() and not module.qweight.is_contiguous()
+            assert module.qweight.t().is_contiguous()
+            assert not module.qweight.is_contiguous()
         for shape in ((1, 1), (2, 3), (3, 20)):
             with torch.no_grad():
                 wanted = expected(random_ids(*shape)).logits
@@ -834,7 +835,7 @@ def test_products(instructions, shape, rows, dtype, side_by_side):
 @pytest.mark.parametrize("x", [0.0, 1e-38, 1e30, math.inf, math.nan], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_of_extreme_numbers(instructions, dtype, x):
-    """In fixed point: what is not finite, or too large or small for the steps of others, stays in its segment's sums."""
+    """In fixed point: what is not finite, and what is large or small beside the rest, as in floating point."""
     parts, weight = random_matrix(256, 16, group_size=128, bits=4)
     row = torch.randn(1, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     row[0, :128] = 0
