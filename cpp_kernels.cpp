@@ -700,7 +700,7 @@ Tensor linear(const Tensor& x, Tensor weight, optional<Tensor> bias, optional<Te
 
 // Whether a product wants an output's codes side by side: what lies in memory as a row does in the file is read in short
 // runs. Segments and parts have to fill vectors then.
-bool gptq_has_side_by_side(int64_t in, int64_t group_size) {
+bool gptq_wants_side_by_side(int64_t in, int64_t group_size) {
   const int64_t part = part_of(group_size);
   return in % SEGMENT == 0 && part >= 32 && SEGMENT % part == 0 && group_size % part == 0;
 }
@@ -729,7 +729,7 @@ Gptq gptq_matrix(Tensor& qweight, Tensor& qzeros, Tensor& scales, optional<Tenso
   }
   scales = scales.to(at::kHalf);
   const bool by_output = qweight.stride(0) == 1 && qweight.stride(1) == qweight.size(0) && !a.g_idx &&
-                         gptq_has_side_by_side(a.in, group_size);
+                         gptq_wants_side_by_side(a.in, group_size);
   for (Tensor* t : {&qweight, &qzeros, &scales})
     if (t->stride(1) != 1 && !(by_output && t == &qweight)) *t = t->contiguous();
   a.qweight = qweight.data_ptr<int32_t>(), a.qweight_stride = qweight.stride(0), a.qweight_column = qweight.stride(1);
@@ -1622,7 +1622,7 @@ void gptq(const Gptq& a, int64_t begin, int64_t end) {
     gptq_rows<8>(a, begin, end);
 }
 
-// x in fixed point: every segment's inputs in whole steps, of which its largest has LARGEST. A number of steps is
+// x in fixed point: every segment's inputs in whole steps, of which the largest has 127 * 256^(places - 1). A number is
 // written with `places` digits to the base 256, from -128 to 127, the highest first. Two places keep what bfloat16 and
 // float16 have, three what float32 has: an input is off by at most 2^-16 or 2^-24 of the segment's largest.
 // Inputs whose codes are in the lower halves of bytes come before the others.
