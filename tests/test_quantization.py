@@ -804,9 +804,15 @@ def in_memory(qweight, side_by_side: bool):
     return qweight.t().contiguous().t() if side_by_side else qweight
 
 
-@pytest.mark.parametrize("side_by_side", [False, True], ids=["as in the file", "side by side"])
+def wants_side_by_side(inputs, outputs, kind):
+    return not kind.get("desc_act") and operations.gptq_wants_side_by_side(inputs, kind.get("group_size", inputs))
+
+
+LAYOUTS = [(shape, False) for shape in SHAPES] + [(name, True) for name in SHAPES if wants_side_by_side(*SHAPES[name])]
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 13, 40])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "side_by_side"), LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_products(instructions, shape, rows, dtype, side_by_side):
     inputs, outputs, kind = SHAPES[shape]
@@ -848,8 +854,7 @@ def test_products_of_extreme_numbers(instructions, dtype, x):
     torch.testing.assert_close(y[y.isfinite()], expected[y.isfinite()], rtol=2.0**-7, atol=atol)
 
 
-@pytest.mark.parametrize("side_by_side", [False, True], ids=["as in the file", "side by side"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "side_by_side"), LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_dequantised_matrix(instructions, shape, dtype, side_by_side):
     inputs, outputs, kind = SHAPES[shape]
