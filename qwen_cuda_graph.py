@@ -336,6 +336,7 @@ class _Part:
         self._storages = slice(first * self._slots, end * self._slots)
         self._slots_of_bind: list[int] | None = None
         self.graph = self.output = None
+        self._is_ready = False  # whether its kernels are compiled
         self.may_stay = self._sum.outlives_graphs
         self.used = None  # an event behind the last step
         with torch.inference_mode(False):
@@ -390,6 +391,12 @@ class _Part:
             self.graph.replay()
         return self.output
 
+    def get_ready(self, model) -> None:
+        """Compile what the graph will launch."""
+        if self.input.is_cuda and not self._is_ready:
+            _kernels().compile_together(lambda: self._compute(model), self.input.device)
+            self._is_ready = True
+
     def _capture(self, model) -> None:
         current = torch.cuda.current_stream(self.input.device)
         stream = torch.cuda.Stream(self.input.device)
@@ -398,7 +405,7 @@ class _Part:
         with _CAPTURE, torch.cuda.stream(stream):
             # Once as it is: the library of products makes its workspace, and kernels are loaded. What it writes to the
             # cache the replay writes again.
-            _kernels().compile_together(lambda: self._compute(model), self.input.device)
+            self.get_ready(model)
             self._compute(model)
             stream.synchronize()
             graph.capture_begin(capture_error_mode="thread_local")
@@ -542,6 +549,23 @@ class GraphedSteps:
     def __init__(self, model, B: int, T: int, bits: int):
         self._T = T
         self.parts = [_Part(model, *part, B, T, bits) for part in parts_of(model)]
+        self._thread: threading.Thread | None = None
+
+    def begin_to_get_ready(self, model) -> None:
+        """
+        Compile in a thread of its own what the graphs will launch; the first step waits for it. Not for tensor
+        parallelism, whose processes must launch their sums in one order.
+        """
+
+        def get_ready() -> None:
+            try:
+                for part in self.parts:
+                    part.get_ready(model)
+            except Exception as error:  # noqa: BLE001 (the first step meets it again, and raises it)
+                logger.info(f"Kernels of a decoding step could not be compiled beforehand: {error}")
+
+        self._thread = threading.Thread(target=get_ready, name="compiling a decoding step")
+        self._thread.start()
 
     def bind(self, starts: torch.Tensor | None, alpha: torch.Tensor | None) -> None:
         """For a generation: starts int64 (B) or None, no padding; alpha float32 (B or 1), NTK scales, or None."""
@@ -563,6 +587,9 @@ class GraphedSteps:
 
         Returns logits (B, T, vocab) on their device, in a buffer that the next step may overwrite.
         """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
         B, T = input_ids.shape
         # Fewer tokens than the graph takes are padded behind: they see no padding, and the next step writes over it.
         x = input_ids
@@ -583,12 +610,13 @@ _ENDING: weakref.WeakSet = weakref.WeakSet()  # models whose graphs end with the
 
 
 @contextlib.contextmanager
-def graphed_steps(model, cache, B: int, T: int):
+def graphed_steps(model, cache, B: int, T: int, prepare: bool = False):
     """
     Graphs for a generation of its own: gives a function (input_ids, positions, starts, alpha) to logits (B, T, vocab),
     or None where the GPU has no memory for a graph, or the model is no longer what it was.
 
-    Call it with a plain model and a cache that is filled.
+    For a plain model, and a cache that is filled when the function is called. prepare: begin at once to compile what it
+    will need, while the caller computes the prompt.
     """
     places = _Places(model)
     kind = (B, T, cache.bits or 8 * model.transformer.ln_f.weight.element_size())
@@ -600,6 +628,10 @@ def graphed_steps(model, cache, B: int, T: int):
         found = next((i for i, (other, _) in enumerate(free) if other == kind), None)
         steps = free.pop(found)[1] if found is not None else None
     bound, broken = None, False
+    if prepare and steps is None and processes(model) is None:
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):  # there may be room behind the prompt
+            steps = GraphedSteps(model, *kind)
+            steps.begin_to_get_ready(model)
 
     def step(input_ids, positions, starts=None, alpha=None):
         nonlocal steps, bound, broken
@@ -796,27 +828,28 @@ class GraphedGeneration:
         max_length = stopping_criteria.max_length
         unfinished = torch.ones(B, dtype=torch.int64, device=device)
         reads = [_Reading(unfinished, streamer is not None) for _ in range(2)]
+        is_long = max_length is None or input_ids.shape[1] + 1 < max_length
 
-        outputs = prefill(self, input_ids, settings, kwargs)
-        logits = outputs.logits
-        del outputs
-        # Positions, and the padding that the cache begins with
-        mask, length = kwargs.get("attention_mask"), cache.get_seq_length()
-        known, starts = _left_padding(mask, length)
-        positions = kwargs.get("position_ids")
-        if positions is None or positions.shape[-1] == 0:
-            positions = torch.full((B, 1), length, device=device)
-            if starts is not None:
-                positions = positions - starts[:, None]
-        else:
-            positions = positions[:, -1:].expand(B, 1) + 1
-        alpha = getattr(cache, "ntk_alpha", None)
-        takes_graph = known and takes(self, cache, B) and (alpha is not None or not self.config.use_dynamic_ntk)
-        takes_graph = takes_graph and not (getattr(settings, "is_assistant", False) and self in _ENDING)
-        agree = _agreement(self)
-        ahead = False  # a step is computed that may turn out not to be wanted
-        with contextlib.ExitStack() as stack:
-            graphed = stack.enter_context(graphed_steps(self, cache, B, 1)) if takes_graph else None
+        with graphed_steps(self, cache, B, 1, prepare=is_long) as graphed:
+            outputs = prefill(self, input_ids, settings, kwargs)
+            logits = outputs.logits
+            del outputs
+            # Positions, and the padding that the cache begins with
+            mask, length = kwargs.get("attention_mask"), cache.get_seq_length()
+            known, starts = _left_padding(mask, length)
+            positions = kwargs.get("position_ids")
+            if positions is None or positions.shape[-1] == 0:
+                positions = torch.full((B, 1), length, device=device)
+                if starts is not None:
+                    positions = positions - starts[:, None]
+            else:
+                positions = positions[:, -1:].expand(B, 1) + 1
+            alpha = getattr(cache, "ntk_alpha", None)
+            takes_graph = known and takes(self, cache, B) and (alpha is not None or not self.config.use_dynamic_ntk)
+            takes_graph = takes_graph and not (getattr(settings, "is_assistant", False) and self in _ENDING)
+            agree = _agreement(self)
+            ahead = False  # a step is computed that may turn out not to be wanted
+            graphed = graphed if takes_graph else None
 
             def step(tokens):
                 """The logits behind tokens (B, 1)."""

@@ -73,6 +73,17 @@ def _kernel(function=None, **options):
     return _Kernel(triton.jit(function, **options))
 
 
+def _done_once() -> list:
+    """
+    What a process does before its first kernel: to make the driver, by a C compiler, and to hash Triton's files.
+
+    Triton keeps the results, but threads that come meanwhile all do it, and each takes longer.
+    """
+    modules = (importlib.import_module(f"triton.{name}") for name in ("runtime.cache", "compiler.compiler"))
+    keys = [module.triton_key for module in modules if hasattr(module, "triton_key")]  # it has moved
+    return [lambda: triton.runtime.driver.active, *keys[:1]]
+
+
 def compile_together(compute, device: torch.device) -> None:
     """
     Makes the kernels that `compute()` launches on this GPU ready, in as many threads as there are cores.
@@ -95,7 +106,8 @@ def compile_together(compute, device: torch.device) -> None:
     launches = list(noted.values())
     if not launches or not hasattr(launches[0][0], "_hash_lock"):
         return  # up to Triton 3.3 two threads can't compile: they will be compiled when they are launched
-    with futures.ThreadPoolExecutor(min(len(launches), os.cpu_count() or 1)) as threads:
+    with futures.ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        list(threads.map(lambda function: function(), _done_once()))
         list(threads.map(make_ready, launches))
 
 
@@ -110,7 +122,6 @@ TUNING = {
     32: {"N": 32, "num_warps": 4, "STAGES": 2, "programs": 16, "DOT": False, "maxnreg": None},
 }
 MAX_SPLITS = 64
-_HAS_PTX = torch.version.cuda is not None  # AMD's cards are of the device type cuda too
 
 STEP, STEP_BY = map(tl.constexpr, (STEPS[0], STEPS[1] - STEPS[0]))  # both are equally spaced
 CENTRE, CENTRE_BY = map(tl.constexpr, (CENTRES[0], CENTRES[1] - CENTRES[0]))
@@ -137,6 +148,29 @@ def _hadamard(x, ROWS: tl.constexpr, HD: tl.constexpr, LOG_HD: tl.constexpr):
 def _round(x):
     """To the nearest integer, halves to even."""
     return (x + 12582912.0) - 12582912.0
+
+
+# Whether kernels may have instructions of NVIDIA's: AMD's cards are of the device type cuda too, and the interpreter is
+# no GPU.
+PTX = tl.constexpr(torch.version.cuda is not None and isinstance(_round, triton.JITFunction))
+
+
+@triton.jit
+def _exp2(x):
+    """2 to the power of x in float32. Triton's own links a library in, which takes as long as all else of a kernel."""
+    if PTX:
+        asm: tl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.exp2(x)
+
+
+@triton.jit
+def _rsqrt(x):
+    """1 / sqrt(x) in float32; see `_exp2`."""
+    if PTX:
+        asm: tl.constexpr = "rsqrt.approx.ftz.f32 $0, $1;"
+        return tl.inline_asm_elementwise(asm, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.rsqrt(x)
 
 
 @triton.jit
@@ -363,32 +397,32 @@ SIGNED = _assembly(
 
 
 @triton.jit
-def _half(codes, ASM: tl.constexpr, PURE: tl.constexpr):
-    return tl.inline_asm_elementwise(ASM, "=r,=r,r", [codes], dtype=tl.float16, is_pure=PURE, pack=4)
+def _half(codes, asm: tl.constexpr, PURE: tl.constexpr):
+    return tl.inline_asm_elementwise(asm, "=r,=r,r", [codes], dtype=tl.float16, is_pure=PURE, pack=4)
 
 
 @triton.jit
-def _low(codes, PLUS: tl.constexpr, ASM: tl.constexpr, PURE: tl.constexpr):
+def _low(codes, PLUS: tl.constexpr, PURE: tl.constexpr):
     """The low 4 bits in float16, plus PLUS."""
-    if ASM:
+    if PTX:
         return (_half(codes, LOW, PURE) - (64.0 - PLUS)).to(tl.float16)
     codes = ((codes & 15).to(tl.int32) << 4 | 0x5400).to(tl.int16).to(tl.float16, bitcast=True)
     return (codes - (64.0 - PLUS)).to(tl.float16)
 
 
 @triton.jit
-def _high(codes, PLUS: tl.constexpr, ASM: tl.constexpr, PURE: tl.constexpr):
+def _high(codes, PLUS: tl.constexpr, PURE: tl.constexpr):
     """The high 4 bits in float16, plus PLUS."""
-    if ASM:
+    if PTX:
         return (_half(codes, HIGH, PURE) - (64.0 - PLUS)).to(tl.float16)
     codes = ((codes & 240).to(tl.int32) | 0x5400).to(tl.int16).to(tl.float16, bitcast=True)
     return (codes - (64.0 - PLUS)).to(tl.float16)
 
 
 @triton.jit
-def _signed(codes, ASM: tl.constexpr, PURE: tl.constexpr):
+def _signed(codes, PURE: tl.constexpr):
     """All 8 bits, which are those of an int8, in float16."""
-    if ASM:
+    if PTX:
         return _half(codes, SIGNED, PURE)
     return ((codes ^ 0x80).to(tl.int32) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1152.0
 
@@ -402,9 +436,9 @@ def _add_dot(a, b, total, TERMS: tl.constexpr):
 
 
 @triton.jit
-def _rotate_left(x, by, ASM: tl.constexpr):
+def _rotate_left(x, by):
     """The bits of int32 x moved up by `by`, 0 to 31, those that leave come in below."""
-    if ASM:
+    if PTX:
         asm: tl.constexpr = "shf.l.wrap.b32 $0, $1, $1, $2;"
         x, by = tl.broadcast(x, by)
         return tl.inline_asm_elementwise(asm, "=r,r,r", [x, by], dtype=tl.int32, is_pure=True, pack=1)
@@ -444,7 +478,7 @@ def _scales8(params, n, p_t):
 
 
 @triton.jit
-def _scales4(params, n, p_t, g, G: tl.constexpr, PLUS: tl.constexpr, ASM: tl.constexpr):
+def _scales4(params, n, p_t, g, G: tl.constexpr, PLUS: tl.constexpr):
     """
     Of keys n the base, float32 (N); of their groups g the steps relative to it, and an eighth of: the centres less 7.5
     and PLUS; float32 (N, ROWS).
@@ -456,8 +490,8 @@ def _scales4(params, n, p_t, g, G: tl.constexpr, PLUS: tl.constexpr, ASM: tl.con
         second = tl.load(words + 1)[:, None]
         third = tl.load(words + 2)[:, None]
         choice = tl.where((g // 2 < 2)[None, :], base[:, None], tl.where((g // 2 < 6)[None, :], second, third))
-        choice = _rotate_left(choice, ((3 - 4 * g) & 31)[None, :], ASM)
-        last = _rotate_left(third, ((5 - g) & 31)[None, :], ASM)
+        choice = _rotate_left(choice, ((3 - 4 * g) & 31)[None, :])
+        last = _rotate_left(third, ((5 - g) & 31)[None, :])
     else:
         base = tl.load(params).to(tl.int32) | tl.load(params + 1).to(tl.int32) << 8
         there = (g < G)[None, :]
@@ -478,8 +512,7 @@ def _attend_kernel(
     q_b, q_h, q_t, k_b, k_h, k_t, kp_b, kp_h, kp_t, v_b, v_h, v_t, vp_b, vp_h, vp_t, m_b, m_h, m_t,
     nh, T, S, splits, blocks, table, slot, starts,
     BITS: tl.constexpr, HD: tl.constexpr, LOG_HD: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, TERMS: tl.constexpr, ASM: tl.constexpr,
-    LATE: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, TERMS: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """
     One query over `blocks` blocks of N keys. partial: float32 (B * nh * T, splits, HD), the weighted sum of the values;
@@ -549,8 +582,8 @@ def _attend_kernel(
         # keys
         if BITS == 4:
             bytes = tl.load(k + at * k_t + n[:, None] * k_t + half[None, :])  # (N, HD / 2)
-            base, step, zero = _scales4(k_params + at * kp_t, n, kp_t, r, G, PLUS, ASM)
-            codes_low, codes_high = _low(bytes, PLUS, ASM, True), _high(bytes, PLUS, ASM, True)
+            base, step, zero = _scales4(k_params + at * kp_t, n, kp_t, r, G, PLUS)
+            codes_low, codes_high = _low(bytes, PLUS, True), _high(bytes, PLUS, True)
             products = tl.zeros((N, ROWS), tl.float32)
             for i in tl.static_range(TERMS):
                 products = tl.dot(codes_low, _nth_term(q_low, i), products)
@@ -559,7 +592,7 @@ def _attend_kernel(
         else:
             codes = tl.load(k + at * k_t + n[:, None] * k_t + channels[None, :])  # (N, HD)
             if DOT:
-                score = tl.sum(tl.dot(_signed(codes, ASM, True), q_terms), 1) * unit
+                score = tl.sum(tl.dot(_signed(codes, True), q_terms), 1) * unit
             else:
                 score = tl.sum(_float(codes, BITS) * query[None, :], 1)
             if BITS == 8:
@@ -573,14 +606,14 @@ def _attend_kernel(
         score = tl.where(there, score, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(score, 0))
         reference = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-        weight = tl.exp2(score - reference)  # (N)
-        shrink = tl.exp2(largest - reference)
+        weight = _exp2(score - reference)  # (N)
+        shrink = _exp2(largest - reference)
         largest = new_largest
         total = total * shrink + tl.sum(weight, 0)
         # values
         if BITS == 4:
             bytes = tl.load(v + at * v_t + n[:, None] * v_t + half[None, :])
-            base, step, zero = _scales4(v_params + at * vp_t, n, vp_t, r, G, PLUS, ASM)
+            base, step, zero = _scales4(v_params + at * vp_t, n, vp_t, r, G, PLUS)
             new_unit = tl.maximum(unit_v, tl.max(base, 0))
             shrink *= unit_v / new_unit
             unit_v = new_unit
@@ -589,10 +622,10 @@ def _attend_kernel(
             offset = offset * shrink + tl.sum(_rounded(step, TERMS) * zero, 0) * 8
             if shrink != 1:
                 low, high = low * shrink, high * shrink
-            codes = tl.trans(_low(bytes, PLUS, ASM, False))
+            codes = tl.trans(_low(bytes, PLUS, False))
             for i in tl.static_range(TERMS):
                 low = _add_dot(codes, _nth_term(step, i), low, TERMS)
-            codes = tl.trans(_high(bytes, PLUS, ASM, False))
+            codes = tl.trans(_high(bytes, PLUS, False))
             for i in tl.static_range(TERMS):
                 high = _add_dot(codes, _nth_term(step, i), high, TERMS)
         else:
@@ -610,7 +643,7 @@ def _attend_kernel(
                 unit_v = new_unit
                 if shrink != 1:
                     acc = acc * shrink
-                acc += tl.dot(tl.trans(_signed(codes, ASM, False)), terms)
+                acc += tl.dot(tl.trans(_signed(codes, False)), terms)
             else:
                 acc = acc * shrink + tl.sum(_float(codes, BITS) * weight[:, None], 0)
 
@@ -642,7 +675,7 @@ def _merge_kernel(
     total = tl.load(stats + place * 2 + 1, mask=there, other=0.0)
     sums = tl.load(partial + place[:, None] * HD + channels[None, :], mask=there[:, None], other=0.0)
     reference = tl.max(largest, 0)
-    scale = tl.exp2(largest - tl.where(reference == -float("inf"), 0.0, reference))
+    scale = _exp2(largest - tl.where(reference == -float("inf"), 0.0, reference))
     total = tl.sum(total * scale, 0)
     value = tl.sum(sums * scale[:, None], 0) / tl.where(total == 0, 1.0, total)  # zeros where nothing is seen
     if ROTATED:
@@ -666,7 +699,7 @@ def _shared_memory(device: torch.device) -> int:
 def _tuning(bits: int, hd: int, cuda: bool, launch=None) -> tuple:
     """Of `TUNING`, or `launch`: arguments of the launch, and programs for each multiprocessor."""
     tuning = dict(launch or TUNING[bits])
-    if not (_HAS_PTX and cuda):
+    if not (PTX.value and cuda):
         tuning.pop("maxnreg", None)
     if hd > 128:  # else a block would not fit some cards' shared memory, nor the sums a warp's registers
         tuning["N"] = max(16, tuning["N"] // 2)
@@ -699,8 +732,7 @@ def _attend(q, k, k_params, v, v_params, bits, mask, scaling, causal):
             *q.stride()[:3], *k.stride()[:3], *k_params.stride()[:3], *v.stride()[:3], *v_params.stride()[:3],
             *seen.stride()[:3], nh, T, S, splits, blocks_each, q, 0, q,
             BITS=bits, HD=hd, LOG_HD=hd.bit_length() - 1, CAUSAL=causal and T > 1, MASKED=mask is not None,
-            TERMS=1 if bits == 4 and q.dtype != torch.float32 else 2, ASM=_HAS_PTX and q.is_cuda, LATE=False,
-            **tuning,
+            TERMS=1 if bits == 4 and q.dtype != torch.float32 else 2, LATE=False, **tuning,
         )  # fmt: skip
         _merge_kernel[(rows,)](
             partial, stats, y, nh, T, splits,
@@ -744,7 +776,7 @@ def _norm_kernel(x, weight, y, eps, K: tl.constexpr, BLOCK: tl.constexpr):
     channels = tl.arange(0, BLOCK)
     there = channels < K
     value = tl.load(x + row + channels, mask=there, other=0).to(tl.float32)
-    value *= tl.rsqrt(tl.sum(value * value, 0) / K + eps)
+    value *= _rsqrt(tl.sum(value * value, 0) / K + eps)
     value = value.to(y.dtype.element_ty).to(tl.float32) * tl.load(weight + channels, mask=there, other=0).to(tl.float32)
     tl.store(y + row + channels, value.to(y.dtype.element_ty), mask=there)
 
@@ -825,7 +857,7 @@ def _product_kernel(
     if not DOT:
         total, gate_total = tl.sum(total, 1)[:, None], tl.sum(gate_total, 1)[:, None]
     if NORM:
-        factor = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+        factor = _rsqrt(tl.sum(squares, 0) / K + eps)
         total, gate_total = total * factor, gate_total * factor
     if CODES:
         total *= tl.load(scale + n, mask=n < N, other=0)[:, None]
@@ -948,7 +980,7 @@ def attend(q, base, bits, table, slot, starts, scaling, launch=None):
         *q.stride()[:3], 0, 0, codes, 0, 0, params, 0, 0, codes, 0, 0, params, 0, 0, 0,
         nh, T, 0, splits, 0, table, slot, starts,
         BITS=bits, HD=hd, LOG_HD=hd.bit_length() - 1, CAUSAL=T > 1, MASKED=False,
-        TERMS=1 if bits == 4 and q.dtype != torch.float32 else 2, ASM=_HAS_PTX and q.is_cuda, LATE=True, **tuning,
+        TERMS=1 if bits == 4 and q.dtype != torch.float32 else 2, LATE=True, **tuning,
     )  # fmt: skip
     _merge_kernel[(B * nh * T,)](
         partial, stats, y, nh, T, splits,
@@ -1151,16 +1183,16 @@ def _gptq_row_kernel(
             gate_total += _scaled(gate_part, of_inputs, gate_scale, gate_zero)
     total, gate_total = tl.sum(total, 0), tl.sum(gate_total, 0)
     if NORM:
-        factor = tl.rsqrt(tl.sum(squares, 0) / (words * (32 // BITS)) + eps)
+        factor = _rsqrt(tl.sum(squares, 0) / (words * (32 // BITS)) + eps)
         total, gate_total = total * factor, gate_total * factor
     _finish(total, gate_total, n, n, n < N, bias, gate_bias, residual, y, N, GATE, BIAS, RESIDUAL)
 
 
 @triton.jit
-def _input(four, i: tl.constexpr, like, ASM: tl.constexpr):
+def _input(four, i: tl.constexpr, like):
     """Element i of the four numbers in half precision, as `like` points to, that are an int64."""
     kind = like.dtype.element_ty
-    if ASM:
+    if PTX:
         two = (four >> (i // 2 * 32)).to(tl.int32)
         halves = tl.full(two.shape, 0x5410 if i % 2 == 0 else 0x7632, tl.int32)
         return tl.inline_asm_elementwise(PAIR, "=r,r,r,r,r", [two, halves], dtype=kind, is_pure=True, pack=2)
@@ -1168,9 +1200,9 @@ def _input(four, i: tl.constexpr, like, ASM: tl.constexpr):
 
 
 @triton.jit
-def _less_zero(words, zero, j: tl.constexpr, kind: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+def _less_zero(words, zero, j: tl.constexpr, kind: tl.constexpr, BITS: tl.constexpr):
     """Codes j of words less zeros, of which both are exact; of dtype `kind`."""
-    if ASM and BITS == 4:
+    if PTX and BITS == 4 and kind != tl.float32:
         asm: tl.constexpr = CODES_BF16 if kind == tl.bfloat16 else CODES_FP16
         less = (zero | (0xC300 if kind == tl.bfloat16 else 0xE400)).to(tl.int16).to(kind, bitcast=True)
         words, less = tl.broadcast(words, less)
@@ -1214,10 +1246,10 @@ def _block(
 @triton.jit
 def _add_dot_of_codes(
     part, value, codes, zero, scale, j: tl.constexpr,
-    KIND: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, SCALED: tl.constexpr,
+    KIND: tl.constexpr, BITS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Adds to part (ROWS, columns) inputs (ROWS, R) times the weights of codes j."""
-    weight = _less_zero(codes, zero, j, KIND, BITS, ASM)
+    weight = _less_zero(codes, zero, j, KIND, BITS)
     if SCALED:
         weight = (weight.to(tl.float32) * scale).to(KIND)
     return tl.dot(value.to(KIND), weight, part, input_precision="ieee")
@@ -1239,7 +1271,7 @@ def _gptq_rows_kernel(
     x, qweight, qzeros, scales, gate_qweight, gate_qzeros, gate_scales, bias, gate_bias, residual, y, partial,
     M, words, N, blocks, BITS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr,
     ROWS: tl.constexpr, BN: tl.constexpr, SHARES: tl.constexpr, STAGES: tl.constexpr,
-    HALF: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
+    HALF: tl.constexpr, KIND: tl.constexpr, SCALED: tl.constexpr, SPLIT: tl.constexpr,
     GATE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """
@@ -1275,13 +1307,13 @@ def _gptq_rows_kernel(
         gate_part = tl.zeros((ROWS, SHARES * BN), tl.float32)
         for j in tl.static_range(CODES):
             if HALF:
-                value = _input(inputs if j < 4 else last_inputs, j % 4, x, ASM)
+                value = _input(inputs if j < 4 else last_inputs, j % 4, x)
             else:
                 value = tl.load(x + (m * words + word) * CODES + j, mask=there, other=0)
-            part = _add_dot_of_codes(part, value, codes, zero, scale, j, KIND, BITS, ASM, SCALED)
+            part = _add_dot_of_codes(part, value, codes, zero, scale, j, KIND, BITS, SCALED)
             if GATE:
                 gate_part = _add_dot_of_codes(
-                    gate_part, value, gate_codes, gate_zero, gate_scale, j, KIND, BITS, ASM, SCALED
+                    gate_part, value, gate_codes, gate_zero, gate_scale, j, KIND, BITS, SCALED
                 )
         total += part if SCALED else part * scale
         if GATE:
@@ -1375,7 +1407,7 @@ def gptq_product(
     kind = _KINDS[x.dtype if x.is_cuda else torch.float32]  # the interpreter multiplies no bfloat16
     _gptq_rows_kernel[(across, splits)](
         x, *tensors, *ends, y, partial, M, words, N, blocks_each, ROWS=rows, HALF=half, KIND=kind,
-        ASM=half and _HAS_PTX and x.is_cuda, SCALED=group < K and group % 128 != 0, SPLIT=splits > 1,
+        SCALED=group < K and group % 128 != 0, SPLIT=splits > 1,
         **format, **asked, **tuning,
     )  # fmt: skip
     if splits > 1:
@@ -1479,7 +1511,7 @@ def _int8_row_kernel(
     more = of_inputs * 2.0**-42  # 128 times, of the unit of denormal numbers times 2^100
     factor = 2.0**49
     if NORM:
-        factor *= tl.rsqrt(tl.sum(squares, 0) / (words * 4) + eps)
+        factor *= _rsqrt(tl.sum(squares, 0) / (words * 4) + eps)
     total = (total - more) * (tl.load(scale + n, mask=n < N, other=0) * factor)
     if GATE:
         gate_total = (gate_total - more) * (tl.load(gate_scale + n, mask=n < N, other=0) * factor)

@@ -379,9 +379,8 @@ def test_generate_gives_what_it_gives_without_graphs(model, bits, steps_taken):
 @pytest.fixture
 def no_kernels(monkeypatch):
     """The loop alone: every step by the network."""
-    import contextlib
-
-    monkeypatch.setattr(graphs, "graphed_steps", lambda *args: contextlib.nullcontext(lambda *args: None))
+    none = contextlib.nullcontext(lambda *args: None)
+    monkeypatch.setattr(graphs, "graphed_steps", lambda *args, **settings: none)
 
 
 class Streamer:
@@ -567,6 +566,59 @@ def test_no_memory_for_a_graph(model, monkeypatch):
     expected = ordinary(model, ids, mask)
     monkeypatch.setattr(graphs.GraphedSteps, "step", full)
     assert torch.equal(generate(model, ids, mask, past_key_values=caches.QWenCache()), expected)
+
+
+@needs_loop
+def test_kernels_are_made_ready_while_the_prompt_is_computed(monkeypatch, steps_taken):
+    model, ids = small_model(), random_ids(1, 21).to(DEVICE)
+    expected = ordinary(model, ids)
+    prompt_done, order = threading.Event(), []
+    get_ready, prefill, compute = graphs._Part.get_ready, graphs.prefill, graphs._Part._compute
+
+    def slowly(self, model):
+        if threading.current_thread() is not threading.main_thread():
+            assert prompt_done.wait(10)  # else it was not begun before the prompt, or was waited for
+            order.append("ready")
+        get_ready(self, model)
+
+    def noted(*args):
+        outputs = prefill(*args)
+        order.append("prompt")
+        prompt_done.set()
+        return outputs
+
+    def computed(self, model):
+        order.append("step")
+        return compute(self, model)
+
+    monkeypatch.setattr(graphs._Part, "get_ready", slowly)
+    monkeypatch.setattr(graphs._Part, "_compute", computed)
+    monkeypatch.setattr(graphs, "prefill", noted)
+    generate(model, ids, max_new_tokens=1)
+    assert order == ["prompt"]
+    prompt_done.clear()
+    assert torch.equal(generate(model, ids), expected)
+    assert order[1:4] == ["prompt", "ready", "step"]
+    assert torch.equal(generate(model, ids), expected)
+    assert order.count("ready") == 1
+    assert steps_taken[0] == 8
+
+
+@needs_loop
+def test_kernels_that_could_not_be_made_ready_are_tried_again(monkeypatch, steps_taken):
+    model, ids, threads = small_model(), random_ids(1, 21).to(DEVICE), []
+    get_ready = graphs._Part.get_ready
+
+    def fails_beside(self, model):
+        threads.append(threading.current_thread())
+        if threads[-1] is not threading.main_thread():
+            raise RuntimeError("the assembler is missing")
+        get_ready(self, model)
+
+    monkeypatch.setattr(graphs._Part, "get_ready", fails_beside)
+    assert torch.equal(generate(model, ids), ordinary(model, ids))
+    assert threads[0] is not threading.main_thread()
+    assert steps_taken[0] == 4
 
 
 @needs_gpu  # the interpreter is for one thread

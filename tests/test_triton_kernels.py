@@ -402,6 +402,7 @@ class Jitted:
 @pytest.fixture
 def on_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(triton_kernels, "_done_once", list)
     monkeypatch.setattr(triton_kernels.os, "cpu_count", lambda: 4)
 
 
@@ -425,6 +426,26 @@ def test_kernels_are_compiled_together_and_not_launched(on_no_gpu):
     compute()
     assert [grid for grid, _, _ in first.launched] == [(1,), (1,), (1,), (2,), (3,)]
     assert second.launched == [((4,), (x, 16, 6), {"BN": 8})]
+
+
+def test_what_every_kernel_needs_is_done_once_before(on_no_gpu, monkeypatch):
+    meeting, done = threading.Barrier(2), []
+
+    def once():
+        meeting.wait(10)
+        done.append(len(kernel.compiled))
+
+    kernel = triton_kernels._Kernel(Jitted())
+    monkeypatch.setattr(triton_kernels, "_done_once", lambda: [once, once])
+    triton_kernels.compile_together(lambda: [kernel[(1,)](torch.ones(1), K, 6) for K in (16, 17)], "a GPU")
+    assert done == [0, 0]
+    assert len(kernel.compiled) == 2
+
+
+def test_the_hash_of_triton_is_found():
+    key = triton_kernels._done_once()[1]
+    assert key().startswith(triton_kernels.triton.__version__)
+    assert key() is key()  # Triton keeps it
 
 
 def test_kernels_that_do_not_compile_say_so_and_others_are_launched_again(on_no_gpu, monkeypatch):
