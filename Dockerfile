@@ -20,6 +20,8 @@ COPY *.py cpp_kernels.cpp config.json generation_config.json tokenizer_config.js
 COPY tools/ tools/
 ENV TORCH_EXTENSIONS_DIR=/opt/kernels
 RUN python tools/build_kernels.py && useradd --create-home --uid 1000 qwen
+# A volume that is mounted there is the user's too.
+RUN install -d -o qwen -g qwen /home/qwen/.triton
 
 USER 1000
 EXPOSE 8000
