@@ -361,18 +361,22 @@ def test_a_prompt_in_chunks(model):
     if transformers.__version__.startswith("4.51."):
         lacks("always compiles a prefill in chunks, which does not attend to what is stored")
     ids = random_ids(2, 100)
-    for bits in (8, 4):
+    for bits, within in ((8, 5e-3), (4, 5e-2)):  # a key's rounding may turn over by the arithmetic of a machine
         cache = QWenQuantizedCache(bits)
-        chunked = {"prefill_chunk_size": 16, "disable_compile": True}
-        output = generate(model, ids, max_new_tokens=6, past_key_values=cache, **chunked)
-        found = []
-        for prompt in (ids.split(16, 1), [*ids[:, :-1].split(16, 1), ids[:, -1:]]):  # the second in some releases
-            reference = RoundedCache(bits)
-            parts = [*prompt, *output[:, 100:-1].split(1, 1)]
-            alpha = model.transformer.prompt_alpha(torch.tensor([100, 100]))
-            again = logits(model, parts, reference, ntk_alpha=alpha)
-            found.append(torch.equal(output[:, 100:], again[:, 99:].argmax(-1)))
-        assert any(found)
+        settings = {"prefill_chunk_size": 16, "disable_compile": True, "return_dict_in_generate": True}
+        settings |= {"output_logits": True, "max_new_tokens": 6, "past_key_values": cache}
+        output = generate(model, ids, **settings)
+        found = torch.stack(output.logits, 1)
+        alpha = model.transformer.prompt_alpha(torch.tensor([100, 100]))
+
+        def error(*prompt):
+            parts = [*prompt, *output.sequences[:, 100:-1].split(1, 1)]  # noqa: B023
+            again = logits(model, parts, RoundedCache(bits), ntk_alpha=alpha)[:, 99:]  # noqa: B023
+            return ((found - again).norm() / again.norm()).item()  # noqa: B023
+
+        # Some releases compute the last token by itself.
+        assert min(error(*ids.split(16, 1)), error(*ids[:, :-1].split(16, 1), ids[:, -1:])) < within
+        assert error(ids) > 2 * within  # in one piece, exactly to itself
 
 
 # --- How it is asked for -----------------------------------------------------------------------------------------
