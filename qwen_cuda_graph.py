@@ -609,17 +609,49 @@ _FREE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of every model
 _ENDING: weakref.WeakSet = weakref.WeakSet()  # models whose graphs end with the generation: no use for a step or a few
 
 
+def _kind(model, cache, B: int, T: int) -> tuple:
+    """What a graph is for, and what `GraphedSteps` takes."""
+    return B, T, cache.bits or 8 * model.transformer.ln_f.weight.element_size()
+
+
+def _keep(model, signature, kind: tuple, steps: GraphedSteps) -> None:
+    """Among the free graphs, if the weights are still where they were. Under `_LOCK`."""
+    now, free = _FREE.get(model, (None, None))
+    if now == signature:
+        free.append((kind, steps))
+        del free[:-KEPT_GRAPHS]
+
+
+def prepare_steps(model, cache, B: int) -> None:
+    """
+    Begin to compile what a step of B rows behind this cache will launch, unless a graph for it is free: for a plain
+    model whose prompt is about to be computed.
+    """
+    kind = _kind(model, cache, B, 1)
+    with _LOCK:
+        is_there = any(other == kind for other, _ in _FREE.get(model, (None, ()))[1])
+    if is_there or processes(model) is not None:
+        return
+    signature = _Places(model).signature
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):  # there may be room behind the prompt
+        steps = GraphedSteps(model, *kind)
+        steps.begin_to_get_ready(model)
+        with _LOCK:
+            if _FREE.get(model, (None, None))[0] != signature:
+                _FREE[model] = signature, []
+            _keep(model, signature, kind, steps)
+
+
 @contextlib.contextmanager
-def graphed_steps(model, cache, B: int, T: int, prepare: bool = False):
+def graphed_steps(model, cache, B: int, T: int):
     """
     Graphs for a generation of its own: gives a function (input_ids, positions, starts, alpha) to logits (B, T, vocab),
     or None where the GPU has no memory for a graph, or the model is no longer what it was.
 
-    For a plain model, and a cache that is filled when the function is called. prepare: begin at once to compile what it
-    will need, while the caller computes the prompt.
+    Call it with a plain model and a cache that is filled.
     """
     places = _Places(model)
-    kind = (B, T, cache.bits or 8 * model.transformer.ln_f.weight.element_size())
+    kind = _kind(model, cache, B, T)
     with _LOCK:
         signature, free = _FREE.get(model, (None, None))
         if signature != places.signature:
@@ -628,10 +660,6 @@ def graphed_steps(model, cache, B: int, T: int, prepare: bool = False):
         found = next((i for i, (other, _) in enumerate(free) if other == kind), None)
         steps = free.pop(found)[1] if found is not None else None
     bound, broken = None, False
-    if prepare and steps is None and processes(model) is None:
-        with contextlib.suppress(torch.cuda.OutOfMemoryError):  # there may be room behind the prompt
-            steps = GraphedSteps(model, *kind)
-            steps.begin_to_get_ready(model)
 
     def step(input_ids, positions, starts=None, alpha=None):
         nonlocal steps, bound, broken
@@ -656,10 +684,7 @@ def graphed_steps(model, cache, B: int, T: int, prepare: bool = False):
         if steps is not None and not broken and steps.may_stay:
             steps.give_back()
             with _LOCK:
-                now, free = _FREE.get(model, (None, None))
-                if now == places.signature:
-                    free.append((kind, steps))
-                    del free[:-KEPT_GRAPHS]
+                _keep(model, places.signature, kind, steps)
         elif steps is not None and not steps.may_stay:
             _ENDING.add(model)
 
@@ -828,28 +853,28 @@ class GraphedGeneration:
         max_length = stopping_criteria.max_length
         unfinished = torch.ones(B, dtype=torch.int64, device=device)
         reads = [_Reading(unfinished, streamer is not None) for _ in range(2)]
-        is_long = max_length is None or input_ids.shape[1] + 1 < max_length
-
-        with graphed_steps(self, cache, B, 1, prepare=is_long) as graphed:
-            outputs = prefill(self, input_ids, settings, kwargs)
-            logits = outputs.logits
-            del outputs
-            # Positions, and the padding that the cache begins with
-            mask, length = kwargs.get("attention_mask"), cache.get_seq_length()
-            known, starts = _left_padding(mask, length)
-            positions = kwargs.get("position_ids")
-            if positions is None or positions.shape[-1] == 0:
-                positions = torch.full((B, 1), length, device=device)
-                if starts is not None:
-                    positions = positions - starts[:, None]
-            else:
-                positions = positions[:, -1:].expand(B, 1) + 1
-            alpha = getattr(cache, "ntk_alpha", None)
-            takes_graph = known and takes(self, cache, B) and (alpha is not None or not self.config.use_dynamic_ntk)
-            takes_graph = takes_graph and not (getattr(settings, "is_assistant", False) and self in _ENDING)
-            agree = _agreement(self)
-            ahead = False  # a step is computed that may turn out not to be wanted
-            graphed = graphed if takes_graph else None
+        if max_length is None or input_ids.shape[1] + 1 < max_length:
+            prepare_steps(self, cache, B)
+        outputs = prefill(self, input_ids, settings, kwargs)
+        logits = outputs.logits
+        del outputs
+        # Positions, and the padding that the cache begins with
+        mask, length = kwargs.get("attention_mask"), cache.get_seq_length()
+        known, starts = _left_padding(mask, length)
+        positions = kwargs.get("position_ids")
+        if positions is None or positions.shape[-1] == 0:
+            positions = torch.full((B, 1), length, device=device)
+            if starts is not None:
+                positions = positions - starts[:, None]
+        else:
+            positions = positions[:, -1:].expand(B, 1) + 1
+        alpha = getattr(cache, "ntk_alpha", None)
+        takes_graph = known and takes(self, cache, B) and (alpha is not None or not self.config.use_dynamic_ntk)
+        takes_graph = takes_graph and not (getattr(settings, "is_assistant", False) and self in _ENDING)
+        agree = _agreement(self)
+        ahead = False  # a step is computed that may turn out not to be wanted
+        with contextlib.ExitStack() as stack:
+            graphed = stack.enter_context(graphed_steps(self, cache, B, 1)) if takes_graph else None
 
             def step(tokens):
                 """The logits behind tokens (B, 1)."""

@@ -380,7 +380,7 @@ def test_generate_gives_what_it_gives_without_graphs(model, bits, steps_taken):
 def no_kernels(monkeypatch):
     """The loop alone: every step by the network."""
     none = contextlib.nullcontext(lambda *args: None)
-    monkeypatch.setattr(graphs, "graphed_steps", lambda *args, **settings: none)
+    monkeypatch.setattr(graphs, "graphed_steps", lambda *args: none)
 
 
 class Streamer:
@@ -602,6 +602,21 @@ def test_kernels_are_made_ready_while_the_prompt_is_computed(monkeypatch, steps_
     assert torch.equal(generate(model, ids), expected)
     assert order.count("ready") == 1
     assert steps_taken[0] == 8
+
+
+@needs_loop
+def test_a_prompt_that_is_a_step_takes_the_prepared_graph(monkeypatch, steps_taken):
+    model, ids, made = small_model(), random_ids(1, 21).to(DEVICE), []
+    make = graphs.GraphedSteps.__init__
+    monkeypatch.setattr(
+        graphs.GraphedSteps, "__init__", lambda self, *args: (made.append(args[1:]), make(self, *args))[1]
+    )
+    cache, expected = caches.QWenCache(), ordinary(model, ids)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache, ntk_alpha=model.transformer.prompt_alpha(torch.tensor([21])))
+    assert torch.equal(generate(model, ids, past_key_values=cache), expected)
+    assert steps_taken[0] == 5
+    assert len(made) == 1
 
 
 @needs_loop
