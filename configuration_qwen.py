@@ -78,7 +78,8 @@ _VALUES = {
     **dict.fromkeys(
         (
             *("scale_attn_weights", "use_cache", "bf16", "fp16", "fp32", "use_dynamic_ntk", "use_logn_attn", "no_bias"),
-            *("use_cache_quantization", "use_cache_kernel", "softmax_in_fp32", "int8_weights", "tie_word_embeddings"),
+            *("use_cache_quantization", "use_cache_kernel", "softmax_in_fp32", "int8_weights", "int8_lm_head"),
+            "tie_word_embeddings",
         ),
         _FLAG,
     ),
@@ -118,6 +119,7 @@ class QWenConfig(PretrainedConfig):
         cache_bits: of the quantised cache, 8 or 4.
         softmax_in_fp32: accepted as published; the softmax is always taken in float32.
         int8_weights: the matrices of the checkpoint but the embedding are int8, as `tools/quantize_weights.py` writes.
+        int8_lm_head: the output layer is int8. Loading rounds it, if the checkpoint has it in full precision.
         bos_token_id, eos_token_id, pad_token_id: for other software; generation reads generation_config.json.
 
     Raises:
@@ -179,6 +181,7 @@ class QWenConfig(PretrainedConfig):
         cache_bits=8,
         softmax_in_fp32=False,
         int8_weights=False,
+        int8_lm_head=False,
         seq_length=None,
         bos_token_id=None,
         eos_token_id=None,
@@ -213,6 +216,7 @@ class QWenConfig(PretrainedConfig):
         self.cache_bits = cache_bits
         self.softmax_in_fp32 = softmax_in_fp32
         self.int8_weights = int8_weights
+        self.int8_lm_head = int8_lm_head
         tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         super().__init__(tie_word_embeddings=tie_word_embeddings, **tokens, **kwargs)
         self.check()
@@ -283,8 +287,9 @@ class QWenConfig(PretrainedConfig):
             raise ValueError(
                 f"config.cache_bits must be 8, or 4 with kv_channels that 16 divides, found 4 with {self.kv_channels}."
             )
-        if self.tie_word_embeddings and self.int8_weights:
-            raise ValueError("config.int8_weights needs tie_word_embeddings=False: lm_head is int8, wte is not.")
+        int8 = [name for name in ("int8_weights", "int8_lm_head") if getattr(self, name)]
+        if self.tie_word_embeddings and int8:
+            raise ValueError(f"config.{int8[0]} needs tie_word_embeddings=False: lm_head is int8, wte is not.")
         flags = [flag for flag in PRECISION_FLAGS if getattr(self, flag)]
         if len(flags) > 1:
             raise ValueError(

@@ -61,7 +61,7 @@ def decoding_step(forward):
         if is_compiling() or torch.jit.is_tracing():
             return forward(self, *args, **kwargs)
         if self.training and torch.is_grad_enabled():
-            check_training(getattr(self, "transformer", self))
+            check_training(self)
         call = {**dict(zip(names, args)), **kwargs}
         cache = call.get("past_key_values")
         if not hasattr(cache, "attends") or isinstance(cache, AttendingCache) or not _attends(self, cache, call):

@@ -19,10 +19,12 @@ from .cpp_kernels import copy_source, set_source_folder
 from .qwen_quantization import (
     check_tensors,
     give_back_quantization,
+    holds_codes,
     is_quantized,
     leave_out,
     loading_quantized,
     replace_matrices,
+    round_output_layer,
     take_quantization,
 )
 from .transformers_compat import (
@@ -68,11 +70,11 @@ class QWenPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
-        """As inherited; raises ValueError for a model with int8 weights."""
-        if self.config.int8_weights and new_num_tokens is not None:
+        """As inherited; raises ValueError for a model with an output layer in int8."""
+        if (self.config.int8_weights or self.config.int8_lm_head) and new_num_tokens is not None:
             raise ValueError(
                 "A model with int8 weights can't get other embeddings: resize the model that it was made from, before "
-                "tools/quantize_weights.py."
+                "tools/quantize_weights.py or int8_lm_head."
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
@@ -160,9 +162,12 @@ class QWenPreTrainedModel(PreTrainedModel):
     @classmethod
     def _load_pretrained_model(cls, model, state_dict, *args, **kwargs):
         """As inherited: read the tensors of a checkpoint into a model, here without those that it may leave out."""
-        if args and is_quantized(model.config):  # without, and all by name, it is called for an adapter
-            leave_out(model, tensor_names(state_dict, args[0]))
-        return super()._load_pretrained_model(model, state_dict, *args, **kwargs)
+        if not args or not holds_codes(model.config):  # without, and all by name, it is called for an adapter
+            return super()._load_pretrained_model(model, state_dict, *args, **kwargs)
+        leave_out(model, tensor_names(state_dict, args[0]))
+        loaded = super()._load_pretrained_model(model, state_dict, *args, **kwargs)
+        round_output_layer(model)
+        return loaded
 
     @classmethod
     def _from_config(cls, config, **kwargs):

@@ -4,11 +4,13 @@ Matrices in 8 and 4 bits: the modules that multiply by them, and what loading do
 Two formats of checkpoints are read and written as they lie in the file, without any package:
 
     GPTQ   config.json has "quantization_config" with "quant_method": "gptq" and 4 or 8 bits (`QuantizedLinear`)
-    int8   config.json has "int8_weights": true, as tools/quantize_weights.py writes it (`Int8Linear`)
+    int8   config.json has "int8_weights": true, as tools/quantize_weights.py writes it (`Int8Linear`), or
+           "int8_lm_head": true for the output layer alone, which loading can make from one in full precision
 
 Loading calls, in this order: `take_quantization` before transformers' `from_pretrained`, which would hand the
 checkpoint to another package; `loading_quantized` around it; `replace_matrices` when the model was built, on the meta
-device; `leave_out` before its tensors are read; `check_tensors` and `give_back_quantization` when they are loaded.
+device; `leave_out` before its tensors are read, `round_output_layer` when they are; `check_tensors` and
+`give_back_quantization` when the model is where it belongs.
 
 Other methods (bitsandbytes, AWQ, ...) and a `quantization_config` that the caller passes are transformers' own.
 """
@@ -149,6 +151,8 @@ class _NoWeight(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.empty_like:  # room that loading makes for what a checkpoint lacks
+            return super().__torch_function__(func, types, args, kwargs or {}).as_subclass(torch.Tensor)
         if func not in cls.ANSWERED:
             raise ValueError(_NO_WEIGHT)
         return super().__torch_function__(func, types, args, kwargs or {})
@@ -410,6 +414,21 @@ class _Codes(nn.Parameter):
         return self
 
 
+def round_to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    weight: (out, in), any floating dtype. Returns int8 (out, in) and scales, float32 (out,); zeros have a scale of 1.
+
+    Example:
+        >>> round_to_int8(torch.tensor([[0.5, -1.27], [0.0, 0.0]]))
+        (tensor([[  50, -127],
+                [   0,    0]], dtype=torch.int8), tensor([0.0100, 1.0000]))
+    """
+    weight = weight.float()
+    scale = weight.abs().amax(1) / 127
+    scale = torch.where(scale > 0, scale, 1)
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
 class Int8Linear(_Quantized):
     """
     `nn.Linear` with an int8 weight (out, in), constant, which is multiplied by weight_scale, float32 (out,).
@@ -443,6 +462,20 @@ class Int8Linear(_Quantized):
         self._parameters.setdefault(name, None)  # PyTorch refuses the name of an attribute that is no parameter
         nn.Linear.register_parameter(self, name, codes)
 
+    @classmethod
+    @torch.no_grad()
+    def rounded(cls, linear: nn.Linear, dtype: torch.dtype) -> Int8Linear:
+        """What the weight of `linear` is in int8, by `round_to_int8`; a bias in `dtype`."""
+        where = {"device": linear.weight.device, "dtype": dtype}
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, **where)
+        rows = max(1, REORDERED_CODES // linear.in_features)
+        for source, codes, scale in zip(*(t.split(rows) for t in (linear.weight, *new.tensors()))):
+            for to, values in zip((codes, scale), round_to_int8(source)):
+                to.copy_(values)
+        if linear.bias is not None:
+            new.bias.copy_(linear.bias)
+        return new.train(linear.training)
+
     def tensors(self) -> tuple:
         """Codes, int8 (out, in), and scales, float32 (out)."""
         return self.codes, self.weight_scale
@@ -454,14 +487,16 @@ class Int8Linear(_Quantized):
         return self.product(x, self.bias)
 
 
-def check_training(network) -> None:
+def check_training(model) -> None:
     """
     Raise ValueError if a model with quantised matrices is about to be trained whole, all but its matrices that is.
 
-    network: `QWenModel`. Where adapters or chosen layers learn, its embedding or its last norm is frozen.
+    model: `QWenModel`, or one with a head. Where adapters or chosen layers learn, its embedding or its last norm is
+    frozen.
     """
+    network = getattr(model, "transformer", model)
     learns = network.wte.weight.requires_grad and network.ln_f.weight.requires_grad
-    if learns and any(getattr(module, "HOLDS_CODES", False) for module in network.h.modules()):
+    if learns and any(getattr(module, "HOLDS_CODES", False) for module in model.modules()):
         raise ValueError(f"This model has quantised matrices, which can't learn, and nothing is frozen. {_ADVICE}")
 
 
@@ -479,6 +514,7 @@ def take_quantization(config, path, kwargs: dict):
     Raises ValueError for a checkpoint that neither this code nor transformers reads, or in tensor parallelism.
     """
     if kwargs.get("quantization_config") is not None or is_bitsandbytes(kwargs):
+        _refuse_int8_lm_head(config, "the method that the call names")
         return config
     found = getattr(config, "quantization_config", None)
     found = found.to_dict() if hasattr(found, "to_dict") else found
@@ -487,7 +523,9 @@ def take_quantization(config, path, kwargs: dict):
         with open(beside, encoding="utf-8") as file:
             found = {**json.load(file), "quant_method": "gptq"}
     gptq = bool(found) and check_quantization_config(found) is not None
-    if not gptq and not getattr(config, "int8_weights", False):
+    if found and not gptq:
+        _refuse_int8_lm_head(config, f"the checkpoint's method {found.get('quant_method')!r}")
+    if not gptq and not holds_codes(config):
         return config
     if kwargs.get("tp_plan") is not None:
         raise ValueError(
@@ -497,10 +535,22 @@ def take_quantization(config, path, kwargs: dict):
     if REPORTS_MISMATCHES:
         kwargs.setdefault("ignore_mismatched_sizes", True)
     if gptq:
+        if check_quantization_config(found).lm_head:
+            _refuse_int8_lm_head(config, "the checkpoint's own, which has the output layer in it")
         config = copy.copy(config)
         vars(config).pop("quantization_config", None)
         setattr(config, HELD, found)
     return config
+
+
+def _refuse_int8_lm_head(config, what: str) -> None:
+    if getattr(config, "int8_lm_head", False):
+        raise ValueError(f"int8_lm_head does not go with {what}. Leave it out, or set it to false in config.json.")
+
+
+def holds_codes(config) -> bool:
+    """Whether the model that is being loaded with this configuration has matrices of this module."""
+    return is_quantized(config) or any(getattr(config, name, False) for name in ("int8_weights", "int8_lm_head"))
 
 
 def is_quantized(config) -> bool:
@@ -518,7 +568,7 @@ def give_back_quantization(model) -> None:
 def replace_matrices(model) -> None:
     """
     Put quantised modules where the checkpoint has them, in place, as `model.config` says: GPTQ the matrices of the
-    blocks, int8 the output layer too.
+    blocks, int8 the output layer too, or that alone.
 
     Weights are not converted: this is for a model that is about to be loaded. Nothing happens for a configuration that
     asks for nothing, or has `quantization_config` in sight, which is for other software.
@@ -526,16 +576,19 @@ def replace_matrices(model) -> None:
     held = getattr(model.config, HELD, None)
     format = None if held is None else check_quantization_config(held)
     int8 = getattr(model.config, "int8_weights", False)
-    if format is None and not int8:
-        return
-    with_head = int8 or format.lm_head
+    is_ours = format is not None or getattr(model.config, "quantization_config", None) is None
+    int8_head = int8 or (is_ours and getattr(model.config, "int8_lm_head", False))
+    with_blocks = int8 or format is not None
+    with_head = int8_head or (format is not None and format.lm_head)
     for name, old in list(model.named_modules()):
-        is_ours = re.search(r"(^|\.)h\.\d+\.", name) or (name == "lm_head" and with_head)
-        if not is_ours or not isinstance(old, nn.Linear) or isinstance(old, _Quantized):
+        is_head = name == "lm_head"
+        wanted = with_head if is_head else with_blocks and re.search(r"(^|\.)h\.\d+\.", name)
+        if not wanted or not isinstance(old, nn.Linear) or isinstance(old, _Quantized):
             continue
         sizes, has_bias = (old.in_features, old.out_features), old.bias is not None
         where = {"device": old.weight.device, "dtype": old.weight.dtype}
-        new = Int8Linear(*sizes, has_bias, **where) if int8 else QuantizedLinear(*sizes, format, has_bias, **where)
+        is_int8 = int8_head if is_head else int8
+        new = Int8Linear(*sizes, has_bias, **where) if is_int8 else QuantizedLinear(*sizes, format, has_bias, **where)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
 
@@ -551,7 +604,7 @@ def _other_shapes(source, found: str) -> str:
 @contextlib.contextmanager
 def loading_quantized(config, source, kwargs: dict):
     """A context for transformers' `from_pretrained(source, config=config, **kwargs)` after `take_quantization`."""
-    if not is_quantized(config) and not getattr(config, "int8_weights", False):
+    if not holds_codes(config):
         yield
         return
     try:
@@ -565,8 +618,9 @@ def loading_quantized(config, source, kwargs: dict):
 
 def leave_out(model, names) -> None:
     """
-    Before the tensors are read: remove from GPTQ's matrices what the checkpoint lacks and may lack, so that it isn't
-    reported as missing. That is the bias where the network has none, and g_idx where `check_tensors` derives it.
+    Before the tensors are read: remove from quantised matrices what the checkpoint lacks and may lack, so that it isn't
+    reported as missing. That is, in GPTQ, the bias where the network has none, and g_idx where `check_tensors` derives
+    it; and the int8 output layer where `round_output_layer` makes it.
 
     names: of all tensors of the checkpoint.
     """
@@ -583,6 +637,31 @@ def leave_out(model, names) -> None:
             module.bias = None
         if not module.format.desc_act and f"{bare(name)}.g_idx" not in found:
             module.g_idx = None
+    head = getattr(model, "lm_head", None)
+    if model.config.int8_lm_head and not model.config.int8_weights and isinstance(head, Int8Linear):
+        if "lm_head.weight" in found and "lm_head.weight_scale" not in found:
+            # GPTQ's checkpoints have it in float16, which another precision would round once more.
+            dtype = torch.float16 if is_quantized(model.config) else model.get_input_embeddings().weight.dtype
+            where = {"device": head.codes.device, "dtype": dtype}
+            model.lm_head = nn.Linear(head.in_features, head.out_features, head.bias is not None, **where)
+
+
+def round_output_layer(model) -> None:
+    """
+    When the tensors are read: round an output layer that `int8_lm_head` wants in int8 and the checkpoint has not.
+
+    Raises ValueError if it was left on a disk.
+    """
+    head = getattr(model, "lm_head", None)
+    if not isinstance(head, nn.Linear) or not model.config.int8_lm_head or isinstance(head, _Quantized):
+        return
+    if head.weight.device.type == "meta":
+        raise ValueError(
+            "int8_lm_head: the output layer was left on the disk, where it can't be rounded. Give lm_head a device in "
+            "device_map, or make a checkpoint of it first: load it on the CPU with int8_lm_head=True, and call "
+            "save_pretrained."
+        )
+    model.lm_head = Int8Linear.rounded(head, model.get_input_embeddings().weight.dtype)
 
 
 def check_tensors(model, info: dict, source, are_given: bool = False) -> None:

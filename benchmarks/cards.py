@@ -157,7 +157,7 @@ def randomize(model) -> None:
         if own.is_floating_point():
             own.fill_(1) if "ln_" in name else own.normal_(std=0.02)
     for module in model.modules():
-        if hasattr(module, "qweight"):
+        if getattr(module, "HOLDS_CODES", False):
             randomize_codes(module)
 
 
@@ -322,8 +322,9 @@ def run(folder: str, arguments) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     bandwidth, began = read_bandwidth(), time.perf_counter()
     placement = {"tp_plan": "auto"} if PARALLEL else {"device_map": {"": 0} if arguments.whole else "auto"}
-    precision = {"fp32": True} if arguments.fp32 else {"bf16": True}
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **placement, **precision).eval()
+    options = {"fp32": True} if arguments.fp32 else {"bf16": True}
+    options.update(placement, int8_lm_head=arguments.int8_lm_head)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
     synchronize()
     loaded = time.perf_counter() - began
     graphs = sys.modules[type(model).__module__.rpartition(".")[0] + ".qwen_cuda_graph"]
@@ -372,6 +373,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, choices=[4, 8], help="of `make`: GPTQ's codes")
     parser.add_argument("--whole", action="store_true", help='on the first card, of which "auto" leaves a tenth free')
     parser.add_argument("--fp32", action="store_true")
+    parser.add_argument("--int8-lm-head", action="store_true", help="the output layer in int8")
     parser.add_argument("--cases", nargs="+", default=CASES, help="rows x tokens before, as 1x2048")
     parser.add_argument("--requests", type=int, help="of `generate_batch`: prompts of 256 to 768, 128 new tokens each")
     parser.add_argument("--tokens", type=int, default=48, help="new ones, that are timed")

@@ -38,6 +38,7 @@ import torch
 import transformers
 from kv_cache import ROOT, QWenCache, kernels, medians, modeling, qwen2_of, random_model
 
+quantization = importlib.import_module(modeling.__name__.replace("modeling_qwen", "qwen_quantization"))
 HAS_LLAMA = all(importlib.util.find_spec(name) for name in ("gguf", "llama_cpp"))
 
 
@@ -129,30 +130,34 @@ class Llama:
 
 def int8_of(model):
     """The model with the int8 weights that tools/quantize_weights.py makes."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    quantize = importlib.import_module("quantize_weights").quantize
     config = copy.deepcopy(model.config)
     config.int8_weights = True
     with torch.device("meta"):
         other = modeling.QWenLMHeadModel(config)
     state = dict(model.state_dict())
-    for name, parameter in other.named_parameters():
-        if parameter.dtype == torch.int8:
-            state[name], state[f"{name}_scale"] = quantize(state[name])
+    to_int8(other, state)
     other.load_state_dict(state, strict=True, assign=True)
     return other.eval()
 
 
-def int4_of(model, lm_head: bool = False):
+def to_int8(other, state: dict) -> None:
+    """Round the tensors of a state dict that are int8 in the other model."""
+    for name, parameter in other.named_parameters():
+        if parameter.dtype == torch.int8:
+            state[name], state[f"{name}_scale"] = quantization.round_to_int8(state[name])
+
+
+def int4_of(model, lm_head: bool = False, int8_lm_head: bool = False):
     """The model with matrices in 4 bits, groups of 128, as GPTQ stores them, rounded to the nearest."""
     sys.path.insert(0, str(ROOT / "tools"))
     quantize = importlib.import_module("gptq").quantize
-    quantization = importlib.import_module(modeling.__name__.replace("modeling_qwen", "qwen_quantization"))
     config = copy.deepcopy(model.config)
+    config.int8_lm_head = int8_lm_head
     setattr(config, quantization.HELD, {"quant_method": "gptq", "bits": 4, "group_size": 128, "lm_head": lm_head})
     with torch.device("meta"):
         other = modeling.QWenLMHeadModel(config)
     state = dict(model.state_dict())
+    to_int8(other, state)
     for name, module in other.named_modules():
         if isinstance(module, quantization.QuantizedLinear):
             parts = quantize(state.pop(f"{name}.weight"), 4)
@@ -215,6 +220,7 @@ def all_engines(model, wanted: list[str], context: int, folder: Path) -> dict:
         "ours, bfloat16": lambda: (Ours(model, QWenCache), read),
         "ours, int8": lambda: ours(int8_of(model)),
         "ours, int4": lambda: ours(int4_of(model)),
+        "ours, int4 and int8": lambda: ours(int4_of(model, int8_lm_head=True)),  # the output layer
         "ours, all in int4": lambda: ours(int4_of(model, lm_head=True)),
         "Qwen2, bfloat16": lambda: (Ours(qwen2_of(model), transformers.DynamicCache), read),
         "llama.cpp, bfloat16": lambda: llama("BF16", 64),

@@ -125,11 +125,15 @@ def make_models(size: str):
 
 
 def randomize_codes(module, generator=None) -> None:
-    """Of a GPTQ matrix, in place."""
+    """Of a quantised matrix, in place, so that weights deviate by 0.02."""
+    if not hasattr(module, "format"):  # int8
+        module.codes.random_(-127, 128, generator=generator)
+        module.weight_scale.fill_(0.02 / 73.3)
+        return
     bits = module.format.bits
     module.qweight.random_(-(2**31), 2**31 - 1, generator=generator)
     module.qzeros.fill_(sum((2 ** (bits - 1) - 1) << at for at in range(0, 32, bits)))
-    module.scales.uniform_(0.8, 1.2, generator=generator).mul_(0.07 / 2**bits)  # weights deviate by 0.02
+    module.scales.uniform_(0.8, 1.2, generator=generator).mul_(0.07 / 2**bits)
 
 
 @torch.no_grad()
@@ -146,8 +150,9 @@ def make_model(config):
         elif parameter.dtype == torch.bfloat16:
             parameter.normal_(std=0.02, generator=generator)
     for module in model.modules():
-        if isinstance(module, quantization.QuantizedLinear):
+        if getattr(module, "HOLDS_CODES", False):
             randomize_codes(module, generator)
+        if isinstance(module, quantization.QuantizedLinear):
             module.derive_groups()
             module.set_order()
             module.bias = module.bias if module.needs_bias else None
@@ -274,9 +279,12 @@ def generates(ours, theirs, cases, bandwidth: float, tokens: int, deadline: floa
 def quantised(ours, size: str, length: int, rows, bandwidth: float, tokens: int) -> None:
     """With GPTQ matrices of 4 bits beside ours: the prompt, a token behind it, memory without the other model."""
     table = Table("matrices", "weights GB", "rows", "prompt ms", "ms a token", "of the bandwidth", "peak GB")
-    config = config_of(size)
-    setattr(config, quantization.HELD, {"quant_method": "gptq", "bits": 4, "group_size": 128})
-    models = {"bfloat16": ours, "GPTQ, 4 bits": make_model(config)}
+    models = {"bfloat16": ours}
+    for name, int8_lm_head in (("GPTQ, 4 bits", False), ("with int8_lm_head", True)):
+        config = config_of(size)
+        config.int8_lm_head = int8_lm_head
+        setattr(config, quantization.HELD, {"quant_method": "gptq", "bits": 4, "group_size": 128})
+        models[name] = make_model(config)
     held = {name: sum(p.numel() * p.element_size() for p in model.parameters()) for name, model in models.items()}
     ids = prompt(ours.config, 1, length)["input_ids"]
     runs = {name: lambda m=model: m(ids, use_cache=True, logits_to_keep=1) for name, model in models.items()}

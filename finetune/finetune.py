@@ -173,7 +173,8 @@ def load_model(arguments, training, lora):
     path = arguments.model_name_or_path
     common = {"cache_dir": training.cache_dir, "trust_remote_code": True}
     config = AutoConfig.from_pretrained(path, **common)
-    quantised = getattr(config, "quantization_config", None) is not None or getattr(config, "int8_weights", False)
+    int8 = any(getattr(config, name, False) for name in ("int8_weights", "int8_lm_head"))
+    quantised = getattr(config, "quantization_config", None) is not None or int8
     if quantised and not training.use_lora:
         raise Problem(
             f"{path} is quantised, and its matrices can't learn. Pass --use_lora to learn an adapter over them, or "

@@ -14,7 +14,7 @@ import torch
 import transformers
 from conftest import CODE, ROOT, modeling_qwen, random_ids, run, tiny_config, tiny_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "tools"))
 tool = importlib.import_module("quantize_weights")
@@ -50,7 +50,7 @@ def dequantised(model):
 
 
 def test_the_example_in_the_docstring():
-    assert doctest.testmod(tool).failed == 0
+    assert doctest.testmod(importlib.import_module("qwen.qwen_quantization")).failed == 0
 
 
 def test_it_computes_with_the_weights_that_int8_stands_for(checkpoints):
@@ -130,6 +130,18 @@ def test_what_does_not_go_with_it_says_so(checkpoints):
     assert ours.resize_token_embeddings() is ours.get_input_embeddings()
     with pytest.raises(RuntimeError, match=r"missing.*weight_scale"):
         QWenLMHeadModel.from_pretrained(folder / "whole", int8_weights=True)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "transformer.h.1.mlp.w1.weight", "lm_head.weight_scale"])
+def test_a_tensor_that_the_checkpoint_lacks_is_missed(checkpoints, tmp_path, name):
+    shutil.copytree(checkpoints[1] / "int8", tmp_path / "int8")
+    index = tmp_path / "int8" / "model.safetensors.index.json"
+    places = json.loads(index.read_text())
+    file = tmp_path / "int8" / places["weight_map"].pop(name)
+    index.write_text(json.dumps(places))
+    save_file({key: t for key, t in load_file(file).items() if key != name}, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=rf"1 weights missing from it \({name}"):
+        QWenLMHeadModel.from_pretrained(tmp_path / "int8", fp32=True)
 
 
 # --- Adapters, and what can't learn --------------------------------------------------------------------------------

@@ -464,6 +464,109 @@ def test_it_compiles(published):
         torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="eager")(x), block(x))
 
 
+# --- The output layer in int8 -------------------------------------------------------------------------------------
+
+
+def rounded(head, weight: torch.Tensor) -> torch.Tensor:
+    """The weight, float64, that an output layer stands for, which must be this one in int8."""
+    scale = weight.double().abs().amax(1, keepdim=True) / 127
+    assert type(head) is quantization.Int8Linear
+    assert head.weight_scale.dtype == torch.float32
+    torch.testing.assert_close(head.weight_scale.double()[:, None], scale, rtol=1e-6, atol=0)
+    found = head.codes * scale
+    assert ((found - weight).abs() <= scale * 0.50001).all()
+    return found
+
+
+@pytest.mark.parametrize("arguments", [{"fp32": True}, {"bf16": True}, {"device_map": "cpu", "fp32": True}], ids=str)
+def test_loading_rounds_the_output_layer(tmp_path, arguments):
+    """Of the float16 that the file has, whatever the model's precision; and saves it as it is then."""
+    plain = make(tmp_path / "int4", files=3)
+    model = QWenLMHeadModel.from_pretrained(tmp_path / "int4", int8_lm_head=True, **arguments)
+    weight = rounded(model.lm_head, stored(tmp_path / "int4")["lm_head.weight"])
+    assert all(type(module) is quantization.QuantizedLinear for module in matrices(model).values())
+    with torch.no_grad():
+        plain.lm_head.weight.copy_(weight)
+        ids, close = random_ids(2, 9), {"rtol": 1e-4, "atol": 1e-4} if "fp32" in arguments else {"rtol": 0, "atol": 0.3}
+        torch.testing.assert_close(model(ids).logits.float(), plain(ids).logits, **close)
+    kept = {"max_new_tokens": 12, "do_sample": False}
+    if "fp32" in arguments:
+        assert model.generate(random_ids(1, 8), **kept).tolist() == plain.generate(random_ids(1, 8), **kept).tolist()
+    model.save_pretrained(tmp_path / "saved")
+    files = stored(tmp_path / "saved")
+    assert torch.equal(files["lm_head.weight"], model.lm_head.codes)
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["int8_lm_head"] is True
+    again = QWenLMHeadModel.from_pretrained(tmp_path / "saved", **arguments)
+    with torch.no_grad():
+        assert torch.equal(again(random_ids(1, 9)).logits, model(random_ids(1, 9)).logits)
+
+
+def test_the_output_layer_of_a_model_in_full_precision(tmp_path):
+    plain = tiny_model(no_bias=False)
+    plain.save_pretrained(tmp_path / "whole")
+    shutil.copy(ROOT / "cpp_kernels.cpp", tmp_path / "whole")
+    code = """
+from transformers import AutoModelForCausalLM as A
+m = A.from_pretrained('whole', trust_remote_code=True, fp32=True, int8_lm_head=True)
+m.save_pretrained('int8')
+m = A.from_pretrained('int8', trust_remote_code=True, fp32=True)
+print(m.lm_head.weight.dtype, m.transformer.h[0].mlp.w1.weight.dtype, m.config.int8_lm_head)
+"""
+    printed = run(code, tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert printed == "torch.int8 torch.float32 True"
+    model = QWenLMHeadModel.from_pretrained(tmp_path / "int8", fp32=True)
+    with torch.no_grad():
+        plain.lm_head.weight.copy_(rounded(model.lm_head, plain.lm_head.weight))
+        for shape in ((1, 1), (3, 20)):
+            ids = random_ids(*shape)
+            torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_bare_model_has_no_output_layer_to_round(published):
+    folder, _ = published
+    assert modeling_qwen.QWenModel.from_pretrained(folder, fp32=True, int8_lm_head=True).config.int8_lm_head
+
+
+def test_a_tensor_that_an_int8_output_layer_lacks_is_missed(published, tmp_path):
+    folder, _ = published
+    QWenLMHeadModel.from_pretrained(folder, fp32=True, int8_lm_head=True).save_pretrained(tmp_path / "saved")
+    edit_tensors(tmp_path / "saved", lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(RuntimeError, match=r"missing from it \(lm_head.weight"):
+        QWenLMHeadModel.from_pretrained(tmp_path / "saved", fp32=True)
+
+
+def test_where_the_output_layer_can_not_be_in_int8(published, tmp_path):
+    folder, _ = published
+    on_disk = {"transformer": "cpu", "lm_head": "disk"}
+    with pytest.raises(ValueError, match="left on the disk"):
+        QWenLMHeadModel.from_pretrained(
+            folder, fp32=True, int8_lm_head=True, device_map=on_disk, offload_folder=str(tmp_path / "offload")
+        )
+    with pytest.raises(ValueError, match="does not go with the method that the call names"):
+        QWenLMHeadModel.from_pretrained(
+            folder, int8_lm_head=True, quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True)
+        )
+    with pytest.raises(ValueError, match="needs tie_word_embeddings=False"):
+        QWenLMHeadModel.from_pretrained(folder, int8_lm_head=True, tie_word_embeddings=True)
+    model = QWenLMHeadModel.from_pretrained(folder, fp32=True, int8_lm_head=True)
+    with pytest.raises(ValueError, match="can't get other embeddings"):
+        model.resize_token_embeddings(400)
+    edit_config(folder, lm_head=True)
+    with pytest.raises(ValueError, match="which has the output layer in it"):
+        QWenLMHeadModel.from_pretrained(folder, int8_lm_head=True)
+
+
+def test_a_model_with_an_int8_output_layer_is_not_trained_whole(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model = QWenLMHeadModel.from_pretrained(tmp_path, fp32=True, int8_lm_head=True).train()
+    ids = random_ids(1, 6)
+    with pytest.raises(ValueError, match="can't learn"):
+        model(ids, labels=ids)
+    model.transformer.wte.requires_grad_(False)
+    model(ids, labels=ids).loss.backward()
+    assert model.transformer.h[0].mlp.w1.weight.grad.abs().sum() > 0
+
+
 MEASURE = """
 import gc, sys, threading, torch
 from transformers import AutoModelForCausalLM

@@ -96,7 +96,8 @@ def full_precision_config(folder: Path, where: str = "") -> dict:
     """The config.json of a checkpoint; Problem for a quantised one, with `where` to name another."""
     config = read_json(folder / "config.json")
     beside = (folder / "quantize_config.json").exists()  # all that early GPTQ checkpoints have
-    if config.get("int8_weights") or config.get("quantization_config") or beside:
+    marks = ("int8_weights", "int8_lm_head", "quantization_config")
+    if any(map(config.get, marks)) or beside:
         raise Problem(f"{folder} is quantised already. Name the checkpoint in full precision{where}.")
     return config
 

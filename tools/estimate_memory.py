@@ -93,6 +93,8 @@ def memory(config, dtype: str = "bf16", context: int = 8192, batch: int = 1, cac
     if getattr(config, "int8_weights", False):  # a byte each, and a float32 for each output channel
         matrices = config.num_hidden_layers * (4 * h * p + 3 * h * w) + V * h
         weights -= matrices * (size - 1) - 4 * (config.num_hidden_layers * (3 * p + 2 * h + 2 * w) + V)
+    elif getattr(config, "int8_lm_head", False):  # the same of the output layer alone
+        weights -= V * h * (size - 1) - 4 * V
     return {
         "weights": weights,
         "cache": config.num_hidden_layers * layer,
@@ -195,6 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
     which.add_argument("--size", choices=SIZES, help="a published size, in place of PATH")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="precision of the weights")
     parser.add_argument("--bits", type=int, choices=(4, 8), help="of the weights of --size: GPTQ in groups of 128")
+    parser.add_argument("--int8-lm-head", action="store_true", help="the output layer in int8 (int8_lm_head=True)")
     parser.add_argument("--context", type=count, default=8192, help="tokens of a row, prompt and answer")
     parser.add_argument("--batch", type=count, default=1, help="rows")
     parser.add_argument("--cache", choices=CACHES, default="full", help="keys and values: as the weights, or quantised")
@@ -205,6 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.config is not None:
             parser.error("--bits goes with --size; a checkpoint's own config.json says how it is quantised")
         config.quantization_config = {"quant_method": "gptq", "bits": args.bits, "group_size": 128}
+    if args.int8_lm_head:
+        config.int8_lm_head = True
     asked = (config, args.dtype, args.context, args.batch, args.cache)
     try:
         need = memory(*asked)

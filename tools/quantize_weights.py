@@ -46,22 +46,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
-from upgrade_checkpoint import check_weights, planned, try_loading
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from upgrade_checkpoint import ROOT, check_weights, planned, try_loading
 
-
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    weight: (out, in), any floating dtype. Returns int8 (out, in) and scales, float32 (out,); zeros have a scale of 1.
-
-    Example:
-        >>> quantize(torch.tensor([[0.5, -1.27], [0.0, 0.0]]))
-        (tensor([[  50, -127],
-                [   0,    0]], dtype=torch.int8), tensor([0.0100, 1.0000]))
-    """
-    weight = weight.float()
-    scale = weight.abs().amax(1) / 127
-    scale = torch.where(scale > 0, scale, 1)
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+round_to_int8 = get_class_from_dynamic_module("qwen_quantization.round_to_int8", str(ROOT))
 
 
 def quantize_file(source: Path, target: Path, names: set[str]) -> dict[str, int]:
@@ -71,7 +59,7 @@ def quantize_file(source: Path, target: Path, names: set[str]) -> dict[str, int]
         for name in tqdm(weights.keys(), desc=source.name, unit="tensor", leave=False, disable=None):
             tensors[name] = weights.get_tensor(name)
             if name in names:
-                tensors[name], tensors[f"{name}_scale"] = quantize(tensors[name])
+                tensors[name], tensors[f"{name}_scale"] = round_to_int8(tensors[name])
     save_file(tensors, target, metadata={"format": "pt"})
     return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
