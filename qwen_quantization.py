@@ -638,12 +638,12 @@ def leave_out(model, names) -> None:
         if not module.format.desc_act and f"{bare(name)}.g_idx" not in found:
             module.g_idx = None
     head = getattr(model, "lm_head", None)
-    if model.config.int8_lm_head and not model.config.int8_weights and isinstance(head, Int8Linear):
-        if "lm_head.weight" in found and "lm_head.weight_scale" not in found:
-            # GPTQ's checkpoints have it in float16, which another precision would round once more.
-            dtype = torch.float16 if is_quantized(model.config) else model.get_input_embeddings().weight.dtype
-            where = {"device": head.codes.device, "dtype": dtype}
-            model.lm_head = nn.Linear(head.in_features, head.out_features, head.bias is not None, **where)
+    is_wanted = model.config.int8_lm_head and not model.config.int8_weights and isinstance(head, Int8Linear)
+    if is_wanted and "lm_head.weight" in found and "lm_head.weight_scale" not in found:
+        # GPTQ's checkpoints have it in float16, which another precision would round once more.
+        dtype = torch.float16 if is_quantized(model.config) else model.get_input_embeddings().weight.dtype
+        where = {"device": head.codes.device, "dtype": dtype}
+        model.lm_head = nn.Linear(head.in_features, head.out_features, head.bias is not None, **where)
 
 
 def round_output_layer(model) -> None:

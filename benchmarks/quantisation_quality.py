@@ -40,6 +40,7 @@ OURS = {
     "our GPTQ, 4 bits": {"bits": 4},
     "our GPTQ, 4 bits, desc_act": {"bits": 4, "desc_act": True},
     "our GPTQ, 4 bits, output layer too": {"bits": 4, "lm_head": True},
+    "our GPTQ, 4 bits, output layer in int8": {"bits": 4, "int8_lm_head": True},
     "rounded, 8 bits": {"bits": 8, "method": "rtn"},
     "our GPTQ, 8 bits": {"bits": 8},
     "int8": None,
@@ -58,8 +59,12 @@ def quantise(source: Path, target: Path, settings: dict | None, calibration: Pat
         if settings is None:
             quantize_weights.make(source, target)
         else:
+            settings = dict(settings)
+            int8_lm_head = settings.pop("int8_lm_head", False)
             text = {} if settings.get("method") == "rtn" else {"calibration": calibration}
             gptq.make(source, target, group_size=GROUP, samples=samples, length=length, **text, **settings)
+            path = target / "config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "int8_lm_head": int8_lm_head}))
 
 
 def by_gptqmodel(source: Path, target: Path, settings: dict, ids: list[list[int]]) -> None:

@@ -71,11 +71,11 @@ ACCEPTANCE = tuple(
 )
 # What chosen releases need not run again. Files that use nothing of transformers, which test_code.py holds them to;
 INDEPENDENT = ("check_kernels", "cpp_kernels", "demo_facts", "triton_kernels")
-# what is for the release of requirements.txt: tuning, evaluation, graphs, export, questions, deployment, the code's own
-# rules, and what of the tokenizer is slow;
+# what is for the release of requirements.txt: tuning, evaluation, graphs, export, estimates, questions, deployment, the
+# code's own rules, and what of the tokenizer is slow;
 ONE_RELEASE = (
-    *("code", "cuda_graph", "deployment", "evaluation", "export_gguf", "faq", "finetune", "finetune_data", "gptq"),
-    *("lm_eval", "tokenization_docs", "tokenization_growth", "tool_files"),
+    *("code", "cuda_graph", "deployment", "estimate_memory", "evaluation", "export_gguf", "faq", "finetune"),
+    *("finetune_data", "gptq", "lm_eval", "tokenization_docs", "tokenization_growth", "tool_files"),
 )
 # and of tests with many cases of one kind all but the first, see `sampled` in conftest.py.
 LEFT_OUT = (*(f"--ignore=tests/test_{name}.py" for name in (*INDEPENDENT, *ONE_RELEASE)), "-m", "not more")

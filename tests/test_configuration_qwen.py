@@ -77,7 +77,9 @@ def test_every_published_key_is_kept_and_72b_has_the_published_weights():
         ({"use_dynamic_ntk": True, "rotary_pct": 0.125}, r"needs at least 4 rotated channels, found 16 \* 0.125 = 2"),
         ({"int8_weights": 8}, "int8_weights must be true or false, found 8"),
         ({"use_flash_attn": "yes"}, "use_flash_attn must be 'auto', true or false, found 'yes'"),
-        ({"tie_word_embeddings": True, "int8_weights": True}, "needs tie_word_embeddings=False"),
+        ({"tie_word_embeddings": True, "int8_weights": True}, "int8_weights needs tie_word_embeddings=False"),
+        ({"tie_word_embeddings": True, "int8_lm_head": True}, "int8_lm_head needs tie_word_embeddings=False"),
+        ({"int8_lm_head": "yes"}, "int8_lm_head must be true or false, found 'yes'"),
     ],
 )
 def test_impossible_values_are_refused(changes, message):

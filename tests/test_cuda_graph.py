@@ -845,7 +845,7 @@ def test_a_generation_with_drafts_looks_once_at_what_its_model_is(steps_taken, m
         importlib.import_module("qwen.qwen_decode"), "is_plain", lambda m: looks.append(m) or is_plain(m)
     )
     ids = padded(6)[0].repeat(1, 3)
-    settings = {"max_new_tokens": 12, "eos_token_id": 0, "prompt_lookup_num_tokens": 3}
+    settings = {"max_new_tokens": 9, "eos_token_id": 0, "prompt_lookup_num_tokens": 3}
     for edited in (False, True):
         found = []
         for run in (generate, ordinary):
@@ -853,7 +853,7 @@ def test_a_generation_with_drafts_looks_once_at_what_its_model_is(steps_taken, m
             with torch.no_grad():
                 model.lm_head.weight.copy_(model.transformer.wte.weight)  # says one token again and again
             steps_taken[0], looks[:] = 0, []
-            more = {"logits_processor": [Editing(model, 24)]} if edited else {}
+            more = {"logits_processor": [Editing(model, 22)]} if edited else {}
             found.append(run(model, ids, past_key_values=caches.QWenCache(), **settings, **more))
             if run is generate:
                 widths = {kind[1] for kind, _ in graphs._FREE[model][1]}

@@ -32,8 +32,9 @@ def published(size: str, matrices: str = "full"):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_bytes_of_int8_weights_are_those_of_the_model(dtype):
-    config = tiny_config(int8_weights=True, no_bias=False, **WIDE)
+@pytest.mark.parametrize("key", ["int8_weights", "int8_lm_head"])
+def test_bytes_of_int8_weights_are_those_of_the_model(dtype, key):
+    config = tiny_config(no_bias=False, **WIDE, **{key: True})
     with init_empty_weights():
         model = modeling_qwen.QWenLMHeadModel(config)
     size = sum(
@@ -50,13 +51,14 @@ def test_bytes_of_int8_weights_are_those_of_the_model(dtype):
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (8, -1), (4, 128)])
-@pytest.mark.parametrize("lm_head", [False, True])
+@pytest.mark.parametrize("lm_head", [False, True, "int8"])
 def test_bytes_of_gptq_weights_are_those_of_the_model(dtype, bits, group_size, lm_head):
-    config = tiny_config(**WIDE)
+    int8, lm_head = {"int8_lm_head": lm_head == "int8"}, lm_head is True
+    config = tiny_config(**WIDE, **int8)
     config.quantization_config = {
         "quant_method": "gptq", "bits": bits, "group_size": group_size, "lm_head": lm_head
     }  # fmt: skip
-    built = tiny_config(**WIDE)
+    built = tiny_config(**WIDE, **int8)
     setattr(built, tool.quantization.HELD, config.quantization_config)
     with init_empty_weights():
         model = modeling_qwen.QWenLMHeadModel(built).to(tool.DTYPES[dtype])

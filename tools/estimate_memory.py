@@ -122,7 +122,7 @@ def place(config, dtype: str, need: dict[str, int], devices: list[int]) -> tuple
     used = dict.fromkeys(range(len(devices)), need["activations"])
     for name, device in infer_auto_device_map(model, max_memory=balanced, **blocks).items():
         part = model.get_submodule(name) if name else model
-        used[device] = used.get(device, 0) + sum(p.numel() * p.element_size() for p in part.parameters())
+        used[device] = used.get(device, 0) + sum(p.numel() * p.element_size() for p in part.state_dict().values())
         own_layers = sum(type(module).__name__ in model._no_split_modules for module in part.modules())
         used[0 if device == "cpu" else device] += own_layers * need["cache"] // layers
     return room, used
