@@ -1673,73 +1673,107 @@ void fixed_point(const float* x, const Gptq& a, int8_t* digits, float* steps, fl
 //
 // Digits of x are multiplied with codes as whole numbers, and added up exactly within a segment.
 
-// sums + products of four bytes each: codes from 0, of BITS bits, with digits.
-template <int BITS>
-INLINE vi add_fours(vi sums, vi codes, vi digits) {
+// Sums, within a segment, of products of codes from 0 with digits: a lane's are of its four bytes. SHORT: in 16 bits,
+// two to a lane, where there are instructions for it; codes of 8 bits in halves, apart. Such a number gets at most 8
+// products of at most 15 * 128: 4 of a vector with 4 bits, of which 2 fill a segment, or 2 of a vector with 8 bits.
+template <int BITS, bool SHORT>
+struct Sums {
+  vi low = {}, high = {};
+
 #if QWEN_WIDTH == 16 && defined(QWEN_BF16)
-  return (vi)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, (__m512i)digits);
+  INLINE void add(vi codes, vi digits) { low = (vi)_mm512_dpbusd_epi32((__m512i)low, (__m512i)codes, (__m512i)digits); }
+  INLINE vi times(int factor) const { return low * factor; }
 #else
-  if (BITS == 8)  // in two halves: sums of two products have to fit 16 bits
-    return add_fours<4>(sums, codes & 0x0f0f0f0f, digits) +
-           (add_fours<4>(vi{}, codes >> 4 & 0x0f0f0f0f, digits) << 4);
+  INLINE void add(vi codes, vi digits) {
+    low = added(low, BITS == 4 ? codes : codes & 0x0f0f0f0f, digits);
+    if (BITS == 8) high = added(high, codes >> 4 & 0x0f0f0f0f, digits);
+  }
+  INLINE vi times(int factor) const {
+    return BITS == 4 ? widened(low, factor) : widened(low, factor) + widened(high, 16 * factor);
+  }
+
+ private:
 #if QWEN_WIDTH == 16
-  const __m512i twos = _mm512_maddubs_epi16((__m512i)codes, (__m512i)digits);
-  return sums + (vi)_mm512_madd_epi16(twos, _mm512_set1_epi16(1));
+  static INLINE vi added(vi sums, vi codes, vi digits) {
+    const __m512i twos = _mm512_maddubs_epi16((__m512i)codes, (__m512i)digits);
+    return SHORT ? (vi)_mm512_add_epi16((__m512i)sums, twos) : sums + (vi)_mm512_madd_epi16(twos, _mm512_set1_epi16(1));
+  }
+  static INLINE vi widened(vi sums, int factor) {
+    return SHORT ? (vi)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(static_cast<int16_t>(factor))) : sums * factor;
+  }
 #elif QWEN_WIDTH == 8
-  const __m256i twos = _mm256_maddubs_epi16((__m256i)codes, (__m256i)digits);
-  return sums + (vi)_mm256_madd_epi16(twos, _mm256_set1_epi16(1));
-#elif defined(__aarch64__)
-  const int8x16_t a = (int8x16_t)codes, b = (int8x16_t)digits;
-  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
-  return (vi)vpadalq_s16((int32x4_t)sums, vpaddq_s16(low, high));
+  static INLINE vi added(vi sums, vi codes, vi digits) {
+    const __m256i twos = _mm256_maddubs_epi16((__m256i)codes, (__m256i)digits);
+    return SHORT ? (vi)_mm256_add_epi16((__m256i)sums, twos) : sums + (vi)_mm256_madd_epi16(twos, _mm256_set1_epi16(1));
+  }
+  static INLINE vi widened(vi sums, int factor) {
+    return SHORT ? (vi)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(static_cast<int16_t>(factor))) : sums * factor;
+  }
 #else
-  int8_t a[4 * W], b[4 * W];
-  std::memcpy(a, &codes, sizeof a), std::memcpy(b, &digits, sizeof b);
-  for (int i = 0; i < 4 * W; ++i) sums[i / 4] += a[i] * b[i];
-  return sums;
+#if defined(__aarch64__)
+  static INLINE vi added(vi sums, vi codes, vi digits) {
+    const int8x16_t a = (int8x16_t)codes, b = (int8x16_t)digits;
+    const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+    return (vi)vpadalq_s16((int32x4_t)sums, vpaddq_s16(low, high));
+  }
+#else
+  static INLINE vi added(vi sums, vi codes, vi digits) {
+    int8_t a[4 * W], b[4 * W];
+    std::memcpy(a, &codes, sizeof a), std::memcpy(b, &digits, sizeof b);
+    for (int i = 0; i < 4 * W; ++i) sums[i / 4] += a[i] * b[i];
+    return sums;
+  }
+#endif
+  static INLINE vi widened(vi sums, int factor) { return sums * factor; }
 #endif
 #endif
-}
+};
 
 // Of C outputs from `channel` on, y[c * R + r]: sums of scale * code * x. scales (parts, W), the first output's; lanes:
-// where a vector has inputs of several parts, the scales of its lanes, (vectors, C, W), else null.
-template <int R, int C, int BITS, int P>
+// where a vector has inputs of several parts, the scales of its lanes, (vectors, C, W), else null. WHOLE: a part is a
+// segment, which a loop of known length is for.
+template <int R, int C, int BITS, int P, bool WHOLE>
 INLINE void by_output_block(const Gptq& a, int64_t channel, const float* scales, const float* lanes, float* y) {
   constexpr int64_t INPUTS = W * 32 / BITS;  // of a vector
-  const int64_t unit = std::max(part_of(a.group_size), INPUTS), segments = a.in / SEGMENT;
-  const int32_t* q = a.qweight + channel * a.qweight_column;
+  const int64_t part = WHOLE ? SEGMENT : part_of(a.group_size);
+  const int64_t vectors = WHOLE ? SEGMENT / INPUTS : std::max(part, INPUTS) / INPUTS, segments = a.in / SEGMENT;
+  // Sums of 16 bits while they fit into registers: those of 8 bits are twice as many.
+  constexpr bool SHORT = R * C * P * BITS / 4 <= (W == 16 ? 24 : 16);
+  const int8_t* codes[C];
+  for (int c = 0; c < C; ++c) codes[c] = reinterpret_cast<const int8_t*>(a.qweight + (channel + c) * a.qweight_column);
+  const int8_t* digits[R][P][2];  // as pointers for one row and two; those of more are sooner computed than kept
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p)
+      for (int half = 0; half < 2; ++half) digits[r][p][half] = a.digits + (r * P + p) * a.in + half * (a.in / 2);
   vf acc[C][R] = {};
-  int64_t begin = 0;  // of the unit, in bytes
-  for (int64_t first = 0; first < a.in; first += unit, scales += W, lanes += lanes ? C * W : 0) {
-    const int64_t end = begin + (INPUTS == SEGMENT ? 4 * W : unit * BITS / 8);
-    vi sums[C][R][P] = {};
-    for (int64_t byte = begin; byte < end; byte += 4 * W) {
+  int64_t byte = 0;
+  for (int64_t first = 0; first < a.in; first += vectors * INPUTS, scales += W) {
+    Sums<BITS, SHORT> sums[C][R][P];
+    for (int64_t i = 0; i < vectors; ++i, byte += 4 * W) {
       vi words[C];
       for (int c = 0; c < C; ++c) {
-        const int32_t* from = q + c * a.qweight_column + byte / 4;
-        words[c] = read<vi>(from);
-        __builtin_prefetch(from + AHEAD / 4, 0, 2);
+        words[c] = read<vi>(codes[c] + byte);
+        if (i % (LINE / (4 * W)) == 0) __builtin_prefetch(codes[c] + byte + AHEAD, 0, 2);
       }
       for (int r = 0; r < R; ++r)
         for (int p = 0; p < P; ++p) {
-          const int8_t* digits = a.digits + (r * P + p) * a.in + byte;
-          const vi even = read<vi>(digits);
-          for (int c = 0; c < C; ++c)
-            sums[c][r][p] = add_fours<BITS>(sums[c][r][p], BITS == 4 ? words[c] & 0x0f0f0f0f : words[c], even);
+          const int8_t* row = a.digits + (r * P + p) * a.in;
+          const vi ones = read<vi>((R <= 2 ? digits[r][p][0] : row) + byte);
+          for (int c = 0; c < C; ++c) sums[c][r][p].add(BITS == 4 ? words[c] & 0x0f0f0f0f : words[c], ones);
           if (BITS == 8) continue;
-          const vi odd = read<vi>(digits + a.in / 2);
-          for (int c = 0; c < C; ++c) sums[c][r][p] = add_fours<BITS>(sums[c][r][p], words[c] >> 4 & 0x0f0f0f0f, odd);
+          const vi others = read<vi>((R <= 2 ? digits[r][p][1] : row + a.in / 2) + byte);
+          for (int c = 0; c < C; ++c) sums[c][r][p].add(words[c] >> 4 & 0x0f0f0f0f, others);
         }
     }
     for (int c = 0; c < C; ++c) {
-      const vf scale = lanes ? load(lanes + c * W) : all(scales[c]);
+      const vf scale = !WHOLE && lanes ? load(lanes + c * W) : all(scales[c]);
       for (int r = 0; r < R; ++r) {
-        vf total = __builtin_convertvector((sums[c][r][P - 2] << 8) + sums[c][r][P - 1], vf);
-        if (P == 3) total = fma(__builtin_convertvector(sums[c][r][0], vf), all(65536.f), total);
-        acc[c][r] = fma(total * all(a.steps[r * segments + first / SEGMENT]), scale, acc[c][r]);
+        vf total = __builtin_convertvector(sums[c][r][P - 2].times(256) + sums[c][r][P - 1].times(1), vf);
+        if (P == 3) total = fma(__builtin_convertvector(sums[c][r][0].times(1), vf), all(65536.f), total);
+        acc[c][r] = fma(total, scale * all(a.steps[r * segments + first / SEGMENT]), acc[c][r]);
       }
     }
-    begin = end;
+    if (!WHOLE && lanes) lanes += C * W;
   }
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) y[c * R + r] = sum(acc[c][r]);
@@ -1771,12 +1805,19 @@ void by_output(const Gptq& a, int64_t begin, int64_t end) {
       for (int r = 0; r < R; ++r) save(zeros[r], fma(scale * zero, all(a.sums[r * parts + i]), load(zeros[r])));
     }
     for (int64_t o = 0; o < width; o += C) {  // outputs are packed to integers, so their number is even
-      for (size_t i = 0; i < lanes.size(); ++i) {
-        const int64_t input = static_cast<int64_t>(i) / (C * W) * INPUTS + i % W * 32 / BITS;
-        lanes[i] = scales[input / part * W + o + i / W % C];
+      if (!lanes.empty()) {
+        const int64_t each = W * part / INPUTS;  // lanes of a part
+        float* to = lanes.data();
+        for (int64_t i = 0; i < parts; i += W / each)
+          for (int64_t c = 0; c < C; ++c)
+            for (int64_t j = 0; j < W / each; ++j, to += each)
+              std::fill_n(to, each, scales[(i + j) * W + o + c]);
       }
       float y[C * R];
-      by_output_block<R, C, BITS, P>(a, first + o, scales.data() + o, lanes.empty() ? nullptr : lanes.data(), y);
+      if (part == SEGMENT)
+        by_output_block<R, C, BITS, P, true>(a, first + o, scales.data() + o, nullptr, y);
+      else
+        by_output_block<R, C, BITS, P, false>(a, first + o, scales.data() + o, lanes.empty() ? nullptr : lanes.data(), y);
       for (int c = 0; c < C; ++c)
         for (int r = 0; r < R; ++r) a.y[r * a.out + first + o + c] = y[c * R + r] - zeros[r][o + c];
     }
@@ -1785,21 +1826,27 @@ void by_output(const Gptq& a, int64_t begin, int64_t end) {
 
 template <int BITS>
 void by_output_rows(const Gptq& a, int64_t begin, int64_t end) {
-  if (a.places == 3) {  // of float32, one row after the other: kernels for several would be as many again to build
-    const int64_t parts = a.in / part_of(a.group_size);
-    Gptq row = a;
-    for (int64_t r = 0; r < a.rows; ++r) {
-      by_output<1, BITS, 3>(row, begin, end);
-      row.digits += 3 * a.in, row.steps += a.in / SEGMENT, row.sums += parts, row.y += a.out;
+  // As many at a time as registers hold sums of; of float32 one: kernels for several would be as many again to build.
+  constexpr int MOST = W == 16 ? 8 : 2;
+  const int64_t step = a.places == 3 ? 1 : std::min<int64_t>(a.rows, MOST), parts = a.in / part_of(a.group_size);
+  const int64_t width = a.rows > step ? W : end - begin;  // outputs whose codes stay in the first cache for all rows
+  for (int64_t first = begin; first < end; first += width) {
+    const int64_t last = std::min(end, first + width);
+    Gptq some = a;
+    for (int64_t r = 0; r < a.rows; r += step) {
+      if (a.places == 3)
+        by_output<1, BITS, 3>(some, first, last);
+      else if (step == 1)
+        by_output<1, BITS, 2>(some, first, last);
+      else if (step == 2)
+        by_output<2, BITS, 2>(some, first, last);
+      else if (step == 4)
+        by_output<std::min(4, MOST), BITS, 2>(some, first, last);
+      else
+        by_output<MOST, BITS, 2>(some, first, last);
+      some.digits += step * a.places * a.in, some.steps += step * (a.in / SEGMENT);
+      some.sums += step * parts, some.y += step * a.out;
     }
-  } else if (a.rows == 1) {
-    by_output<1, BITS, 2>(a, begin, end);
-  } else if (a.rows == 2) {
-    by_output<2, BITS, 2>(a, begin, end);
-  } else if (a.rows <= 4) {
-    by_output<4, BITS, 2>(a, begin, end);
-  } else {
-    by_output<8, BITS, 2>(a, begin, end);
   }
 }
 

@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "26794eb0a06398b4e643d36b83ae69c4097bd573feb6528a03d949ba73980863"
+SOURCE_SHA256 = "ee4ac735c458efb3a50e0a6b88225c5aafc4ae345a7bbd7df7c36428eebee434"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
