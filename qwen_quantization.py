@@ -26,6 +26,7 @@ import re
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .qwen_ops import (
     gptq_blocks,
@@ -687,9 +688,9 @@ def check_tensors(model, info: dict, source, are_given: bool = False) -> None:
         raise RuntimeError(_other_shapes(source, ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")))
     missing = set(info["missing_keys"])
     keep_offloaded_dtypes(model, ("qweight", "qzeros", "scales", "g_idx", "weight_scale"))
-    for name, module in model.named_modules():
-        if not isinstance(module, QuantizedLinear):
-            continue
+    matrices = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    # Sorting codes, or putting them side by side, takes a minute for the largest models.
+    for name, module in logging.tqdm(matrices, desc="Preparing codes", leave=False, delay=2, disable=None):
         module.scales.requires_grad_(False)
         lacking = {leaf for leaf in ("g_idx", "scales") for key in missing if f".{key}".endswith(f".{name}.{leaf}")}
         if "g_idx" in lacking and module.format.desc_act:

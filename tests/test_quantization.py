@@ -344,6 +344,19 @@ def test_codes_of_an_output_lie_side_by_side(tmp_path, kind, monkeypatch):
     assert all(m.qweight.is_contiguous() for m in matrices(model.to("meta")).values())
 
 
+def test_preparing_the_codes_of_a_large_model_shows_progress(published, monkeypatch):
+    shown, real = [], quantization.logging.tqdm
+
+    def tqdm(*items, **settings):
+        if settings.get("desc") == "Preparing codes":
+            shown.append((len(items[0]), settings["delay"]))
+        return real(*items, **settings)
+
+    monkeypatch.setattr(quantization.logging, "tqdm", tqdm)
+    QWenLMHeadModel.from_pretrained(published[0], fp32=True)
+    assert shown == [(5 * 3, 2)]
+
+
 def test_a_state_dict_of_the_caller_stays_as_it_is(tmp_path):
     make(tmp_path, group_size=128, sizes=WIDE)
     state, before = stored(tmp_path), stored(tmp_path)
