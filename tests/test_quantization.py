@@ -495,6 +495,7 @@ def rounded(head, weight: torch.Tensor) -> torch.Tensor:
 def test_loading_rounds_the_output_layer(tmp_path, arguments):
     """Of the float16 that the file has, whatever the model's precision; and saves it as it is then."""
     plain = make(tmp_path / "int4", files=3)
+    arguments = {"attn_implementation": "eager", **arguments}  # 4.46 would choose anew for what it has saved
     model = QWenLMHeadModel.from_pretrained(tmp_path / "int4", int8_lm_head=True, **arguments)
     weight = rounded(model.lm_head, stored(tmp_path / "int4")["lm_head.weight"])
     assert all(type(module) is quantization.QuantizedLinear for module in matrices(model).values())
