@@ -71,7 +71,8 @@ class QWenPreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
         """As inherited; raises ValueError for a model with an output layer in int8."""
-        if (self.config.int8_weights or self.config.int8_lm_head) and new_num_tokens is not None:
+        asked = (new_num_tokens, *args[:1], kwargs.get("pad_to_multiple_of"))
+        if (self.config.int8_weights or self.config.int8_lm_head) and any(n is not None for n in asked):
             raise ValueError(
                 "A model with int8 weights can't get other embeddings: resize the model that it was made from, before "
                 "tools/quantize_weights.py or int8_lm_head."
@@ -331,6 +332,12 @@ class QWenPreTrainedModel(PreTrainedModel):
                 f"The checkpoint {source} holds quantised weights (qweight, as GPTQ and AWQ name them), but its "
                 f"configuration names no quantisation. Don't pass quantization_config=None, which has transformers "
                 f"ignore what config.json says; if config.json has none, fetch the one that belongs to these files."
+            )
+        if "lm_head.weight_scale" in unexpected:
+            raise RuntimeError(
+                f"The checkpoint {source} has its output layer in int8, but its configuration does not say so. Leave "
+                f"out int8_lm_head=False, or write \"int8_lm_head\": true into its config.json. The layer in full "
+                f"precision is in the checkpoint that this one was made from."
             )
         if problems:
             raise RuntimeError(

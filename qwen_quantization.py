@@ -419,6 +419,8 @@ def round_to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     weight: (out, in), any floating dtype. Returns int8 (out, in) and scales, float32 (out,); zeros have a scale of 1.
 
+    Raises ValueError for numbers that are not finite.
+
     Example:
         >>> round_to_int8(torch.tensor([[0.5, -1.27], [0.0, 0.0]]))
         (tensor([[  50, -127],
@@ -426,6 +428,8 @@ def round_to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     weight = weight.float()
     scale = weight.abs().amax(1) / 127
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError("it holds numbers that are not finite")
     scale = torch.where(scale > 0, scale, 1)
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
@@ -640,29 +644,33 @@ def leave_out(model, names) -> None:
             module.g_idx = None
     head = getattr(model, "lm_head", None)
     is_wanted = model.config.int8_lm_head and not model.config.int8_weights and isinstance(head, Int8Linear)
-    if is_wanted and "lm_head.weight" in found and "lm_head.weight_scale" not in found:
+    if is_wanted and "lm_head.weight_scale" not in found:
         # GPTQ's checkpoints have it in float16, which another precision would round once more.
         dtype = torch.float16 if is_quantized(model.config) else model.get_input_embeddings().weight.dtype
         where = {"device": head.codes.device, "dtype": dtype}
         model.lm_head = nn.Linear(head.in_features, head.out_features, head.bias is not None, **where)
 
 
-def round_output_layer(model) -> None:
+def round_output_layer(model) -> bool:
     """
     When the tensors are read: round an output layer that `int8_lm_head` wants in int8 and the checkpoint has not.
 
-    Raises ValueError if it was left on a disk.
+    Returns whether that is done; it can't be where the layer has no numbers yet, or none in memory. Raises
+    RuntimeError for numbers that are not finite.
     """
     head = getattr(model, "lm_head", None)
     if not isinstance(head, nn.Linear) or not model.config.int8_lm_head or isinstance(head, _Quantized):
-        return
+        return True
     if head.weight.device.type == "meta":
-        raise ValueError(
-            "int8_lm_head: the output layer was left on the disk, where it can't be rounded. Give lm_head a device in "
-            "device_map, or make a checkpoint of it first: load it on the CPU with int8_lm_head=True, and call "
-            "save_pretrained."
-        )
-    model.lm_head = Int8Linear.rounded(head, model.get_input_embeddings().weight.dtype)
+        return False
+    try:
+        model.lm_head = Int8Linear.rounded(head, model.get_input_embeddings().weight.dtype)
+    except ValueError as error:
+        raise RuntimeError(
+            f"The output layer (lm_head) can't be rounded to int8, as {head.weight.dtype}: {error}. Load the checkpoint "
+            f"without int8_lm_head to see whether it is damaged, or with fp32=True if its numbers are too large."
+        ) from None
+    return True
 
 
 def check_tensors(model, info: dict, source, are_given: bool = False) -> None:
@@ -673,7 +681,7 @@ def check_tensors(model, info: dict, source, are_given: bool = False) -> None:
     info: what `output_loading_info=True` gives. are_given: whether the tensors were the caller's, and stay as they are.
 
     Raises RuntimeError for tensors of other shapes, for a g_idx that is missing with desc_act or names groups that
-    there are not, and for scales that are not finite.
+    there are not, and for scales that are not finite; ValueError for an output layer on a disk that is to be rounded.
     """
     mismatched = info.get("mismatched_keys") or ()
     if mismatched:  # (name, shape found, shape wanted), in some releases names
@@ -686,6 +694,12 @@ def check_tensors(model, info: dict, source, are_given: bool = False) -> None:
 
         shown = [said(entry) for entry in sorted(mismatched)]
         raise RuntimeError(_other_shapes(source, ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")))
+    if not round_output_layer(model):
+        raise ValueError(
+            "int8_lm_head: the output layer was left on the disk, where it can't be rounded. Give lm_head a device in "
+            "device_map, or make a checkpoint of it first: load it on the CPU with int8_lm_head=True, and call "
+            "save_pretrained."
+        )
     missing = set(info["missing_keys"])
     keep_offloaded_dtypes(model, ("qweight", "qzeros", "scales", "g_idx", "weight_scale"))
     matrices = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]

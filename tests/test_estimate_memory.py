@@ -232,6 +232,8 @@ def test_the_command(capsys):
     assert "72.29 billion parameters in fp16" in printed
     assert tool.main(["--size", "72B", "--bits", "4"]) == 0
     assert "72.29 billion parameters in 4 bits and bf16;" in capsys.readouterr().out
+    assert tool.main(["--size", "72B", "--bits", "4", "--int8-lm-head"]) == 0
+    assert "40.03 GB" in capsys.readouterr().out
     assert "It does not fit." in printed
     assert "device cpu" in printed
 
@@ -249,6 +251,8 @@ def test_the_command(capsys):
         (["--size", "7B", "--dtype", "int8"], "invalid choice"),
         (["--size", "7B", "--context", "0"], "a number of at least 1 is wanted, found '0'"),
         (["--size", "7B", "--batch", "-1"], "at least 1 is wanted, found '-1'"),
+        (["--size", "7B", "--int8"], "unrecognized arguments: --int8"),
+        (["{head}", "--int8-lm-head"], "output layer in GPTQ's format already"),
         (["--size", "7B", "--devices", "80"], 'devices are given as "80GB" or "80GB x 2", found'),
         (["--size", "7B", "--devices", "80GB x 0"], "devices are given as"),
     ],
@@ -258,6 +262,7 @@ def test_bad_arguments(arguments, message, tmp_path, capsys):
         "llama": {"model_type": "llama"},
         "odd": {"model_type": "qwen", "intermediate_size": 7},
         "narrow": {"model_type": "qwen", "kv_channels": 8},
+        "head": {"model_type": "qwen", "quantization_config": {"quant_method": "gptq", "bits": 4, "lm_head": True}},
     }
     for name, values in files.items():
         (tmp_path / name).write_text(json.dumps(values))

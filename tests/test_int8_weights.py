@@ -132,6 +132,16 @@ def test_what_does_not_go_with_it_says_so(checkpoints):
         QWenLMHeadModel.from_pretrained(folder / "whole", int8_weights=True)
 
 
+def test_a_matrix_that_is_not_finite_is_not_rounded(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.w1.weight[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "whole")
+    with pytest.raises(tool.Problem, match=r"h.1.mlp.w1.weight can't be rounded: it holds numbers that are not finite"):
+        tool.make(tmp_path / "whole", tmp_path / "int8")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
 @pytest.mark.parametrize("name", ["lm_head.weight", "transformer.h.1.mlp.w1.weight", "lm_head.weight_scale"])
 def test_a_tensor_that_the_checkpoint_lacks_is_missed(checkpoints, tmp_path, name):
     shutil.copytree(checkpoints[1] / "int8", tmp_path / "int8")

@@ -563,11 +563,52 @@ def test_where_the_output_layer_can_not_be_in_int8(published, tmp_path):
     with pytest.raises(ValueError, match="needs tie_word_embeddings=False"):
         QWenLMHeadModel.from_pretrained(folder, int8_lm_head=True, tie_word_embeddings=True)
     model = QWenLMHeadModel.from_pretrained(folder, fp32=True, int8_lm_head=True)
-    with pytest.raises(ValueError, match="can't get other embeddings"):
-        model.resize_token_embeddings(400)
+    for arguments in ({"new_num_tokens": 400}, {"pad_to_multiple_of": 1000}):
+        with pytest.raises(ValueError, match="can't get other embeddings"):
+            model.resize_token_embeddings(**arguments)
     edit_config(folder, lm_head=True)
     with pytest.raises(ValueError, match="which has the output layer in it"):
         QWenLMHeadModel.from_pretrained(folder, int8_lm_head=True)
+
+
+def test_new_values_for_an_output_layer_that_is_missing_are_rounded(published):
+    folder, plain = published
+    edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(RuntimeError, match=r"1 weights missing from it \(lm_head.weight\)"):
+        QWenLMHeadModel.from_pretrained(folder, fp32=True, int8_lm_head=True)
+    model = QWenLMHeadModel.from_pretrained(folder, fp32=True, int8_lm_head=True, strict=False)
+    weight = model.lm_head.codes * model.lm_head.weight_scale[:, None]
+    assert 0.9 < weight.std() / plain.config.initializer_range < 1.1
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_an_output_layer_that_is_not_finite_is_not_rounded(published, number):
+    folder, _ = published
+
+    def damage(tensors):
+        tensors["lm_head.weight"][5, 7] = number
+
+    edit_tensors(folder, damage)
+    with pytest.raises(RuntimeError, match=r"\(lm_head\) can't be rounded to int8, as torch.float16: it holds numbers"):
+        QWenLMHeadModel.from_pretrained(folder, fp32=True, int8_lm_head=True)
+
+
+def test_an_output_layer_of_another_shape_is_named(published):
+    folder, _ = published
+
+    def cut(tensors):
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:-8].clone()
+
+    edit_tensors(folder, cut)
+    with pytest.raises(RuntimeError, match=r"other shapes than its config.json says: .*lm_head.weight"):
+        QWenLMHeadModel.from_pretrained(folder, fp32=True, int8_lm_head=True)
+
+
+def test_an_int8_output_layer_does_not_become_one_of_floats(published, tmp_path):
+    folder, _ = published
+    QWenLMHeadModel.from_pretrained(folder, fp32=True, int8_lm_head=True).save_pretrained(tmp_path / "saved")
+    with pytest.raises(RuntimeError, match="has its output layer in int8, but its configuration does not say so"):
+        QWenLMHeadModel.from_pretrained(tmp_path / "saved", fp32=True, int8_lm_head=False)
 
 
 def test_a_model_with_an_int8_output_layer_is_not_trained_whole(tmp_path):

@@ -191,7 +191,7 @@ def count(text: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0], allow_abbrev=False)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("config", nargs="?", type=read_config, metavar="PATH", help="checkpoint folder, or config.json")
     which.add_argument("--size", choices=SIZES, help="a published size, in place of PATH")
@@ -209,6 +209,8 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error("--bits goes with --size; a checkpoint's own config.json says how it is quantised")
         config.quantization_config = {"quant_method": "gptq", "bits": args.bits, "group_size": 128}
     if args.int8_lm_head:
+        if (getattr(config, "quantization_config", None) or {}).get("lm_head"):
+            parser.error("--int8-lm-head: the checkpoint has its output layer in GPTQ's format already")
         config.int8_lm_head = True
     asked = (config, args.dtype, args.context, args.batch, args.cache)
     try:

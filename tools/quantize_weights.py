@@ -59,7 +59,10 @@ def quantize_file(source: Path, target: Path, names: set[str]) -> dict[str, int]
         for name in tqdm(weights.keys(), desc=source.name, unit="tensor", leave=False, disable=None):
             tensors[name] = weights.get_tensor(name)
             if name in names:
-                tensors[name], tensors[f"{name}_scale"] = round_to_int8(tensors[name])
+                try:
+                    tensors[name], tensors[f"{name}_scale"] = round_to_int8(tensors[name])
+                except ValueError as error:
+                    raise Problem(f"{name} can't be rounded: {error}. Copy {source.name} again.") from None
     save_file(tensors, target, metadata={"format": "pt"})
     return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
