@@ -336,7 +336,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         if "lm_head.weight_scale" in unexpected:
             raise RuntimeError(
                 f"The checkpoint {source} has its output layer in int8, but its configuration does not say so. Leave "
-                f"out int8_lm_head=False, or write \"int8_lm_head\": true into its config.json. The layer in full "
+                f'out int8_lm_head=False, or write "int8_lm_head": true into its config.json. The layer in full '
                 f"precision is in the checkpoint that this one was made from."
             )
         if problems:

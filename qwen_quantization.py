@@ -667,8 +667,9 @@ def round_output_layer(model) -> bool:
         model.lm_head = Int8Linear.rounded(head, model.get_input_embeddings().weight.dtype)
     except ValueError as error:
         raise RuntimeError(
-            f"The output layer (lm_head) can't be rounded to int8, as {head.weight.dtype}: {error}. Load the checkpoint "
-            f"without int8_lm_head to see whether it is damaged, or with fp32=True if its numbers are too large."
+            f"The output layer (lm_head) can't be rounded to int8, as {head.weight.dtype}: {error}. Load the "
+            f"checkpoint without int8_lm_head to see whether it is damaged, or with fp32=True if its numbers are too "
+            f"large."
         ) from None
     return True
 

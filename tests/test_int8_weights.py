@@ -137,6 +137,8 @@ def test_a_matrix_that_is_not_finite_is_not_rounded(tmp_path):
     with torch.no_grad():
         model.transformer.h[1].mlp.w1.weight[3, 4] = float("nan")
     model.save_pretrained(tmp_path / "whole")
+    for file in (ROOT / "demo" / "qwen.tiktoken", ROOT / "tokenizer_config.json"):
+        shutil.copy(file, tmp_path / "whole")
     with pytest.raises(tool.Problem, match=r"h.1.mlp.w1.weight can't be rounded: it holds numbers that are not finite"):
         tool.make(tmp_path / "whole", tmp_path / "int8")
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
