@@ -467,6 +467,13 @@ class Int8Linear(_Quantized):
         self._parameters.setdefault(name, None)  # PyTorch refuses the name of an attribute that is no parameter
         nn.Linear.register_parameter(self, name, codes)
 
+    def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
+        """As inherited; the room of floats that loading makes for codes that a checkpoint lacks is one of codes."""
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and given.is_floating_point() and self.codes.device.type == "meta":
+            state_dict = {**state_dict, f"{prefix}weight": torch.zeros_like(given, dtype=torch.int8)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @classmethod
     @torch.no_grad()
     def rounded(cls, linear: nn.Linear, dtype: torch.dtype) -> Int8Linear:
