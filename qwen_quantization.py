@@ -152,7 +152,7 @@ class _NoWeight(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is torch.empty_like:  # room that loading makes for what a checkpoint lacks
+        if func is torch.empty_like:  # room that loading (from 5.0) makes for what a checkpoint lacks
             return super().__torch_function__(func, types, args, kwargs or {}).as_subclass(torch.Tensor)
         if func not in cls.ANSWERED:
             raise ValueError(_NO_WEIGHT)
@@ -468,7 +468,7 @@ class Int8Linear(_Quantized):
         nn.Linear.register_parameter(self, name, codes)
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
-        """As inherited; the room of floats that loading makes for codes that a checkpoint lacks is one of codes."""
+        """As inherited; room of floats, which 4.53 to 4.57 make for codes that a checkpoint lacks, is one of codes."""
         given = state_dict.get(f"{prefix}weight")
         if given is not None and given.is_floating_point() and self.codes.device.type == "meta":
             state_dict = {**state_dict, f"{prefix}weight": torch.zeros_like(given, dtype=torch.int8)}
