@@ -175,6 +175,24 @@ def test_every_float16_is_read_as_the_number_it_is(level, bits, order):
         torch.testing.assert_close(operators.gptq_linear(first, *matrix, None)[0], expected, **same)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_codes_and_digits_fit_the_sums(level, bits, rows, sign):
+    """Of outputs side by side: every code the largest, every input of digits that are the largest there are."""
+    inputs, outputs = 256, 32
+    qweight = torch.full((outputs, inputs * bits // 32), -1, dtype=torch.int32).t()
+    qzeros = torch.zeros(2, outputs * bits // 32, dtype=torch.int32)
+    matrix = qweight, qzeros, torch.ones(2, outputs).half(), None, bits, 128, 0
+    x = torch.full((rows, inputs), sign * (127 * 65536 - 128 * 256 - 128) / (127 * 65536))
+    x[:, ::128] = sign
+    expected = (x.double().sum(1) * (2**bits - 1))[:, None].expand(-1, outputs)
+    torch.testing.assert_close(kernels.gptq_linear(x, *matrix).double(), expected, rtol=1e-6, atol=0)
+    half = x.bfloat16()
+    expected = (half.double().sum(1) * (2**bits - 1))[:, None].expand(-1, outputs)
+    torch.testing.assert_close(kernels.gptq_linear(half, *matrix).double(), expected, rtol=2**-8, atol=0)
+
+
 def test_large_numbers_times_int8_stay_in_float16(native):
     x, weight, scale = (
         torch.full((20, 64), 100.0).half(),
