@@ -996,8 +996,10 @@ def attend(q, base, bits, table, slot, starts, scaling, launch=None):
 #
 # One row in half precision: a slot is 32 inputs of one group for one output, the words of which lie under each other.
 # A program goes over all inputs of BN outputs, SLOTS slots at a time, so that the inputs are shared out to its warps.
-# It multiplies in float32. A code needs one instruction to become a float: left where it lies in the lower half of a
-# word, the rest masked out, it is a denormal number, which inputs times 2^100 make up for.
+# It multiplies whole numbers, four at a time: codes are bytes, and so are those of the inputs, which are rounded to 16
+# bits of the largest in the slot. Halves of bytes need no move: the upper ones count 16. Sums begin at the bits of
+# MAGIC, as which they become floats without a conversion: those of a slot stay below 2^22 (32 * 255 * 255 at most).
+# A loop of fewer instructions leaves more of the time to reading.
 #
 # Else codes and inputs meet in tensor cores, in blocks of 128 inputs: of R words for each output, of which the codes in
 # one place are multiplied at a time. Less their zeros codes are exact in half precision; what a block adds up to is
@@ -1011,16 +1013,26 @@ def attend(q, base, bits, table, slot, starts, scaling, launch=None):
 # If the outputs alone don't fill the card, several programs share the inputs out too; a second kernel adds their sums
 # up, in their order.
 #
-# Launches, the best of those measured on an H100. One row in 4 bits: by whether there is a gate, and the most outputs
-# for a multiprocessor; in 8 bits half as many slots have as many words.
+# Launches, the best of those measured on an H100. One row: by bits and whether there is a gate, and by the most outputs
+# for a multiprocessor.
 GPTQ_ROW = {
-    False: {
-        32: {"BN": 8, "SLOTS": 128, "num_warps": 4},
-        64: {"BN": 32, "SLOTS": 128, "num_warps": 8},
-        128: {"BN": 16, "SLOTS": 64, "num_warps": 2},
-        math.inf: {"BN": 64, "SLOTS": 32, "num_warps": 4},
+    (4, False): {
+        16: {"BN": 16, "SLOTS": 64, "num_warps": 4},
+        32: {"BN": 16, "SLOTS": 128, "num_warps": 8},
+        64: {"BN": 32, "SLOTS": 64, "num_warps": 8},
+        128: {"BN": 32, "SLOTS": 64, "num_warps": 4, "maxnreg": 128},
+        math.inf: {"BN": 64, "SLOTS": 32, "num_warps": 4, "maxnreg": 128},
     },
-    True: {128: {"BN": 8, "SLOTS": 32, "num_warps": 1}, math.inf: {"BN": 16, "SLOTS": 32, "num_warps": 1}},
+    (4, True): {
+        64: {"BN": 16, "SLOTS": 64, "num_warps": 4},
+        128: {"BN": 32, "SLOTS": 32, "num_warps": 4},
+        math.inf: {"BN": 64, "SLOTS": 16, "num_warps": 4},
+    },
+    (8, False): {
+        32: {"BN": 16, "SLOTS": 128, "num_warps": 8},
+        math.inf: {"BN": 32, "SLOTS": 32, "num_warps": 4, "maxnreg": 96},
+    },
+    (8, True): {math.inf: {"BN": 32, "SLOTS": 32, "num_warps": 4, "maxnreg": 96}},
 }
 # Several: by the most rows they are for, and whether there is a gate. programs: how many of them for each
 # multiprocessor the inputs are shared out to, 0: to one.
@@ -1044,6 +1056,25 @@ _TAKE = "{{ .reg .b32 t, o; prmt.b32 t, $1, $2, $4; shr.b32 t, t, $6; lop3.b32 t
 CODES_BF16 = tl.constexpr(_TAKE.format("0x43004300") + "mov.b32 o, 0x3F803F80; fma.rn.bf16x2 $0, t, o, $3; }")
 CODES_FP16 = tl.constexpr(_TAKE.format("0x64006400") + "add.f16x2 $0, t, $3; }")
 PAIR = tl.constexpr("prmt.b32 $0, $1, $2, $3;")
+BYTES = tl.constexpr(
+    "{ .reg .b32 t, o; prmt.b32 t, $2, $3, 0x5140; prmt.b32 o, $4, $5, 0x5140; "
+    "prmt.b32 $0, t, o, 0x5410; prmt.b32 $1, t, o, 0x7632; }"
+)
+# The low bytes, and the high ones, of four numbers of 16 bits; products of four bytes, the second ones with a sign.
+BYTES = tl.constexpr(
+    "{ .reg .b32 t, o; prmt.b32 t, $2, $3, 0x5140; prmt.b32 o, $4, $5, 0x5140; "
+    "prmt.b32 $0, t, o, 0x5410; prmt.b32 $1, t, o, 0x7632; }"
+)
+DOTS = tl.constexpr("dp4a.u32.u32 $0, $2, $3, $5; dp4a.u32.s32 $1, $2, $4, $6;")
+# Reads what a program shares. Triton's own loads would decide how tensors lie in the warps; only the codes' should.
+_THERE = "{{ .reg .pred p; setp.ne.s32 p, ${}, 0; {} @p {} }}"
+READ, READ_FOUR = "ld.global.b32 $0, [$1];", "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];"
+READ_THERE = tl.constexpr(_THERE.format(2, "mov.b32 $0, 0;", READ))
+READ_FOUR_THERE = tl.constexpr(_THERE.format(5, " ".join(f"mov.b32 ${i}, 0;" for i in range(4)), READ_FOUR))
+READ, READ_FOUR = tl.constexpr(READ), tl.constexpr(READ_FOUR)
+MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23, whose last bit counts one
+MAGIC_BITS = tl.constexpr(0x4B400000)
+FIXED_LARGEST = tl.constexpr(32767.0)
 
 
 @triton.jit
@@ -1061,17 +1092,18 @@ def _scale(scales, group, n, mask, N, EVEN: tl.constexpr):
 
 @triton.jit
 def _zero(qzeros, group, n, mask, N, BITS: tl.constexpr, OFFSET: tl.constexpr, EVEN: tl.constexpr):
-    """int32 (groups, BN)."""
+    """float32 (groups, BN)."""
     CODES: tl.constexpr = 32 // BITS
-    words = _load(qzeros + group[:, None] * (N // CODES) + (n // CODES)[None, :], mask, EVEN, "")
-    return ((words >> (n % CODES * BITS)[None, :]) + OFFSET) & ((1 << BITS) - 1)
-
-
-@triton.jit
-def _denormal(words, AT: tl.constexpr, BITS: tl.constexpr):
-    """The codes at bit AT of words, times 2^(AT % 16 - 149), in float32."""
-    MASK: tl.constexpr = ((1 << BITS) - 1) << (AT % 16)
-    return ((words >> (AT // 16 * 16)) & MASK).to(tl.float32, bitcast=True)
+    at = qzeros + group[:, None] * (N // CODES) + (n // CODES)[None, :]
+    if PTX:
+        words = tl.inline_asm_elementwise(
+            READ if EVEN else READ_THERE, "=&r,l,r", [at.to(tl.int64), mask.to(tl.int32)],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        words = _load(at, mask, EVEN, "")
+    zero = ((words >> (n % CODES * BITS)[None, :]) + OFFSET) & ((1 << BITS) - 1)
+    return (zero | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0  # 2^23
 
 
 @triton.jit
@@ -1085,38 +1117,146 @@ def _four(pointers, step, mask, EVEN: tl.constexpr, POLICY: tl.constexpr):
 
 
 @triton.jit
-def _element(four, i: tl.constexpr, like):
-    """In float32 element i of the four numbers in half precision, as `like` points to, that are an int64."""
-    return (four >> 16 * i).to(tl.int16).to(like.dtype.element_ty, bitcast=True).to(tl.float32)
+def _eight(pointers, mask, EVEN: tl.constexpr):
+    """The four int32 from where each of the pointers, to int64, shows: eight numbers in half precision."""
+    if PTX:
+        a, b, c, d = tl.inline_asm_elementwise(
+            READ_FOUR if EVEN else READ_FOUR_THERE, "=&r,=&r,=&r,=&r,l,r", [pointers.to(tl.int64), mask.to(tl.int32)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        first, second = _load(pointers, mask, EVEN, ""), _load(pointers + 1, mask, EVEN, "")
+        a, b, c, d = first.to(tl.int32), (first >> 32).to(tl.int32), second.to(tl.int32), (second >> 32).to(tl.int32)
+    return a, b, c, d
 
 
 @triton.jit
-def _add_four(
-    sums, words, gate_words, inputs, factors, x,
-    FIRST: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr,
+def _two(halves, like):
+    """In float32 the two numbers in half precision, as `like` points to, that are an int32."""
+    if like.dtype.element_ty == tl.bfloat16:
+        return (halves << 16).to(tl.float32, bitcast=True), (halves & -65536).to(tl.float32, bitcast=True)
+    low, high = halves.to(tl.int16), (halves >> 16).to(tl.int16)
+    kind: tl.constexpr = like.dtype.element_ty
+    return low.to(kind, bitcast=True).to(tl.float32), high.to(kind, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _inputs(a, b, c, d, fa, fb, fc, fd, x, NORM: tl.constexpr):
+    """
+    Eight inputs in float32, times the norm's factors; the largest magnitude; the sum of the squares before that.
+
+    a to d, and the factors: int32, of two numbers each in half precision, as `x` points to.
+    """
+    v0, v1 = _two(a, x)
+    v2, v3 = _two(b, x)
+    v4, v5 = _two(c, x)
+    v6, v7 = _two(d, x)
+    squares = (v0 * v0 + v1 * v1 + v2 * v2 + v3 * v3) + (v4 * v4 + v5 * v5 + v6 * v6 + v7 * v7)
+    if NORM:
+        f0, f1 = _two(fa, x)
+        f2, f3 = _two(fb, x)
+        f4, f5 = _two(fc, x)
+        f6, f7 = _two(fd, x)
+        v0, v1, v2, v3, v4, v5, v6, v7 = v0 * f0, v1 * f1, v2 * f2, v3 * f3, v4 * f4, v5 * f5, v6 * f6, v7 * f7
+    low = _larger(_larger(tl.abs(v0), tl.abs(v1)), _larger(tl.abs(v2), tl.abs(v3)))
+    high = _larger(_larger(tl.abs(v4), tl.abs(v5)), _larger(tl.abs(v6), tl.abs(v7)))
+    return v0, v1, v2, v3, v4, v5, v6, v7, _larger(low, high), squares
+
+
+@triton.jit
+def _fixed(x, inverse):
+    """x times inverse, within 2^15, to the nearest whole number: in the last 16 bits."""
+    return (x * inverse + MAGIC).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _bytes(a, b, c, d):
+    """Of four whole numbers of 16 bits the low bytes, from 0 to 255, in an int32; the high ones, from -128 to 127."""
+    if PTX:
+        low, high = tl.inline_asm_elementwise(
+            BYTES, "=&r,=r,r,r,r,r", [a, b, c, d], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    else:
+        low = a & 255 | (b & 255) << 8 | (c & 255) << 16 | (d & 255) << 24
+        high = a >> 8 & 255 | (b >> 8 & 255) << 8 | (c >> 8 & 255) << 16 | (d >> 8 & 255) << 24
+    return low, high
+
+
+@triton.jit
+def _add_bytes(codes, low, high, low_sum, high_sum):
+    """Adds to the two sums what four codes, from 0 to 255, make with the low bytes and with the high ones."""
+    if PTX:
+        low_sum, high_sum = tl.inline_asm_elementwise(
+            DOTS, "=&r,=r,r,r,r,r,r", [codes, low, high, low_sum, high_sum],
+            dtype=(tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        for i in tl.static_range(4):
+            code = codes >> 8 * i & 255
+            low_sum += code * (low >> 8 * i & 255)
+            high_sum += code * (high << 24 - 8 * i >> 24)
+    return low_sum, high_sum
+
+
+@triton.jit
+def _whole(low, high):
+    """Of two sums that began at the bits of MAGIC."""
+    return (high.to(tl.float32, bitcast=True) - MAGIC) * 256.0 + (low.to(tl.float32, bitcast=True) - MAGIC)
+
+
+@triton.jit
+def _add_codes(s0, s1, s2, s3, word, second, low, high, low2, high2, BITS: tl.constexpr):
+    low, high, low2, high2 = low[:, None], high[:, None], low2[:, None], high2[:, None]
+    if BITS == 4:
+        s0, s1 = _add_bytes(word & 0x0F0F0F0F, low, high, s0, s1)
+        s2, s3 = _add_bytes(word & -0x0F0F0F10, low2, high2, s2, s3)  # 0xF0F0F0F0
+    else:
+        s0, s1 = _add_bytes(word, low, high, s0, s1)
+        s0, s1 = _add_bytes(second, low2, high2, s0, s1)
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def _add_eight(
+    s0, s1, s2, s3, g0, g1, g2, g3, t0, t1, word, second, gate_word, gate_second,
+    v0, v1, v2, v3, v4, v5, v6, v7, inverse, BITS: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """
-    Adds four inputs times codes, from code FIRST of the words on. sums: float32 (SLOTS, BN) of the products, and of
-    those with the gate; (SLOTS) of the inputs, and of their squares before they were multiplied by the norm's factors.
+    Adds the products of eight inputs with their codes: with 4 bits those of `word`, with 8 of `second`, too.
+
+    s0, s1: sums with the low bytes and the high ones; with 4 bits of the codes in the lower halves of bytes, and s2, s3
+    of those in the upper halves, which count 16. g0 to g3: the same of the gate. t0, t1: of the inputs alone. One by
+    one, for Triton 3.2 takes no tuples.
     """
-    part, gate_part, total, squares = sums
-    for i in tl.static_range(4):
-        value = _element(inputs, i, x)
-        if NORM:
-            squares += value * value
-            value *= _element(factors, i, x)
-        total += value
-        value = (value * 2.0 ** (100 - BITS * (FIRST + i) % 16))[:, None]
-        part += _denormal(words, BITS * (FIRST + i), BITS) * value
-        if GATE:
-            gate_part += _denormal(gate_words, BITS * (FIRST + i), BITS) * value
-    return part, gate_part, total, squares
+    v0, v1, v2, v3 = _fixed(v0, inverse), _fixed(v1, inverse), _fixed(v2, inverse), _fixed(v3, inverse)
+    v4, v5, v6, v7 = _fixed(v4, inverse), _fixed(v5, inverse), _fixed(v6, inverse), _fixed(v7, inverse)
+    if BITS == 4:
+        low, high = _bytes(v0, v2, v4, v6)
+        low2, high2 = _bytes(v1, v3, v5, v7)
+    else:
+        low, high = _bytes(v0, v1, v2, v3)
+        low2, high2 = _bytes(v4, v5, v6, v7)
+    ones = tl.full(low.shape, 0x01010101, tl.int32)
+    t0, t1 = _add_bytes(ones, low, high, t0, t1)
+    t0, t1 = _add_bytes(ones, low2, high2, t0, t1)
+    s0, s1, s2, s3 = _add_codes(s0, s1, s2, s3, word, second, low, high, low2, high2, BITS)
+    if GATE:
+        g0, g1, g2, g3 = _add_codes(g0, g1, g2, g3, gate_word, gate_second, low, high, low2, high2, BITS)
+    return s0, s1, s2, s3, g0, g1, g2, g3, t0, t1
 
 
 @triton.jit
-def _scaled(part, sums, scale, zero):
-    """The products of inputs times 2^100 and denormal codes, less zeros, scaled."""
-    return scale * 2.0**49 * (part - zero.to(tl.float32, bitcast=True) * (sums * 2.0**100)[:, None])
+def _scaled(s0, s1, s2, s3, of_inputs, scale, zero, step, BITS: tl.constexpr):
+    """The products of inputs and codes less zeros, scaled."""
+    total = _whole(s0, s1)
+    if BITS == 4:
+        total += _whole(s2, s3) * 0.0625
+    return (total - zero * of_inputs[:, None]) * (scale * step[:, None])
 
 
 @_kernel
@@ -1136,51 +1276,69 @@ def _gptq_row_kernel(
         slot = start + slots
         inside = slot < words // BITS
         there = inside[:, None] & (n < N)[None, :]
-        at = slot[:, None] * (BITS * N) + n[None, :]
-        a, b, c, d = _four(qweight + at, N, there, EVEN, "evict_first")
-        ga, gb, gc, gd = a, b, c, d
-        if GATE:
-            ga, gb, gc, gd = _four(gate_qweight + at, N, there, EVEN, "evict_first")
-        if BITS == 8:
-            e, f, g, h = _four(qweight + at + 4 * N, N, there, EVEN, "evict_first")
-            ge, gf, gg, gh = e, f, g, h
-            if GATE:
-                ge, gf, gg, gh = _four(gate_qweight + at + 4 * N, N, there, EVEN, "evict_first")
-        i0, i1, i2, i3 = _four(inputs + slot * 8, 1, inside, EVEN, "")
-        i4, i5, i6, i7 = _four(inputs + slot * 8 + 4, 1, inside, EVEN, "")
-        f0, f1, f2, f3, f4, f5, f6, f7 = i0, i1, i2, i3, i4, i5, i6, i7
-        if NORM:
-            f0, f1, f2, f3 = _four(factors + slot * 8, 1, inside, EVEN, "")
-            f4, f5, f6, f7 = _four(factors + slot * 8 + 4, 1, inside, EVEN, "")
         group = slot * 32 // GROUP
         scale = _scale(scales, group, n, there, N, EVEN)
         zero = _zero(qzeros, group, n, there, N, BITS, OFFSET, EVEN)
         if GATE:
             gate_scale = _scale(gate_scales, group, n, there, N, EVEN)
             gate_zero = _zero(gate_qzeros, group, n, there, N, BITS, OFFSET, EVEN)
-        none = tl.zeros((SLOTS, BN), tl.float32)
-        sums = none, none, tl.zeros((SLOTS,), tl.float32), squares
-        sums = _add_four(sums, a, ga, i0, f0, x, 0, BITS, NORM, GATE)
+        at = slot[:, None] * (BITS * N) + n[None, :]
         if BITS == 4:
-            sums = _add_four(sums, a, ga, i1, f1, x, 4, BITS, NORM, GATE)
-            sums = _add_four(sums, b, gb, i2, f2, x, 0, BITS, NORM, GATE)
-            sums = _add_four(sums, b, gb, i3, f3, x, 4, BITS, NORM, GATE)
-            sums = _add_four(sums, c, gc, i4, f4, x, 0, BITS, NORM, GATE)
-            sums = _add_four(sums, c, gc, i5, f5, x, 4, BITS, NORM, GATE)
-            sums = _add_four(sums, d, gd, i6, f6, x, 0, BITS, NORM, GATE)
-            sums = _add_four(sums, d, gd, i7, f7, x, 4, BITS, NORM, GATE)
+            w0, w1, w2, w3 = _four(qweight + at, N, there, EVEN, "evict_first")
+            x0, x1, x2, x3 = w0, w1, w2, w3
         else:
-            sums = _add_four(sums, b, gb, i1, f1, x, 0, BITS, NORM, GATE)
-            sums = _add_four(sums, c, gc, i2, f2, x, 0, BITS, NORM, GATE)
-            sums = _add_four(sums, d, gd, i3, f3, x, 0, BITS, NORM, GATE)
-            sums = _add_four(sums, e, ge, i4, f4, x, 0, BITS, NORM, GATE)
-            sums = _add_four(sums, f, gf, i5, f5, x, 0, BITS, NORM, GATE)
-            sums = _add_four(sums, g, gg, i6, f6, x, 0, BITS, NORM, GATE)
-            sums = _add_four(sums, h, gh, i7, f7, x, 0, BITS, NORM, GATE)
-        part, gate_part, of_inputs, squares = sums
-        total += _scaled(part, of_inputs, scale, zero)
+            w0, x0, w1, x1 = _four(qweight + at, N, there, EVEN, "evict_first")
+            w2, x2, w3, x3 = _four(qweight + at + 4 * N, N, there, EVEN, "evict_first")
+        gw0, gw1, gw2, gw3, gx0, gx1, gx2, gx3 = w0, w1, w2, w3, x0, x1, x2, x3
         if GATE:
-            gate_total += _scaled(gate_part, of_inputs, gate_scale, gate_zero)
+            if BITS == 4:
+                gw0, gw1, gw2, gw3 = _four(gate_qweight + at, N, there, EVEN, "evict_first")
+                gx0, gx1, gx2, gx3 = gw0, gw1, gw2, gw3
+            else:
+                gw0, gx0, gw1, gx1 = _four(gate_qweight + at, N, there, EVEN, "evict_first")
+                gw2, gx2, gw3, gx3 = _four(gate_qweight + at + 4 * N, N, there, EVEN, "evict_first")
+        i0, i1, i2, i3 = _eight(inputs + slot * 8, inside, EVEN)
+        i4, i5, i6, i7 = _eight(inputs + slot * 8 + 2, inside, EVEN)
+        i8, i9, i10, i11 = _eight(inputs + slot * 8 + 4, inside, EVEN)
+        i12, i13, i14, i15 = _eight(inputs + slot * 8 + 6, inside, EVEN)
+        f0, f1, f2, f3, f4, f5, f6, f7 = i0, i1, i2, i3, i4, i5, i6, i7
+        f8, f9, f10, f11, f12, f13, f14, f15 = i8, i9, i10, i11, i12, i13, i14, i15
+        if NORM:
+            f0, f1, f2, f3 = _eight(factors + slot * 8, inside, EVEN)
+            f4, f5, f6, f7 = _eight(factors + slot * 8 + 2, inside, EVEN)
+            f8, f9, f10, f11 = _eight(factors + slot * 8 + 4, inside, EVEN)
+            f12, f13, f14, f15 = _eight(factors + slot * 8 + 6, inside, EVEN)
+        a0, a1, a2, a3, a4, a5, a6, a7, am, asq = _inputs(i0, i1, i2, i3, f0, f1, f2, f3, x, NORM)
+        b0, b1, b2, b3, b4, b5, b6, b7, bm, bsq = _inputs(i4, i5, i6, i7, f4, f5, f6, f7, x, NORM)
+        c0, c1, c2, c3, c4, c5, c6, c7, cm, csq = _inputs(i8, i9, i10, i11, f8, f9, f10, f11, x, NORM)
+        d0, d1, d2, d3, d4, d5, d6, d7, dm, dsq = _inputs(i12, i13, i14, i15, f12, f13, f14, f15, x, NORM)
+        squares += (asq + bsq) + (csq + dsq)
+        largest = _larger(_larger(am, bm), _larger(cm, dm))
+        step = largest / FIXED_LARGEST
+        inverse = tl.where(largest < 1e-30, 0.0, FIXED_LARGEST / tl.where(largest < 1e-30, 1.0, largest))
+        s0 = tl.full((SLOTS, BN), MAGIC_BITS, tl.int32)
+        t0 = tl.full((SLOTS,), MAGIC_BITS, tl.int32)
+        s1, s2, s3, g0, g1, g2, g3, t1 = s0, s0, s0, s0, s0, s0, s0, t0
+        s0, s1, s2, s3, g0, g1, g2, g3, t0, t1 = _add_eight(
+            s0, s1, s2, s3, g0, g1, g2, g3, t0, t1, w0, x0, gw0, gx0,
+            a0, a1, a2, a3, a4, a5, a6, a7, inverse, BITS, GATE,
+        )  # fmt: skip
+        s0, s1, s2, s3, g0, g1, g2, g3, t0, t1 = _add_eight(
+            s0, s1, s2, s3, g0, g1, g2, g3, t0, t1, w1, x1, gw1, gx1,
+            b0, b1, b2, b3, b4, b5, b6, b7, inverse, BITS, GATE,
+        )  # fmt: skip
+        s0, s1, s2, s3, g0, g1, g2, g3, t0, t1 = _add_eight(
+            s0, s1, s2, s3, g0, g1, g2, g3, t0, t1, w2, x2, gw2, gx2,
+            c0, c1, c2, c3, c4, c5, c6, c7, inverse, BITS, GATE,
+        )  # fmt: skip
+        s0, s1, s2, s3, g0, g1, g2, g3, t0, t1 = _add_eight(
+            s0, s1, s2, s3, g0, g1, g2, g3, t0, t1, w3, x3, gw3, gx3,
+            d0, d1, d2, d3, d4, d5, d6, d7, inverse, BITS, GATE,
+        )  # fmt: skip
+        of_inputs = _whole(t0, t1)
+        total += _scaled(s0, s1, s2, s3, of_inputs, scale, zero, step, BITS)
+        if GATE:
+            gate_total += _scaled(g0, g1, g2, g3, of_inputs, gate_scale, gate_zero, step, BITS)
     total, gate_total = tl.sum(total, 0), tl.sum(gate_total, 0)
     if NORM:
         factor = _rsqrt(tl.sum(squares, 0) / (words * (32 // BITS)) + eps)
@@ -1358,8 +1516,7 @@ def takes_gptq(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset) ->
 
 def _launch_of_row(gated: bool, bits: int, outputs: float) -> dict:
     """outputs: of a multiprocessor."""
-    launch = next(launch for most, launch in GPTQ_ROW[gated].items() if outputs <= most)
-    return {**launch, "SLOTS": launch["SLOTS"] * 4 // bits}
+    return next(launch for most, launch in GPTQ_ROW[bits, gated].items() if outputs <= most)
 
 
 def gptq_product(
@@ -1379,6 +1536,7 @@ def gptq_product(
     asked = {"GATE": gate is not None, "BIAS": bias is not None, "RESIDUAL": residual is not None}
     format = {"BITS": bits, "GROUP": group, "OFFSET": offset}
     if M == 1 and x.element_size() == 2 and K % 32 == 0 and (group == K or group % 32 == 0):
+        x, norm = (t if t is None or t.data_ptr() % 16 == 0 else t.clone() for t in (x, norm))
         tuning = tuning or _launch_of_row(gate is not None, bits, N / _multiprocessors(x.device))
         even = N % tuning["BN"] == 0 and K % (32 * tuning["SLOTS"]) == 0
         _gptq_row_kernel[(triton.cdiv(N, tuning["BN"]),)](
@@ -1482,6 +1640,41 @@ INT8_ROWS = {
 }
 
 
+@triton.jit
+def _element(four, i: tl.constexpr, like):
+    """In float32 element i of the four numbers in half precision, as `like` points to, that are an int64."""
+    return (four >> 16 * i).to(tl.int16).to(like.dtype.element_ty, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _denormal(words, i: tl.constexpr):
+    """Byte i of words, times 2^(8 * (i % 2) - 149), in float32."""
+    MASK: tl.constexpr = 255 << (8 * (i % 2))
+    return ((words >> (i // 2 * 16)) & MASK).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _add_four(
+    part, gate_part, total, squares, words, gate_words, inputs, factors, x, NORM: tl.constexpr, GATE: tl.constexpr
+):  # fmt: skip
+    """
+    Adds four inputs times the bytes of the words. part, gate_part: float32 (BK, BN), sums of the products, and of those
+    with the gate; total, squares: (BK), of the inputs, and of their squares before they were multiplied by the norm's
+    factors.
+    """
+    for i in tl.static_range(4):
+        value = _element(inputs, i, x)
+        if NORM:
+            squares += value * value
+            value *= _element(factors, i, x)
+        total += value
+        value = (value * 2.0 ** (100 - 8 * (i % 2)))[:, None]
+        part += _denormal(words, i) * value
+        if GATE:
+            gate_part += _denormal(gate_words, i) * value
+    return part, gate_part, total, squares
+
+
 @_kernel
 def _int8_row_kernel(
     x, norm, codes, gate_codes, scale, gate_scale, bias, gate_bias, residual, y, words, N, eps,
@@ -1491,8 +1684,8 @@ def _int8_row_kernel(
     """As `_product_kernel`, of x (4 words) in half precision and codes int32 (N, words)."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     inputs, factors = x.to(tl.pointer_type(tl.int64)), norm.to(tl.pointer_type(tl.int64))
-    none = tl.zeros((BK, BN), tl.float32)
-    sums = none, none, tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
+    total, gate_total = tl.zeros((BK, BN), tl.float32), tl.zeros((BK, BN), tl.float32)
+    of_inputs, squares = tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
     for start in tl.range(0, words, BK, num_stages=1):
         k = start + tl.arange(0, BK)
         inside = k < words
@@ -1505,8 +1698,10 @@ def _int8_row_kernel(
         factor = inside
         if NORM:
             factor = _load(factors + k, inside, EVEN, "")
-        sums = _add_four(sums, word, gate_word, _load(inputs + k, inside, EVEN, ""), factor, x, 0, 8, NORM, GATE)
-    total, gate_total, of_inputs, squares = sums
+        four = _load(inputs + k, inside, EVEN, "")
+        total, gate_total, of_inputs, squares = _add_four(
+            total, gate_total, of_inputs, squares, word, gate_word, four, factor, x, NORM, GATE
+        )
     total, gate_total, of_inputs = tl.sum(total, 0), tl.sum(gate_total, 0), tl.sum(of_inputs, 0)
     more = of_inputs * 2.0**-42  # 128 times, of the unit of denormal numbers times 2^100
     factor = 2.0**49

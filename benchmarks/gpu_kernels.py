@@ -141,9 +141,14 @@ def products(sizes, rows, tune: bool, bandwidth: float) -> None:
 def gptq_launches(rows: int):
     """Sensible launches of `triton_kernels.GPTQ_ROW`, or of `GPTQ_ROWS`."""
     if rows == 1:
-        sizes = itertools.product((8, 16, 32, 64), (16, 32, 64, 128, 256), (1, 2, 4, 8))
-        found = [launch for launch in sizes if 64 <= launch[0] * launch[1] // launch[2] <= 512]  # 2 to 16 a thread
-        return [dict(zip(("BN", "SLOTS", "num_warps"), launch)) for launch in found]
+        found = []
+        for n, slots, warps, registers in itertools.product(
+            (8, 16, 32, 64), (16, 32, 64, 128), (1, 2, 4, 8), (0, 96, 128)
+        ):
+            if n * slots // warps in (256, 512) and (n > 8 or slots > 32):  # 8 or 16 a thread
+                launch = {"BN": n, "SLOTS": slots, "num_warps": warps}
+                found.append({**launch, "maxnreg": registers} if registers else launch)
+        return found
     found = [(32, 8, 4, 3, 0), (32, 4, 2, 3, 0), (64, 4, 4, 3, 0), (64, 2, 2, 4, 0), (64, 2, 2, 4, 4)]
     found += [(256, 1, 4, 3, 2), (128, 1, 2, 4, 4), (128, 1, 4, 4, 4), (128, 1, 4, 4, 2)]
     return [dict(zip(("BN", "SHARES", "num_warps", "STAGES", "programs"), launch)) for launch in found]
