@@ -39,6 +39,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include <pthread.h>
@@ -76,6 +77,8 @@ struct Linear {
   void* y;           // (rows, out)
   bool bf16_bias, bf16_out;
   void* widened;  // (out, in), float or BFloat16: the weight times its scale
+  const int16_t* numbers;  // instead of x, for int8: (in / SEGMENT, rows as above, SEGMENT), in whole steps
+  const float* steps;      // (in / SEGMENT, rows as above)
 };
 
 struct Gptq {  // a product with a quantised matrix, or the matrix itself
@@ -149,6 +152,7 @@ enum Kind { F32, BF16, INT8, INT4 };
 
 struct Kernels {
   void (*linear)(const Linear&, bool int8, int64_t begin, int64_t end);  // output channels
+  void (*whole_steps)(const BFloat16* x, const Linear&, int16_t* numbers, float* steps);
   void (*gptq)(const Gptq&, int64_t begin, int64_t end);                        // output channels
   void (*fixed_point)(const float* x, const Gptq&, int8_t* digits, float* steps, float* sums);  // of a row
   void (*gptq_by_output)(const Gptq&, int64_t begin, int64_t end);               // output channels
@@ -544,7 +548,7 @@ class Rows {
     number = rows_of(x), in = x.size(-1), bf16 = x.scalar_type() == at::kBFloat16;
     places = x.scalar_type() == at::kFloat ? 3 : 2;
     for (padded = 1; padded < number;) padded *= 2;
-    summed.clear(), widened.clear(), filled_halves.clear(), fixed.clear();
+    summed.clear(), widened.clear(), filled_halves.clear(), fixed.clear(), numbers.clear();
   }
 
   const BFloat16* halves() {  // of bfloat16
@@ -555,6 +559,15 @@ class Rows {
   const float* floats() {
     if (!bf16 && padded == number) return tensor.data_ptr<float>();
     return bf16 ? filled<BFloat16>(widened).data() : filled<float>(widened).data();
+  }
+
+  // What products of whole segments with int8 want of bfloat16, into `a`.
+  void in_whole_steps(Linear& a) {
+    if (numbers.empty()) {
+      numbers.resize(padded * in), steps.resize(padded * (in / SEGMENT));
+      kernels().whole_steps(tensor.data_ptr<BFloat16>(), a, numbers.data(), steps.data());
+    }
+    a.numbers = numbers.data(), a.steps = steps.data();
   }
 
   // What gptq_by_output wants of x, into `a`.
@@ -582,8 +595,9 @@ class Rows {
 
  private:
   std::vector<std::pair<int64_t, std::vector<float>>> summed;
-  std::vector<float> widened;
+  std::vector<float> widened, steps;
   std::vector<BFloat16> filled_halves;
+  std::vector<int16_t> numbers;
 
   struct Fixed {
     int bits;
@@ -654,9 +668,13 @@ Product linear_product(Rows& x, Tensor weight, optional<Tensor> bias, optional<T
   Linear a = linear_matrix(weight, bias, scale);
   TORCH_CHECK(x.in == a.in, "linear: x of ", x.in, " inputs and weight ", weight.sizes(), " don't fit");
   const bool int8 = a.scale;
-  const bool bf16 = x.bf16 && !int8 && levels()[level].linear_bf16;
+  const bool whole_steps = int8 && x.bf16 && a.in / a.groups % SEGMENT == 0;
+  const bool bf16 = x.bf16 && int8 == whole_steps && levels()[level].linear_bf16;
   a.rows = x.number, a.bf16_out = x.bf16, a.y = y;
-  a.x = bf16 ? static_cast<const void*>(x.halves()) : x.floats();
+  if (whole_steps)
+    x.in_whole_steps(a);
+  else
+    a.x = bf16 ? static_cast<const void*>(x.halves()) : x.floats();
   const auto run = bf16 ? levels()[level].linear_bf16 : kernels().linear;
   // Pairs of channels stay together: a channel alone has another order of sums.
   return {a.out, 2, a.in * static_cast<int64_t>(weight.element_size()),
@@ -1244,7 +1262,7 @@ INLINE void save(BFloat16* p, vf v) {  // to the nearest, halves to even
   const half h = __builtin_convertvector(((~nan & nearest) | (nan & 0x7fc00000)) >> 16, half);
   std::memcpy(p, &h, sizeof h);
 }
-INLINE vf all(float x) { return vf{} + x; }
+INLINE vf all(float x) { return x - vf{}; }  // which compilers know to be x, unlike x + 0
 
 INLINE vf fma(vf a, vf b, vf c) {
 #if QWEN_WIDTH == 16
@@ -1387,6 +1405,22 @@ INLINE void dots(const BFloat16* a, int64_t a_stride, const BFloat16* b, int64_t
 
 // --- linear -------------------------------------------------------------------------------------------------------
 
+template <int R, int C>
+INLINE void write_channels(const Linear& a, int64_t channel, const float* y) {
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < std::min<int64_t>(R, a.rows); ++r) {
+      float result = y[c * R + r];
+      if (a.bias)
+        result += a.bf16_bias ? static_cast<float>(static_cast<const BFloat16*>(a.bias)[channel + c])
+                              : static_cast<const float*>(a.bias)[channel + c];
+      const int64_t i = r * a.out + channel + c;
+      if (a.bf16_out)
+        static_cast<BFloat16*>(a.y)[i] = result;
+      else
+        static_cast<float*>(a.y)[i] = result;
+    }
+}
+
 template <int R, int C, class X, class T>
 INLINE void linear_block(const Linear& a, int64_t channel, int64_t ahead) {
   const X* x = static_cast<const X*>(a.x);
@@ -1403,29 +1437,143 @@ INLINE void linear_block(const Linear& a, int64_t channel, int64_t ahead) {
   } else {
     dots<R, C>(x, a.in, w, a.weight_stride, ahead, a.in, y);
   }
-  for (int c = 0; c < C; ++c)
-    for (int r = 0; r < std::min<int64_t>(R, a.rows); ++r) {
-      float result = y[c * R + r];
-      if (a.bias)
-        result += a.bf16_bias ? static_cast<float>(static_cast<const BFloat16*>(a.bias)[channel + c])
-                              : static_cast<const float*>(a.bias)[channel + c];
-      const int64_t i = r * a.out + channel + c;
-      if (a.bf16_out)
-        static_cast<BFloat16*>(a.y)[i] = result;
-      else
-        static_cast<float*>(a.y)[i] = result;
+  write_channels<R, C>(a, channel, y);
+}
+// x in whole steps, which are a power of two for each segment, so that its largest number has 15 bits. Of bfloat16,
+// which has 8, numbers from 2^-7 of the largest on are kept as they are; others are off by half a step, 2^-15 of the
+// largest, at most. The steps of a segment that is not finite are NaN.
+#ifndef QWEN_BF16
+void whole_steps(const BFloat16* rows, const Linear& a, int16_t* numbers, float* steps) {
+  typedef int16_t half __attribute__((vector_size(2 * W)));
+  int64_t padded = 1;
+  while (padded < a.rows) padded *= 2;
+  for (int64_t first = 0; first < a.in; first += SEGMENT)
+    for (int64_t r = 0; r < padded; ++r, ++steps, numbers += SEGMENT) {
+      const BFloat16* x = rows + r * a.in + first;
+      uint16_t largest = 0;
+      for (int64_t i = 0; r < a.rows && i < SEGMENT; ++i) largest = std::max<uint16_t>(largest, x[i].x & 0x7fff);
+      const int exponent = largest >> 7;
+      if (exponent <= 14 || exponent == 255) {  // the step would be no normal number, or there is none
+        *steps = exponent == 255 ? std::numeric_limits<float>::quiet_NaN() : 0.f;
+        std::fill_n(numbers, SEGMENT, 0);
+        continue;
+      }
+      *steps = ((vf)(vi{} + ((exponent - 14) << 23)))[0];
+      const vf inverse = (vf)(vi{} + ((268 - exponent) << 23));
+      for (int64_t i = 0; i < SEGMENT; i += W) {
+        const half h = __builtin_convertvector(__builtin_convertvector(round(load(x + i) * inverse), vi), half);
+        std::memcpy(numbers + i, &h, sizeof h);
+      }
     }
+}
+#endif
+
+typedef int16_t vh __attribute__((vector_size(4 * W)));
+
+INLINE vh widen_to_halves(const int8_t* p) {
+#if QWEN_WIDTH == 16
+  return (vh)_mm512_cvtepi8_epi16(read<__m256i>(p));
+#elif QWEN_WIDTH == 8
+  return (vh)_mm256_cvtepi8_epi16(read<__m128i>(p));
+#elif defined(__aarch64__)
+  return (vh)vmovl_s8(vld1_s8(p));
+#elif defined(__x86_64__)
+  const __m128i twice = _mm_cvtsi64_si128(read<int64_t>(p));
+  return (vh)_mm_srai_epi16(_mm_unpacklo_epi8(twice, twice), 8);
+#else
+  return vh{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+#endif
+}
+
+// A number that compilers see no further than: they would read x from memory for each output, and first multiply and
+// then add up, for which there are too few registers.
+template <class V>
+INLINE void hide(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+}
+
+// Adds two products to each lane.
+INLINE void add_products(vh a, vh b, vi& sums) {
+#if QWEN_WIDTH == 16 && defined(QWEN_BF16)
+  sums = (vi)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#elif defined(__aarch64__)
+  const int32x4_t low = vmlal_s16((int32x4_t)sums, vget_low_s16((int16x8_t)a), vget_low_s16((int16x8_t)b));
+  sums = (vi)vmlal_high_s16(low, (int16x8_t)a, (int16x8_t)b);
+#elif defined(__x86_64__)
+#if QWEN_WIDTH == 16
+  sums += (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif QWEN_WIDTH == 8
+  sums += (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  sums += (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#endif
+  hide(sums);
+#else
+  for (int i = 0; i < 2 * W; ++i) sums[i / 2] += a[i] * b[i];
+#endif
+}
+
+// int8 times x in whole steps: sums within a segment are exact, as a lane has at most SEGMENT products of 2^15 * 2^7.
+template <int R, int C>
+INLINE void whole_block(const Linear& a, int64_t channel, int64_t ahead) {
+  constexpr int Q = std::min(R, 4);      // rows at a time, whose sums fit into registers
+  constexpr int N = R * C == 1 ? 2 : 1;  // independent sums
+  const int8_t* w = static_cast<const int8_t*>(a.weight) + channel * a.weight_stride;
+  const int16_t* x = a.numbers;
+  const float* steps = a.steps;
+  vf total[C][R] = {};
+  for (int64_t g = 0; g < a.groups; ++g) {
+    vf part[C][R] = {};
+    for (int64_t segments = a.in / a.groups / SEGMENT; segments > 0; --segments, w += SEGMENT)
+      for (int q = 0; q < R; q += Q, x += Q * SEGMENT, steps += Q) {
+        vi sums[N][C][Q] = {};
+        for (int line = 0; line < SEGMENT; line += LINE) {
+          if (q == 0)
+            for (int c = 0; c < C; ++c) __builtin_prefetch(w + c * a.weight_stride + line + ahead, 0, 2);
+          for (int u = 0; u < LINE / (2 * W); ++u) {
+            const int k = line + u * 2 * W;
+            vh codes[C];
+            for (int c = 0; c < C; ++c) codes[c] = widen_to_halves(w + c * a.weight_stride + k);
+            for (int r = 0; r < Q; ++r) {
+              vh numbers = read<vh>(x + r * SEGMENT + k);
+              if (C > 1) hide(numbers);
+              for (int c = 0; c < C; ++c) add_products(numbers, codes[c], sums[u % N][c][r]);
+            }
+          }
+        }
+        for (int r = 0; r < Q; ++r)
+          for (int c = 0; c < C; ++c) {
+            const vi total = N == 1 ? sums[0][c][r] : sums[0][c][r] + sums[N - 1][c][r];
+            part[c][q + r] = fma(__builtin_convertvector(total, vf), all(steps[r]), part[c][q + r]);
+          }
+      }
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r)
+        total[c][r] = fma(part[c][r], all(a.scale[(channel + c) * a.groups + g]), total[c][r]);
+  }
+  float y[C * R];
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) y[c * R + r] = sum(total[c][r]);
+  write_channels<R, C>(a, channel, y);
 }
 
 template <int R, class X, class T>
 void linear_channels(const Linear& a, int64_t begin, int64_t end) {
-  constexpr int C = R == 1 ? 1 : 2;
+  constexpr bool WHOLE = std::is_same<X, int16_t>::value;
+  constexpr int C = R < (WHOLE ? 4 : 2) ? 1 : 2;
   // Whole steps of C channels, so that every line is asked for once.
   const int64_t step = std::max<int64_t>(1, C * a.weight_stride), distance = AHEAD / sizeof(T);
   const int64_t ahead = (distance + step - 1) / step * step;
   int64_t channel = begin;
-  for (; channel + C <= end; channel += C) linear_block<R, C, X, T>(a, channel, ahead);
-  for (; channel < end; ++channel) linear_block<R, 1, X, T>(a, channel, ahead);
+  if constexpr (WHOLE) {
+    for (; channel + C <= end; channel += C) whole_block<R, C>(a, channel, ahead);
+    for (; channel < end; ++channel) whole_block<R, 1>(a, channel, ahead);
+  } else {
+    for (; channel + C <= end; channel += C) linear_block<R, C, X, T>(a, channel, ahead);
+    for (; channel < end; ++channel) linear_block<R, 1, X, T>(a, channel, ahead);
+  }
 }
 
 template <class X, class T>
@@ -1440,13 +1588,14 @@ void linear_rows(const Linear& a, int64_t begin, int64_t end) {
     linear_channels<8, X, T>(a, begin, end);
 }
 
-#ifdef QWEN_BF16
-void linear(const Linear& a, bool, int64_t begin, int64_t end) { linear_rows<BFloat16, BFloat16>(a, begin, end); }
-#else
 void linear(const Linear& a, bool int8, int64_t begin, int64_t end) {
+  if (int8 && a.numbers) return linear_rows<int16_t, int8_t>(a, begin, end);
+#ifdef QWEN_BF16
+  linear_rows<BFloat16, BFloat16>(a, begin, end);
+#else
   int8 ? linear_rows<float, int8_t>(a, begin, end) : linear_rows<float, BFloat16>(a, begin, end);
-}
 #endif
+}
 
 #if !defined(QWEN_BF16) || QWEN_WIDTH == 16  // the rest of neon_bf16 is that of neon
 
@@ -2507,7 +2656,7 @@ void gate(const void* x, bool bf16, int64_t n, void* y) {
   bf16 ? gate_numbers<BFloat16>(x, n, y) : gate_numbers<float>(x, n, y);
 }
 
-constexpr Kernels KERNELS{linear, gptq, fixed_point, gptq_by_output, widen, dequantize, attend, merge, append, norm, rotary, add, gate};
+constexpr Kernels KERNELS{linear, whole_steps, gptq, fixed_point, gptq_by_output, widen, dequantize, attend, merge, append, norm, rotary, add, gate};
 
 #endif
 #endif

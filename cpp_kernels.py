@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "ee4ac735c458efb3a50e0a6b88225c5aafc4ae345a7bbd7df7c36428eebee434"
+SOURCE_SHA256 = "cee70fbfb7a2fec5c86b849d03c42d5e9e5d712a39d6850614ab75da4de5ad63"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 

@@ -70,15 +70,17 @@ void run(const char* what, int64_t n, int64_t piece, std::vector<char>& y, const
 }
 
 void check_linear() {
-  const bool int8 = engine() % 2, bf16 = engine() % 2, bias = engine() % 2;
-  const auto product = !int8 && bf16 && levels()[level].linear_bf16 ? levels()[level].linear_bf16 : kernels().linear;
+  const bool int8 = engine() % 2, bf16 = engine() % 2, bias = engine() % 2, whole = int8 && bf16 && engine() % 2;
+  const bool own = levels()[level].linear_bf16 && bf16 && (whole ? engine() % 2 : !int8);
+  const auto product = own ? levels()[level].linear_bf16 : kernels().linear;
   Linear a{};
   a.rows = 1 + engine() % 8, a.groups = pick({1, 1, 4});
-  a.in = pick({1, 3, 16, 31, 32, 33, 64, 100, 257, 1031}) * a.groups, a.out = pick({1, 2, 3, 8, 17, 70});
-  a.weight_stride = a.in + pick({0, 1, 3}), a.bf16_out = bf16;
+  a.in = (whole ? pick({128, 256, 640}) : pick({1, 3, 16, 31, 32, 33, 64, 100, 257, 1031})) * a.groups;
+  a.out = pick({1, 2, 3, 8, 17, 70});
+  a.weight_stride = a.in + pick({0, 1, 3}), a.bf16_out = whole ? engine() % 2 : bf16;
   int64_t padded = 1;
   while (padded < a.rows) padded *= 2;
-  Numbers x(padded * a.in, bf16 && product != kernels().linear), w(a.out * a.weight_stride, true), y(a.rows * a.out, bf16);
+  Numbers x(padded * a.in, whole || own), w(a.out * a.weight_stride, true), y(a.rows * a.out, a.bf16_out);
   for (int64_t i = 0; i < padded * a.in; ++i) x.set(i, rounded(x[i], bf16));
   std::vector<int8_t> codes(w.values.size());
   std::vector<float> scale(a.out * a.groups);
@@ -87,7 +89,25 @@ void check_linear() {
   for (auto& s : scale) s = normal() / 64;
   a.x = x.data(), a.weight = int8 ? static_cast<void*>(codes.data()) : w.data(), a.y = y.data();
   a.scale = int8 ? scale.data() : nullptr, a.bias = bias ? b.data() : nullptr, a.bf16_bias = b.bf16;
-  run("linear", (a.out + 1) / 2, pick({1, 4}), y.memory,
+  std::vector<int16_t> numbers(whole ? padded * a.in : 0);
+  std::vector<float> steps(whole ? padded * (a.in / SEGMENT) : 0);
+  if (whole) {
+    const bool largest = engine() % 4 == 0;
+    for (int64_t i = 0; largest && i < padded * a.in; ++i) x.set(i, -255 / 128.f);
+    for (size_t i = 0; largest && i < codes.size(); ++i) codes[i] = -128;
+    kernels().whole_steps(static_cast<BFloat16*>(x.data()), a, numbers.data(), steps.data());
+    a.x = nullptr, a.numbers = numbers.data(), a.steps = steps.data();
+    for (int64_t first = 0; first < padded * a.in; first += SEGMENT) {  // from here on x is what is left of it
+      int exponent;
+      double most = 0;
+      for (int64_t i = first; i < first + SEGMENT; ++i) most = std::max(most, std::fabs(x[i]));
+      std::frexp(most, &exponent);
+      const double step = std::ldexp(1, exponent - 15);
+      for (int64_t i = first; i < first + SEGMENT; ++i) x.values[i] = std::nearbyint(x[i] / step) * step;
+    }
+  }
+  const char* name = whole ? "linear, whole steps" : "linear";
+  run(name, (a.out + 1) / 2, pick({1, 4}), y.memory,
       [&](int64_t begin, int64_t end) { product(a, int8, 2 * begin, std::min(a.out, 2 * end)); });
   std::vector<double> expected(a.rows * a.out);
   for (int64_t r = 0; r < a.rows; ++r)
@@ -99,7 +119,7 @@ void check_linear() {
       }
       expected[r * a.out + o] = sum;
     }
-  close("linear", y, expected);
+  close(name, y, expected);
   if (!int8) return;
   Numbers widened(a.out * a.in, bf16);
   a.widened = widened.data();
