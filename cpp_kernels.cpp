@@ -1515,81 +1515,92 @@ INLINE void add_products(vh a, vh b, vi& sums) {
 #endif
 }
 
-// int8 times x in whole steps: sums within a segment are exact, as a lane has at most SEGMENT products of 2^15 * 2^7.
+// int8 times x in whole steps, of C channels `apart` from each other: sums within a segment are exact, as a lane has at
+// most SEGMENT products of 2^15 * 2^7.
 template <int R, int C>
-INLINE void whole_block(const Linear& a, int64_t channel, int64_t ahead) {
-  constexpr int Q = std::min(R, 4);      // rows at a time, whose sums fit into registers
-  constexpr int N = R * C == 1 ? 2 : 1;  // independent sums
-  const int8_t* w = static_cast<const int8_t*>(a.weight) + channel * a.weight_stride;
+INLINE void whole_block(const Linear& a, int64_t channel, int64_t apart, int64_t ahead) {
+  constexpr int Q = std::min(R, 4);  // rows at a time, whose sums fit into registers
+  const int8_t* w[C];
+  for (int c = 0; c < C; ++c) w[c] = static_cast<const int8_t*>(a.weight) + (channel + c * apart) * a.weight_stride;
   const int16_t* x = a.numbers;
   const float* steps = a.steps;
   vf total[C][R] = {};
+  int64_t first = 0;
   for (int64_t g = 0; g < a.groups; ++g) {
     vf part[C][R] = {};
-    for (int64_t segments = a.in / a.groups / SEGMENT; segments > 0; --segments, w += SEGMENT)
+    for (int64_t segments = a.in / a.groups / SEGMENT; segments > 0; --segments, first += SEGMENT)
       for (int q = 0; q < R; q += Q, x += Q * SEGMENT, steps += Q) {
-        vi sums[N][C][Q] = {};
+        vi sums[C][Q] = {};
         for (int line = 0; line < SEGMENT; line += LINE) {
           if (q == 0)
-            for (int c = 0; c < C; ++c) __builtin_prefetch(w + c * a.weight_stride + line + ahead, 0, 2);
+            for (int c = 0; c < C; ++c) __builtin_prefetch(w[c] + first + line + ahead, 0, 2);
           for (int u = 0; u < LINE / (2 * W); ++u) {
             const int k = line + u * 2 * W;
             vh codes[C];
-            for (int c = 0; c < C; ++c) codes[c] = widen_to_halves(w + c * a.weight_stride + k);
+            for (int c = 0; c < C; ++c) codes[c] = widen_to_halves(w[c] + first + k);
             for (int r = 0; r < Q; ++r) {
               vh numbers = read<vh>(x + r * SEGMENT + k);
-              if (C > 1) hide(numbers);
-              for (int c = 0; c < C; ++c) add_products(numbers, codes[c], sums[u % N][c][r]);
+              hide(numbers);
+              for (int c = 0; c < C; ++c) add_products(numbers, codes[c], sums[c][r]);
             }
           }
         }
         for (int r = 0; r < Q; ++r)
-          for (int c = 0; c < C; ++c) {
-            const vi total = N == 1 ? sums[0][c][r] : sums[0][c][r] + sums[N - 1][c][r];
-            part[c][q + r] = fma(__builtin_convertvector(total, vf), all(steps[r]), part[c][q + r]);
-          }
+          for (int c = 0; c < C; ++c)
+            part[c][q + r] = fma(__builtin_convertvector(sums[c][r], vf), all(steps[r]), part[c][q + r]);
       }
     for (int c = 0; c < C; ++c)
       for (int r = 0; r < R; ++r)
-        total[c][r] = fma(part[c][r], all(a.scale[(channel + c) * a.groups + g]), total[c][r]);
+        total[c][r] = fma(part[c][r], all(a.scale[(channel + c * apart) * a.groups + g]), total[c][r]);
   }
-  float y[C * R];
-  for (int c = 0; c < C; ++c)
-    for (int r = 0; r < R; ++r) y[c * R + r] = sum(total[c][r]);
-  write_channels<R, C>(a, channel, y);
+  for (int c = 0; c < C; ++c) {
+    float y[R];
+    for (int r = 0; r < R; ++r) y[r] = sum(total[c][r]);
+    write_channels<R, 1>(a, channel + c * apart, y);
+  }
+}
+
+// Two channels that are half of the piece apart: a CPU asks for memory ahead by itself, but not beyond a page, so that
+// two places at once are read up to a third faster than one.
+template <int R>
+void whole_channels(const Linear& a, int64_t begin, int64_t end) {
+  const int64_t half = (end - begin) / 2, step = std::max<int64_t>(1, a.weight_stride);
+  const int64_t ahead = (AHEAD + step - 1) / step * step;
+  for (int64_t channel = begin; channel < begin + half; ++channel) whole_block<R, 2>(a, channel, half, ahead);
+  for (int64_t channel = begin + 2 * half; channel < end; ++channel) whole_block<R, 1>(a, channel, 0, ahead);
 }
 
 template <int R, class X, class T>
 void linear_channels(const Linear& a, int64_t begin, int64_t end) {
-  constexpr bool WHOLE = std::is_same<X, int16_t>::value;
-  constexpr int C = R < (WHOLE ? 4 : 2) ? 1 : 2;
+  constexpr int C = R == 1 ? 1 : 2;
   // Whole steps of C channels, so that every line is asked for once.
   const int64_t step = std::max<int64_t>(1, C * a.weight_stride), distance = AHEAD / sizeof(T);
   const int64_t ahead = (distance + step - 1) / step * step;
   int64_t channel = begin;
-  if constexpr (WHOLE) {
-    for (; channel + C <= end; channel += C) whole_block<R, C>(a, channel, ahead);
-    for (; channel < end; ++channel) whole_block<R, 1>(a, channel, ahead);
-  } else {
-    for (; channel + C <= end; channel += C) linear_block<R, C, X, T>(a, channel, ahead);
-    for (; channel < end; ++channel) linear_block<R, 1, X, T>(a, channel, ahead);
-  }
+  for (; channel + C <= end; channel += C) linear_block<R, C, X, T>(a, channel, ahead);
+  for (; channel < end; ++channel) linear_block<R, 1, X, T>(a, channel, ahead);
+}
+
+// f with the number of rows, rounded up to a power of two.
+template <class F>
+INLINE void with_rows(const Linear& a, const F& f) {
+  if (a.rows == 1)
+    f(std::integral_constant<int, 1>());
+  else if (a.rows == 2)
+    f(std::integral_constant<int, 2>());
+  else if (a.rows <= 4)
+    f(std::integral_constant<int, 4>());
+  else
+    f(std::integral_constant<int, 8>());
 }
 
 template <class X, class T>
 void linear_rows(const Linear& a, int64_t begin, int64_t end) {
-  if (a.rows == 1)
-    linear_channels<1, X, T>(a, begin, end);
-  else if (a.rows == 2)
-    linear_channels<2, X, T>(a, begin, end);
-  else if (a.rows <= 4)
-    linear_channels<4, X, T>(a, begin, end);
-  else
-    linear_channels<8, X, T>(a, begin, end);
+  with_rows(a, [&](auto rows) { linear_channels<decltype(rows)::value, X, T>(a, begin, end); });
 }
 
 void linear(const Linear& a, bool int8, int64_t begin, int64_t end) {
-  if (int8 && a.numbers) return linear_rows<int16_t, int8_t>(a, begin, end);
+  if (a.numbers) return with_rows(a, [&](auto rows) { whole_channels<decltype(rows)::value>(a, begin, end); });
 #ifdef QWEN_BF16
   linear_rows<BFloat16, BFloat16>(a, begin, end);
 #else

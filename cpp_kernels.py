@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "cee70fbfb7a2fec5c86b849d03c42d5e9e5d712a39d6850614ab75da4de5ad63"
+SOURCE_SHA256 = "c5497eb4b3d6bf473d912d65c2ff85c1a72babf8bad48f783114c0ca9652c307"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
