@@ -59,7 +59,9 @@ def linear(
 
     x: (..., in). weight: (out, in), or int8 with scale (out,) or (out, groups): the weight is then
     `weight * scale`, each scale for `in / groups` neighbouring inputs. bias: (out,). Returns (..., out) in x's dtype,
-    accumulated in float32.
+    accumulated in float32. For up to 8 rows of bfloat16 the native kernel multiplies int8 as whole numbers, if 128
+    divides `in / groups`: an input is off by at most 2^-15 of the largest of 128 neighbours, and not at all from 2^-7
+    of it on.
 
     The native kernel takes float32 and bfloat16 x with bfloat16 weights, and float16 too with int8 ones; everything
     else, training and subclasses of tensors included, is PyTorch's.

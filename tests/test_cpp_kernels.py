@@ -121,6 +121,62 @@ def test_linear_int8(level, groups):
             torch.testing.assert_close(reference.double(), expected, rtol=unit, atol=unit * expected.abs().max())
 
 
+@pytest.mark.parametrize("groups", [None, 1, 3])
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_bfloat16_times_int8_in_whole_numbers(level, rows, groups):
+    """As near to the exact product as float32's, rounded; also with large inputs. A row gets what it gets alone."""
+    torch.manual_seed(rows)
+    for inputs, outputs, offset in ((384, 5, 0), (1536, 70, 3), (384, 1, 0)):
+        x = torch.randn(2 * rows, inputs)[::2]
+        x[:, ::100] *= 50
+        x = x.bfloat16()
+        weight = out_of_line(torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8), offset)
+        scale = torch.rand(outputs) if groups is None else torch.rand(outputs, groups)
+        bias = torch.randn(outputs)
+        full = weight.double() * scale.double().view(outputs, -1).repeat_interleave(inputs // (groups or 1), 1)
+        expected = F.linear(x.double(), full, bias.double())
+        y = kernels.linear(x, weight, bias, scale)
+        torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=5e-4 * expected.abs().max().item())
+        in_floats = kernels.linear(x.float(), weight, bias, scale).bfloat16()
+        error, error_in_floats = ((t.double() - expected).norm() for t in (y, in_floats))
+        assert error <= 1.01 * error_in_floats + 2e-4 * expected.norm()
+        for r in range(rows):
+            assert torch.equal(kernels.linear(x[r : r + 1], weight, bias, scale), y[r : r + 1])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_whole_numbers_keep_what_is_not_below_a_128th_of_the_largest(level, rows):
+    """The steps of 128 neighbouring inputs are their own."""
+    torch.manual_seed(rows)
+    x = torch.randn(rows, 512) * torch.tensor([1.0, 1e-20, 1e37, 0.0]).repeat_interleave(128)
+    x = x.bfloat16().clamp(-3e38, 3e38)
+    y = kernels.linear(x, torch.eye(512).to(torch.int8), None, torch.ones(512))
+    largest = x.abs().view(rows, 4, 128).amax(2, keepdim=True).expand(-1, -1, 128).reshape(rows, 512)
+    kept = x.abs() >= largest / 128
+    assert torch.equal(y[kept], x[kept])
+    assert ((y.float() - x.float()).abs() <= largest.float() * 2**-15)[~kept].all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_codes_and_numbers_fit_the_sums(level, rows, sign):
+    """Of int8: every code and every input the largest there is."""
+    x = torch.full((rows, 512), sign * 255 / 128).bfloat16()
+    y = kernels.linear(x, torch.full((5, 512), -128, dtype=torch.int8), None, torch.ones(5))
+    assert torch.equal(y, torch.full((rows, 5), -sign * 255.0 * 512).bfloat16())
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_are_nan_and_leave_the_others(level, wrong):
+    torch.manual_seed(0)
+    x, weight, scale = torch.randn(5, 256).bfloat16(), torch.full((3, 256), 7, dtype=torch.int8), torch.rand(3)
+    expected = kernels.linear(x, weight, None, scale)
+    x[1, 200] = wrong
+    y = kernels.linear(x, weight, None, scale)
+    assert y[1].isnan().all()
+    assert torch.equal(y[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("groups", [None, 1, 4])
 def test_many_rows_of_int8(level, groups, dtype):
@@ -646,6 +702,8 @@ def in_pieces():
         "linear": lambda: kernels.linear(x, weight, bias),
         "linear, one row": lambda: kernels.linear(x[:1], weight, bias),
         "linear, int8": lambda: kernels.linear(x, int8, bias, scale),
+        "linear, int8 in whole numbers": lambda: kernels.linear(x[:, :896], int8[:, :896], bias, scale),
+        "linear, int8 in whole numbers, one row": lambda: kernels.linear(x[:1, :896], int8[:, :896], bias, scale),
         "gptq": lambda: kernels.gptq_linear(x[:, :512], *packed, None, 4, 128, 1),
         "gptq, of few outputs": lambda: kernels.gptq_linear(wide_x, *narrow, None, 4, 128, 1),
         "gptq, of few outputs, one row": lambda: kernels.gptq_linear(wide_x[:1].float(), *narrow, None, 4, 128, 1),
