@@ -1439,6 +1439,7 @@ INLINE void linear_block(const Linear& a, int64_t channel, int64_t ahead) {
   }
   write_channels<R, C>(a, channel, y);
 }
+
 // x in whole steps, which are a power of two for each segment, so that its largest number has 15 bits. Of bfloat16,
 // which has 8, numbers from 2^-7 of the largest on are kept as they are; others are off by half a step, 2^-15 of the
 // largest, at most. The steps of a segment that is not finite are NaN.
@@ -1987,8 +1988,14 @@ void by_output(const Gptq& a, int64_t begin, int64_t end) {
 template <int BITS>
 void by_output_rows(const Gptq& a, int64_t begin, int64_t end) {
   // As many at a time as registers hold sums of; of float32 one: kernels for several would be as many again to build.
+#ifdef QWEN_ROWS_AT_A_TIME  // tests ask every CPU for the rows of the widest
+  constexpr int MOST = QWEN_ROWS_AT_A_TIME;
+#else
   constexpr int MOST = W == 16 ? 8 : 2;
-  const int64_t step = a.places == 3 ? 1 : std::min<int64_t>(a.rows, MOST), parts = a.in / part_of(a.group_size);
+#endif
+  int64_t padded = 1;  // rows that there is room for
+  while (padded < a.rows) padded *= 2;
+  const int64_t step = a.places == 3 ? 1 : std::min<int64_t>(padded, MOST), parts = a.in / part_of(a.group_size);
   const int64_t width = a.rows > step ? W : end - begin;  // outputs whose codes stay in the first cache for all rows
   for (int64_t first = begin; first < end; first += width) {
     const int64_t last = std::min(end, first + width);
@@ -2667,7 +2674,8 @@ void gate(const void* x, bool bf16, int64_t n, void* y) {
   bf16 ? gate_numbers<BFloat16>(x, n, y) : gate_numbers<float>(x, n, y);
 }
 
-constexpr Kernels KERNELS{linear, whole_steps, gptq, fixed_point, gptq_by_output, widen, dequantize, attend, merge, append, norm, rotary, add, gate};
+constexpr Kernels KERNELS{linear, whole_steps, gptq, fixed_point, gptq_by_output, widen, dequantize,
+                          attend, merge, append, norm, rotary, add, gate};
 
 #endif
 #endif

@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "c5497eb4b3d6bf473d912d65c2ff85c1a72babf8bad48f783114c0ca9652c307"
+SOURCE_SHA256 = "547e8159b6f66552492f6f0fd812674d8172bb652dcdc5ab91e3475cde1831bb"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
