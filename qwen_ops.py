@@ -125,9 +125,10 @@ def gptq_linear(
     """
     x (..., in) times a quantised matrix: (..., out) in x's dtype.
 
-    At the speed of memory for few rows of x, accumulated in float32: up to 8 on a CPU, up to 16 on a GPU and without
-    g_idx. More rows are multiplied by blocks of the matrix that are dequantised to x's dtype on the way, on a CPU
-    those of float16 to float32.
+    At the speed of memory for few rows of x: up to 8 on a CPU, up to 16 on a GPU and without g_idx. They are
+    accumulated in float32, or multiplied as whole numbers, on a CPU all of them and on a GPU one row alone: x in half
+    precision is then rounded to 16 bits of the largest of 128 neighbours, of 32 on a GPU. More rows are multiplied by
+    blocks of the matrix that are dequantised to x's dtype on the way, on a CPU those of float16 to float32.
     """
     if (
         x.device.type in ("cpu", "cuda")

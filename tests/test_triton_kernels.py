@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import math
 import threading
 import types
 
@@ -230,6 +231,35 @@ def test_products_with_matrices_of_gptq(shape, dtype, rows, tuning):
     if rows == 1:
         normed = x.double() / (x.double().pow(2).mean() + 1e-6).sqrt() * norm.double()
         near(product(norm=norm, eps=1e-6), normed @ weight)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_one_row_at_the_ends_of_its_numbers(bits):
+    """The largest codes and inputs, whose sums are the largest; zeros; what is not finite; an address in between."""
+    K, N, most = 128, 16, 2**bits - 1
+    words = torch.full((K * bits // 32, N), -1, dtype=torch.int32)
+    zeros = torch.zeros(1, N * bits // 32, dtype=torch.int32)
+    scales = torch.full((1, N), 2.0**-10, dtype=torch.float16)
+    matrix = (words.to(DEVICE), zeros.to(DEVICE), scales.to(DEVICE), None, bits, K, 0)
+
+    def product(x):
+        return triton_kernels.gptq_product(x[None].to(DEVICE), matrix)[0].cpu()
+
+    for sign in (1, -1):
+        x = torch.full((K,), sign * 2.0, dtype=torch.float16)
+        assert torch.equal(product(x), torch.full((N,), sign * 2.0 * K * most * 2**-10, dtype=torch.float16))
+    # Steps of 2^-7 and a large one: what remains of the others is known.
+    x = torch.full((K,), 2.0**-7, dtype=torch.float16)
+    x[5] = 127.0
+    assert (product(x).double() - (127 + (K - 1) * 2**-7) * most * 2**-10).abs().max() <= 1.5e-3 * 127 * most * 2**-10
+    assert torch.equal(product(torch.zeros(K, dtype=torch.float16)), torch.zeros(N, dtype=torch.float16))
+    for wrong in (math.nan, math.inf, -math.inf):
+        x = torch.ones(K, dtype=torch.bfloat16)
+        x[77] = wrong
+        assert not product(x).isfinite().any()
+    x = torch.randn(K + 1, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)[1:]
+    assert x.data_ptr() % 16
+    assert torch.equal(product(x), product(x.clone()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
