@@ -368,7 +368,7 @@ def _nth_term(x, i: tl.constexpr):
 @triton.jit
 def _terms(x, row, TERMS: tl.constexpr):
     """Row i of the result is the i-th of the TERMS float16 numbers whose sum is x; the others are zero."""
-    terms = tl.where(row == 0, _nth_term(x, 0), 0.0)
+    terms = tl.where(row == 0, _nth_term(x, 0), 0.0).to(tl.float16)
     for i in tl.static_range(1, TERMS):
         terms = tl.where(row == i, _nth_term(x, i), terms)
     return terms
@@ -424,7 +424,8 @@ def _signed(codes, PURE: tl.constexpr):
     """All 8 bits, which are those of an int8, in float16."""
     if PTX:
         return _half(codes, SIGNED, PURE)
-    return ((codes ^ 0x80).to(tl.int32) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True) - 1152.0
+    codes = ((codes ^ 0x80).to(tl.int32) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
+    return (codes - 1152.0).to(tl.float16)
 
 
 @triton.jit
@@ -696,11 +697,14 @@ def _shared_memory(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", 2**16)
 
 
+def _options(launch: dict, cuda: bool) -> dict:
+    """Without what only NVIDIA's GPUs know."""
+    return launch if PTX.value and cuda else {name: x for name, x in launch.items() if name != "maxnreg"}
+
+
 def _tuning(bits: int, hd: int, cuda: bool, launch=None) -> tuple:
     """Of `TUNING`, or `launch`: arguments of the launch, and programs for each multiprocessor."""
-    tuning = dict(launch or TUNING[bits])
-    if not (PTX.value and cuda):
-        tuning.pop("maxnreg", None)
+    tuning = dict(_options(launch or TUNING[bits], cuda))
     if hd > 128:  # else a block would not fit some cards' shared memory, nor the sums a warp's registers
         tuning["N"] = max(16, tuning["N"] // 2)
         tuning["num_warps"] = 4
@@ -1134,10 +1138,11 @@ def _eight(pointers, mask, EVEN: tl.constexpr):
 def _two(halves, like):
     """In float32 the two numbers in half precision, as `like` points to, that are an int32."""
     if like.dtype.element_ty == tl.bfloat16:
-        return (halves << 16).to(tl.float32, bitcast=True), (halves & -65536).to(tl.float32, bitcast=True)
-    low, high = halves.to(tl.int16), (halves >> 16).to(tl.int16)
-    kind: tl.constexpr = like.dtype.element_ty
-    return low.to(kind, bitcast=True).to(tl.float32), high.to(kind, bitcast=True).to(tl.float32)
+        low, high = (halves << 16).to(tl.float32, bitcast=True), (halves & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = halves.to(tl.int16).to(like.dtype.element_ty, bitcast=True).to(tl.float32)
+        high = (halves >> 16).to(tl.int16).to(like.dtype.element_ty, bitcast=True).to(tl.float32)
+    return low, high
 
 
 @triton.jit
@@ -1360,9 +1365,12 @@ def _input(four, i: tl.constexpr, like):
 @triton.jit
 def _less_zero(words, zero, j: tl.constexpr, kind: tl.constexpr, BITS: tl.constexpr):
     """Codes j of words less zeros, of which both are exact; of dtype `kind`."""
-    if PTX and BITS == 4 and kind != tl.float32:
+    if PTX and (BITS == 4 and kind != tl.float32):
         asm: tl.constexpr = CODES_BF16 if kind == tl.bfloat16 else CODES_FP16
-        less = (zero | (0xC300 if kind == tl.bfloat16 else 0xE400)).to(tl.int16).to(kind, bitcast=True)
+        if kind == tl.bfloat16:  # by name: Triton 3.1 takes no other type for a bitcast
+            less = (zero | 0xC300).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        else:
+            less = (zero | 0xE400).to(tl.int16).to(tl.float16, bitcast=True)
         words, less = tl.broadcast(words, less)
         halves = tl.full(words.shape, 0x5410 if j < 4 else 0x7632, tl.int32)
         by = tl.full(words.shape, j % 4 * 4, tl.int32)
@@ -1537,7 +1545,8 @@ def gptq_product(
     format = {"BITS": bits, "GROUP": group, "OFFSET": offset}
     if M == 1 and x.element_size() == 2 and K % 32 == 0 and (group == K or group % 32 == 0):
         x, norm = (t if t is None or t.data_ptr() % 16 == 0 else t.clone() for t in (x, norm))
-        tuning = tuning or _launch_of_row(gate is not None, bits, N / _multiprocessors(x.device))
+        launch = tuning or _launch_of_row(gate is not None, bits, N / _multiprocessors(x.device))
+        tuning = _options(launch, x.is_cuda)
         even = N % tuning["BN"] == 0 and K % (32 * tuning["SLOTS"]) == 0
         _gptq_row_kernel[(triton.cdiv(N, tuning["BN"]),)](
             x, x if norm is None else norm, *tensors, *ends, y, words, N, eps,
