@@ -67,8 +67,15 @@ constexpr float STEPS[4] = {58. / 64, 77. / 64, 96. / 64, 115. / 64};
 constexpr float INVERSES[4] = {64. / 58, 64. / 77, 64. / 96, 64. / 115};
 constexpr float CENTRES[8] = {-161. / 64, -115. / 64, -69. / 64, -23. / 64, 23. / 64, 69. / 64, 115. / 64, 161. / 64};
 
+// How many rows of x there is room for: a power of two, for the kernels take so many at a time.
+inline int64_t padded_rows(int64_t rows) {
+  int64_t padded = 1;
+  while (padded < rows) padded *= 2;
+  return padded;
+}
+
 struct Linear {
-  const void* x;  // (rows rounded up to a power of two, in), float or BFloat16
+  const void* x;  // (padded_rows(rows), in), float or BFloat16
   const void* weight;
   int64_t rows, in, out, weight_stride;
   const float* scale;  // (out, groups) or null
@@ -77,8 +84,8 @@ struct Linear {
   void* y;           // (rows, out)
   bool bf16_bias, bf16_out;
   void* widened;  // (out, in), float or BFloat16: the weight times its scale
-  const int16_t* numbers;  // instead of x, for int8: (in / SEGMENT, rows as above, SEGMENT), in whole steps
-  const float* steps;      // (in / SEGMENT, rows as above)
+  const int16_t* numbers;  // instead of x, for int8: (in / SEGMENT, padded_rows(rows), SEGMENT), in whole steps
+  const float* steps;      // (in / SEGMENT, padded_rows(rows))
 };
 
 struct Gptq {  // a product with a quantised matrix, or the matrix itself
@@ -547,7 +554,7 @@ class Rows {
     tensor = x.scalar_type() == at::kHalf ? x.to(at::kFloat).contiguous() : x.contiguous();
     number = rows_of(x), in = x.size(-1), bf16 = x.scalar_type() == at::kBFloat16;
     places = x.scalar_type() == at::kFloat ? 3 : 2;
-    for (padded = 1; padded < number;) padded *= 2;
+    padded = padded_rows(number);
     summed.clear(), widened.clear(), filled_halves.clear(), fixed.clear(), numbers.clear();
   }
 
@@ -1446,8 +1453,7 @@ INLINE void linear_block(const Linear& a, int64_t channel, int64_t ahead) {
 #ifndef QWEN_BF16
 void whole_steps(const BFloat16* rows, const Linear& a, int16_t* numbers, float* steps) {
   typedef int16_t half __attribute__((vector_size(2 * W)));
-  int64_t padded = 1;
-  while (padded < a.rows) padded *= 2;
+  const int64_t padded = padded_rows(a.rows);
   for (int64_t first = 0; first < a.in; first += SEGMENT)
     for (int64_t r = 0; r < padded; ++r, ++steps, numbers += SEGMENT) {
       const BFloat16* x = rows + r * a.in + first;
@@ -1993,9 +1999,7 @@ void by_output_rows(const Gptq& a, int64_t begin, int64_t end) {
 #else
   constexpr int MOST = W == 16 ? 8 : 2;
 #endif
-  int64_t padded = 1;  // rows that there is room for
-  while (padded < a.rows) padded *= 2;
-  const int64_t step = a.places == 3 ? 1 : std::min<int64_t>(padded, MOST), parts = a.in / part_of(a.group_size);
+  const int64_t step = a.places == 3 ? 1 : std::min<int64_t>(padded_rows(a.rows), MOST), parts = a.in / part_of(a.group_size);
   const int64_t width = a.rows > step ? W : end - begin;  // outputs whose codes stay in the first cache for all rows
   for (int64_t first = begin; first < end; first += width) {
     const int64_t last = std::min(end, first + width);

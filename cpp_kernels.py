@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "547e8159b6f66552492f6f0fd812674d8172bb652dcdc5ab91e3475cde1831bb"
+SOURCE_SHA256 = "9cfe3adc2e7921d2319ffb6202a9e1151321a7b5ee58f717dd3ba33c05b92e0e"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 

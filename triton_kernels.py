@@ -1060,10 +1060,6 @@ _TAKE = "{{ .reg .b32 t, o; prmt.b32 t, $1, $2, $4; shr.b32 t, t, $6; lop3.b32 t
 CODES_BF16 = tl.constexpr(_TAKE.format("0x43004300") + "mov.b32 o, 0x3F803F80; fma.rn.bf16x2 $0, t, o, $3; }")
 CODES_FP16 = tl.constexpr(_TAKE.format("0x64006400") + "add.f16x2 $0, t, $3; }")
 PAIR = tl.constexpr("prmt.b32 $0, $1, $2, $3;")
-BYTES = tl.constexpr(
-    "{ .reg .b32 t, o; prmt.b32 t, $2, $3, 0x5140; prmt.b32 o, $4, $5, 0x5140; "
-    "prmt.b32 $0, t, o, 0x5410; prmt.b32 $1, t, o, 0x7632; }"
-)
 # The low bytes, and the high ones, of four numbers of 16 bits; products of four bytes, the second ones with a sign.
 BYTES = tl.constexpr(
     "{ .reg .b32 t, o; prmt.b32 t, $2, $3, 0x5140; prmt.b32 o, $4, $5, 0x5140; "
@@ -1290,18 +1286,18 @@ def _gptq_row_kernel(
         at = slot[:, None] * (BITS * N) + n[None, :]
         if BITS == 4:
             w0, w1, w2, w3 = _four(qweight + at, N, there, EVEN, "evict_first")
-            x0, x1, x2, x3 = w0, w1, w2, w3
+            u0, u1, u2, u3 = w0, w1, w2, w3
         else:
-            w0, x0, w1, x1 = _four(qweight + at, N, there, EVEN, "evict_first")
-            w2, x2, w3, x3 = _four(qweight + at + 4 * N, N, there, EVEN, "evict_first")
-        gw0, gw1, gw2, gw3, gx0, gx1, gx2, gx3 = w0, w1, w2, w3, x0, x1, x2, x3
+            w0, u0, w1, u1 = _four(qweight + at, N, there, EVEN, "evict_first")
+            w2, u2, w3, u3 = _four(qweight + at + 4 * N, N, there, EVEN, "evict_first")
+        gw0, gw1, gw2, gw3, gu0, gu1, gu2, gu3 = w0, w1, w2, w3, u0, u1, u2, u3
         if GATE:
             if BITS == 4:
                 gw0, gw1, gw2, gw3 = _four(gate_qweight + at, N, there, EVEN, "evict_first")
-                gx0, gx1, gx2, gx3 = gw0, gw1, gw2, gw3
+                gu0, gu1, gu2, gu3 = gw0, gw1, gw2, gw3
             else:
-                gw0, gx0, gw1, gx1 = _four(gate_qweight + at, N, there, EVEN, "evict_first")
-                gw2, gx2, gw3, gx3 = _four(gate_qweight + at + 4 * N, N, there, EVEN, "evict_first")
+                gw0, gu0, gw1, gu1 = _four(gate_qweight + at, N, there, EVEN, "evict_first")
+                gw2, gu2, gw3, gu3 = _four(gate_qweight + at + 4 * N, N, there, EVEN, "evict_first")
         i0, i1, i2, i3 = _eight(inputs + slot * 8, inside, EVEN)
         i4, i5, i6, i7 = _eight(inputs + slot * 8 + 2, inside, EVEN)
         i8, i9, i10, i11 = _eight(inputs + slot * 8 + 4, inside, EVEN)
@@ -1325,19 +1321,19 @@ def _gptq_row_kernel(
         t0 = tl.full((SLOTS,), MAGIC_BITS, tl.int32)
         s1, s2, s3, g0, g1, g2, g3, t1 = s0, s0, s0, s0, s0, s0, s0, t0
         s0, s1, s2, s3, g0, g1, g2, g3, t0, t1 = _add_eight(
-            s0, s1, s2, s3, g0, g1, g2, g3, t0, t1, w0, x0, gw0, gx0,
+            s0, s1, s2, s3, g0, g1, g2, g3, t0, t1, w0, u0, gw0, gu0,
             a0, a1, a2, a3, a4, a5, a6, a7, inverse, BITS, GATE,
         )  # fmt: skip
         s0, s1, s2, s3, g0, g1, g2, g3, t0, t1 = _add_eight(
-            s0, s1, s2, s3, g0, g1, g2, g3, t0, t1, w1, x1, gw1, gx1,
+            s0, s1, s2, s3, g0, g1, g2, g3, t0, t1, w1, u1, gw1, gu1,
             b0, b1, b2, b3, b4, b5, b6, b7, inverse, BITS, GATE,
         )  # fmt: skip
         s0, s1, s2, s3, g0, g1, g2, g3, t0, t1 = _add_eight(
-            s0, s1, s2, s3, g0, g1, g2, g3, t0, t1, w2, x2, gw2, gx2,
+            s0, s1, s2, s3, g0, g1, g2, g3, t0, t1, w2, u2, gw2, gu2,
             c0, c1, c2, c3, c4, c5, c6, c7, inverse, BITS, GATE,
         )  # fmt: skip
         s0, s1, s2, s3, g0, g1, g2, g3, t0, t1 = _add_eight(
-            s0, s1, s2, s3, g0, g1, g2, g3, t0, t1, w3, x3, gw3, gx3,
+            s0, s1, s2, s3, g0, g1, g2, g3, t0, t1, w3, u3, gw3, gu3,
             d0, d1, d2, d3, d4, d5, d6, d7, inverse, BITS, GATE,
         )  # fmt: skip
         of_inputs = _whole(t0, t1)
