@@ -469,8 +469,8 @@ class _Part:
                     attn, mlp = station.attn, station.mlp
                     qkv = product(x, attn.c_attn, norm=station.ln_1).view(B, T, -1)  # (B, T, 3 nh hd)
                     table = self._base, self._bits, self._table, slot
-                    q = kernels.rotary_append(qkv, cos, sin, scale, *table, self._nh)
-                    y = kernels.attend(q, *table, self.starts, attn.scaling)  # (B, T, nh, hd)
+                    place = self._nh, self.starts, attn.scaling
+                    y = kernels.rotate_and_attend(qkv, cos, sin, scale, *table, *place)  # (B, T, nh, hd)
                     x = sum_of_products(y.view(B * T, -1), attn.c_proj, x)
                     y = product(x, mlp.w1, norm=station.ln_2, gate=mlp.w2)
                     x = sum_of_products(y, mlp.c_proj, x)
@@ -872,15 +872,15 @@ class GraphedGeneration:
         takes_graph = known and takes(self, cache, B) and (alpha is not None or not self.config.use_dynamic_ntk)
         takes_graph = takes_graph and not (getattr(settings, "is_assistant", False) and self in _ENDING)
         agree = _agreement(self)
+        new = 0  # tokens behind those of the mask
         ahead = False  # a step is computed that may turn out not to be wanted
         with contextlib.ExitStack() as stack:
             graphed = stack.enter_context(graphed_steps(self, cache, B, 1)) if takes_graph else None
 
             def step(tokens):
                 """The logits behind tokens (B, 1)."""
-                nonlocal mask, positions
-                if mask is not None:
-                    mask = torch.cat([mask, mask.new_ones(B, 1)], -1)
+                nonlocal new, positions
+                new += 1
                 found = None
                 if graphed is not None:
                     found = graphed(tokens, positions, starts, alpha)
@@ -888,7 +888,7 @@ class GraphedGeneration:
                     found = self(
                         input_ids=tokens,
                         past_key_values=cache,
-                        attention_mask=mask,
+                        attention_mask=None if mask is None else torch.cat([mask, mask.new_ones(B, new)], -1),
                         position_ids=positions,
                         use_cache=True,
                         return_dict=True,

@@ -507,13 +507,24 @@ def _scales4(params, n, p_t, g, G: tl.constexpr, PLUS: tl.constexpr):
     return _from_bf16_bits(base), step, centre * (CENTRE_BY * 2.0**127) + (CENTRE - 7.5 - PLUS) / 8
 
 
+@triton.jit
+def _rotated(x, c, cos, sin, rotated, HALF: tl.constexpr):
+    """Channels c of the head at x, the first of them rotated: all 2 HALF that have angles, or none."""
+    value = tl.load(x + c).to(tl.float32)
+    other = tl.load(x + tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))).to(tl.float32)
+    cos = tl.load(cos, mask=c < rotated, other=1.0)
+    sin = tl.load(sin, mask=c < rotated, other=0.0)
+    return (value * cos + tl.where(c < HALF, -other, other) * sin).to(x.dtype.element_ty)
+
+
 @_kernel(do_not_specialize=["S", "T", "splits", "blocks", "m_b", "m_h", "m_t", "slot"])
 def _attend_kernel(
     q, k, k_params, v, v_params, mask, partial, stats, scaling,
     q_b, q_h, q_t, k_b, k_h, k_t, kp_b, kp_h, kp_t, v_b, v_h, v_t, vp_b, vp_h, vp_t, m_b, m_h, m_t,
-    nh, T, S, splits, blocks, table, slot, starts,
+    nh, T, S, splits, blocks, table, slot, starts, cos, sin, scale,
     BITS: tl.constexpr, HD: tl.constexpr, LOG_HD: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr, TERMS: tl.constexpr, LATE: tl.constexpr,
+    HALF: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """
     One query over `blocks` blocks of N keys. partial: float32 (B * nh * T, splits, HD), the weighted sum of the values;
@@ -521,12 +532,23 @@ def _attend_kernel(
 
     With LATE storages and length are those of `table`, and the keys from starts, int64 (B), on are shared out evenly,
     however many they are.
+
+    With HALF q is what the projections made of one token, as `rotary_append` takes it: queries and keys are rotated
+    here, and the last split of a row adds the new key and value, which nobody else reads, to the storages.
     """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     b, h, t = row // T // nh, row // T % nh, row % T
     channels = tl.arange(0, HD)
-    query = tl.load(q + b * q_b + h * q_h + t * q_t + channels).to(tl.float32)
+    if HALF:
+        q += (b * 3 * nh + h) * HD
+        angles = b * HALF + channels % HALF
+        query = _rotated(q, channels, cos + angles, sin + angles, 2 * HALF, HALF)
+        if SCALED:
+            query = (query.to(tl.float32) * tl.load(scale + b)).to(q.dtype.element_ty)
+        query = query.to(tl.float32)
+    else:
+        query = tl.load(q + b * q_b + h * q_h + t * q_t + channels).to(tl.float32)
     if BITS < 16:
         query = tl.reshape(_hadamard(tl.reshape(query, (1, HD)), 1, HD, LOG_HD), (HD,))
     query *= scaling * LOG2_E
@@ -545,6 +567,8 @@ def _attend_kernel(
     k_params += b * kp_b + h * kp_h
     v_params += b * vp_b + h * vp_h
     mask += b * m_b + h * m_h + t * m_t
+    if HALF:
+        S -= 1
     end = S - T + t + 1 if CAUSAL else S
     end = tl.minimum(end, first + (split + 1) * blocks * N)
 
@@ -573,6 +597,17 @@ def _attend_kernel(
         offset = 0.0
     largest = -float("inf")
     total = 0.0
+    if HALF:  # noqa: SIM102 (without it what follows must not be compiled)
+        if split == splits - 1:
+            key = _rotated(q + nh * HD, channels, cos + angles, sin + angles, 2 * HALF, HALF)
+            value = tl.load(q + 2 * nh * HD + channels)
+            at = S.to(tl.int64) * HD + channels
+            tl.store(k + at, key)
+            tl.store(v + at, value)
+            if tl.load(starts + b) <= S:
+                largest = tl.sum(key.to(tl.float32) * query, 0)
+                total = 1.0
+                acc = value.to(tl.float32)
     unit_v = 1e-30  # what the sums of values are multiples of: the largest step so far, for float16
 
     for start in tl.range(first + split * blocks * N, end, N, num_stages=STAGES):
@@ -734,9 +769,9 @@ def _attend(q, k, k_params, v, v_params, bits, mask, scaling, causal):
         _attend_kernel[(rows, splits)](
             q, k, k_params, v, v_params, seen.view(torch.uint8) if mask is not None else seen, partial, stats, scaling,
             *q.stride()[:3], *k.stride()[:3], *k_params.stride()[:3], *v.stride()[:3], *v_params.stride()[:3],
-            *seen.stride()[:3], nh, T, S, splits, blocks_each, q, 0, q,
+            *seen.stride()[:3], nh, T, S, splits, blocks_each, q, 0, q, q, q, q,
             BITS=bits, HD=hd, LOG_HD=hd.bit_length() - 1, CAUSAL=causal and T > 1, MASKED=mask is not None,
-            TERMS=1 if bits == 4 and q.dtype != torch.float32 else 2, LATE=False, **tuning,
+            TERMS=1 if bits == 4 and q.dtype != torch.float32 else 2, LATE=False, HALF=0, SCALED=False, **tuning,
         )  # fmt: skip
         _merge_kernel[(rows,)](
             partial, stats, y, nh, T, splits,
@@ -916,15 +951,9 @@ def _rotary_kernel(
     b, t = row // T, row % T
     which, h = head // nh, head % nh
     c = tl.arange(0, HD)
-    qkv += (row * 3 * nh + head) * HD
-    value = tl.load(qkv + c).to(tl.float32)
-    other = tl.load(qkv + tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))).to(tl.float32)
-    rotated = c < tl.where(which < 2, 2 * HALF, 0)
-    at = row * HALF + c % HALF
-    cos = tl.load(cos + at, mask=rotated, other=1.0)
-    sin = tl.load(sin + at, mask=rotated, other=0.0)
-    value = value * cos + tl.where(c < HALF, -other, other) * sin
-    value = value.to(q.dtype.element_ty)
+    angles = row * HALF + c % HALF
+    rotated = tl.where(which < 2, 2 * HALF, 0)
+    value = _rotated(qkv + (row * 3 * nh + head) * HD, c, cos + angles, sin + angles, rotated, HALF)
     place = (row * nh + h) * HD + c
     if which == 0:
         if SCALED:
@@ -965,14 +994,20 @@ def rotary_append(qkv, cos, sin, scale, base, bits, table, slot, nh):
     return q.transpose(1, 2)
 
 
-def attend(q, base, bits, table, slot, starts, scaling, launch=None):
+def attend(q, base, bits, table, slot, starts, scaling, launch=None, rotation=None):
     """
     Attention of q (B, nh, T, hd) over the storages of a table; its last T tokens are those of q, causally.
 
     starts: int64 (B), the first key that a row attends to. Returns (B, T, nh, hd). The launch does not depend on the
-    length. base, slot: as of `rotary_append`; launch: as an entry of `TUNING`.
+    length. base, slot: as of `rotary_append`; launch: as an entry of `TUNING`. rotation: nh, cos, sin and scale; then
+    q is qkv, and this does what `rotary_append` does, too, for one token and a cache that is not quantised.
     """
-    B, nh, T, hd = q.shape
+    if rotation is None:
+        (B, nh, T, hd), strides, half = q.shape, q.stride()[:3], 0
+        cos = sin = scale = None
+    else:
+        (nh, cos, sin, scale), (B, T), strides = rotation, q.shape[:2], (0, 0, 0)
+        hd, half = q.shape[2] // (3 * nh), cos.shape[-1]
     tuning, programs = _tuning(bits, hd, q.is_cuda, launch)
     splits = max(1, min(_multiprocessors(q.device) * programs // (B * nh * T), MAX_SPLITS))
     y = q.new_empty(B, T, nh, hd)
@@ -981,16 +1016,25 @@ def attend(q, base, bits, table, slot, starts, scaling, launch=None):
     codes, params = (hd, 0) if bits >= 16 else quantized_sizes(hd, bits)
     _attend_kernel[(B * nh * T, splits)](
         q, base, base, base, base, q, partial, stats, scaling,
-        *q.stride()[:3], 0, 0, codes, 0, 0, params, 0, 0, codes, 0, 0, params, 0, 0, 0,
-        nh, T, 0, splits, 0, table, slot, starts,
+        *strides, 0, 0, codes, 0, 0, params, 0, 0, codes, 0, 0, params, 0, 0, 0,
+        nh, T, 0, splits, 0, table, slot, starts, *(q if t is None else t for t in (cos, sin, scale)),
         BITS=bits, HD=hd, LOG_HD=hd.bit_length() - 1, CAUSAL=T > 1, MASKED=False,
-        TERMS=1 if bits == 4 and q.dtype != torch.float32 else 2, LATE=True, **tuning,
+        TERMS=1 if bits == 4 and q.dtype != torch.float32 else 2, LATE=True, HALF=half, SCALED=scale is not None,
+        **tuning,
     )  # fmt: skip
     _merge_kernel[(B * nh * T,)](
         partial, stats, y, nh, T, splits,
         ROTATED=bits < 16, HD=hd, LOG_HD=hd.bit_length() - 1, MAX_SPLITS=MAX_SPLITS, num_warps=4,
     )  # fmt: skip
     return y
+
+
+def rotate_and_attend(qkv, cos, sin, scale, base, bits, table, slot, nh, starts, scaling):
+    """`attend` for what `rotary_append` takes and stores."""
+    if bits >= 16 and qkv.shape[1] == 1:
+        return attend(qkv, base, bits, table, slot, starts, scaling, rotation=(nh, cos, sin, scale))
+    q = rotary_append(qkv, cos, sin, scale, base, bits, table, slot, nh)
+    return attend(q, base, bits, table, slot, starts, scaling)
 
 
 # --- Products with GPTQ matrices ---------------------------------------------------------------------------------

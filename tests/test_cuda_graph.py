@@ -139,6 +139,50 @@ def test_products(rows, K, N, dtype):
         near(triton_kernels.product(x, w, norm=norm, eps=1e-6), normed @ w.double().T, share)
 
 
+@pytest.mark.parametrize(("T", "lengths"), [(1, (40, 1, 17)), (1, (1,)), (3, (21,))])
+@pytest.mark.parametrize(("dtype", "hd", "half"), [(torch.float32, 32, 16), (torch.bfloat16, 64, 16)])
+def test_attention_rotates_and_stores(T, lengths, dtype, hd, half):
+    """Against the formula in float64, of the first 2 * half channels; nothing but the new tokens' places is written."""
+    torch.manual_seed(0)
+    B, nh, S, capacity = len(lengths), 2, max(lengths) + T - 1, max(lengths) + T + 4
+    stored = [torch.randn(B, nh, capacity, hd, device=DEVICE).to(dtype) for _ in range(2)]
+    qkv = torch.randn(B, T, 3 * nh * hd, device=DEVICE).to(dtype)
+    angles = torch.rand(B, T, half, device=DEVICE) * 6
+    scale = torch.rand(B, T, device=DEVICE) + 1
+    starts = torch.tensor([max(lengths) - n for n in lengths], device=DEVICE)
+    base = torch.zeros(1, dtype=dtype, device=DEVICE)
+    addresses = [(t.data_ptr() - base.data_ptr()) // base.element_size() for t in stored]
+    table = torch.tensor([S, capacity, *addresses], device=DEVICE)
+    for t in stored:
+        t[:, :, S - T :] = torch.nan
+        for b, start in enumerate(starts.tolist()):
+            t[b, :, :start] = 1e4 if dtype == torch.float32 else 1e2
+    before = [t.clone() for t in stored]
+
+    q, k, v = qkv.double().view(B, T, 3, nh, hd).permute(2, 0, 3, 1, 4)  # (B, nh, T, hd)
+    cos, sin = (f(angles.double())[:, None] for f in (torch.cos, torch.sin))
+
+    def rotated(x):
+        a, b, rest = x.split([half, half, hd - 2 * half], -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    keys, values = (t.double() for t in before)
+    keys[:, :, S - T : S], values[:, :, S - T : S] = rotated(k), v
+    at = torch.arange(S, device=DEVICE)
+    seen = (at >= starts[:, None, None]) & (at <= torch.arange(S - T, S, device=DEVICE)[:, None])  # (B, T, S)
+    scores = rotated(q) * scale[:, None, :, None].double() @ keys[:, :, :S].transpose(2, 3) * hd**-0.5
+    weights = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    share = 1e-6 if dtype == torch.float32 else 8e-3
+    found = triton_kernels.rotate_and_attend(
+        qkv, angles.cos(), angles.sin(), scale, base, 8 * base.element_size(), table, 2, nh, starts, hd**-0.5
+    )
+    near(found, (weights @ values[:, :, :S]).transpose(1, 2), share)
+    for now, was, expected in zip(stored, before, (keys, values)):
+        near(now[:, :, S - T : S], expected[:, :, S - T : S], share)
+        now[:, :, S - T : S] = was[:, :, S - T : S]
+        assert torch.equal(now.nan_to_num(), was.nan_to_num())
+
+
 # --- Steps -------------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +338,7 @@ def placed_kernels(pretended, monkeypatch):  # noqa: F811
 
         return run
 
-    for name in ("rms_norm", "product", "rotary_append", "attend"):
+    for name in ("rms_norm", "product", "rotate_and_attend"):
         monkeypatch.setattr(triton_kernels, name, placed(getattr(triton_kernels, name)))
     return pretended
 
