@@ -24,12 +24,23 @@ import zlib
 
 import torch
 import transformers
-from gpu import CUDA, GREEDY, SIZES, Table, config_of, make_model, medians, peak_memory, prompt, token_seconds
+from gpu import (
+    CUDA,
+    GREEDY,
+    SIZES,
+    Table,
+    config_of,
+    make_model,
+    medians,
+    peak_memory,
+    prompt,
+    quantization,
+    token_seconds,
+)
 from kv_cache import ROOT, modeling
 
 sys.path.append(str(ROOT / "tools"))
 import gptq
-import quantize_weights
 
 WAYS = {
     "bfloat16": {},
@@ -78,7 +89,7 @@ def load(way: str, config, weights: dict[str, torch.Tensor]):
     for name, tensor in weights.items():  # where there is a bias, it comes behind its weight
         is_matrix = tensor.dim() == 2 and "wte" not in name
         if way == "int8" and is_matrix:
-            state[name], state[f"{name}_scale"] = quantize_weights.quantize(tensor)
+            state[name], state[f"{name}_scale"] = quantization.round_to_int8(tensor)
         elif way.startswith("GPTQ") and is_matrix and ".h." in name:
             same_inputs = name.replace("w2", "w1")  # and so the same order
             parts = gptq_matrix(tensor, **options, seed=zlib.crc32(same_inputs.encode()))

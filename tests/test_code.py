@@ -232,3 +232,61 @@ def test_what_is_left_out_is_there_and_of_many_cases_one_stays():
     first, *others = sampled([(1, 2), (3, 4)])
     assert first == (1, 2)
     assert [(case.values, [mark.name for mark in case.marks]) for case in others] == [((3, 4), ["more"])]
+
+
+FOLDERS = (".", "tools", "benchmarks", "finetune", "examples", "evaluation", "demo", "tests")
+OURS = {path.stem: path for folder in FOLDERS for path in (ROOT / folder).glob("*.py") if not path.is_symlink()}
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """What a module has names for, wherever it gives them."""
+    names = {"__name__", "__file__", "__doc__", "__dict__"}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+def modules_of_ours(tree: ast.Module) -> dict[str, str]:
+    """Names of a program for modules of the repository: imported, also of another, or by `import_module` of their name."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update({alias.asname or alias.name: alias.name for alias in node.names if alias.name in OURS})
+        elif isinstance(node, ast.ImportFrom) and node.module in OURS and not node.level:
+            there = modules_of_ours(ast.parse(OURS[node.module].read_text(encoding="utf-8")))
+            found.update({alias.asname or alias.name: there[alias.name] for alias in node.names if alias.name in there})
+        elif (
+            isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and isinstance(node.targets[0], ast.Name)
+        ):
+            called = ast.dump(node.value.func)
+            ends = [c.value.split(".")[-1] for c in ast.walk(node.value) if isinstance(getattr(c, "value", 0), str)]
+            if "import_module" in called and ends and ends[-1] in OURS:
+                found[node.targets[0].id] = ends[-1]
+    return found
+
+
+@pytest.mark.parametrize("path", OURS.values(), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_programs_use_of_our_modules_what_is_there(path):
+    """Of functions that run seldom, too: on GPUs, in benchmarks."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = modules_of_ours(tree)
+    assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in OURS and not node.level:
+            there = defined(ast.parse(OURS[node.module].read_text(encoding="utf-8")))
+            assert {alias.name for alias in node.names} - {"*"} <= there, node.module
+    for name, module in names.items():
+        if name in assigned and name == module:
+            continue  # a variable of the same name
+        there = defined(ast.parse(OURS[module].read_text(encoding="utf-8")))
+        used = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == name
+        }
+        assert used <= there, (module, used - there)

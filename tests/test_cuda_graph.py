@@ -50,6 +50,11 @@ def on_any_device(monkeypatch):
             monkeypatch.setitem(entry, "BN", 64)
         for entry in triton_kernels.TUNING.values():
             monkeypatch.setitem(entry, "programs", 2)
+            monkeypatch.setitem(entry, "N", 64)
+        for launches in triton_kernels.GPTQ_ROW.values():
+            for launch in launches.values():
+                monkeypatch.setitem(launch, "BN", 64)
+        monkeypatch.setitem(triton_kernels._FLOAT32, "BN", 256)
 
 
 def small_model(**changes):

@@ -22,6 +22,21 @@ if kernels.library() is None:
 triton_kernels = importlib.import_module("qwen.triton_kernels")
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs an NVIDIA GPU")
 
+
+@pytest.fixture(autouse=True)
+def few_large_programs(monkeypatch):
+    """In the interpreter, where the number of operations counts and not their size."""
+    if DEVICE == "cpu":
+        for entry in triton_kernels.TUNING.values():
+            monkeypatch.setitem(entry, "N", 64)
+        monkeypatch.setitem(triton_kernels._FLOAT32, "BN", 256)
+        for entry in triton_kernels.PRODUCT.values():
+            monkeypatch.setitem(entry, "BN", 64)
+        for launches in triton_kernels.GPTQ_ROW.values():
+            for launch in launches.values():
+                monkeypatch.setitem(launch, "BN", 64)
+
+
 HEADS = [(bits, hd) for bits in (8, 4) for hd in triton_kernels.GPU_HEAD_SIZES]
 # B, nh, T, S, mask: keys shared out unevenly, more queries than keys in a block, padding, rows that see nothing
 CASES = [
@@ -171,8 +186,8 @@ def test_kernels_that_do_not_run_are_not_taken(monkeypatch):
 # --- Matrices of GPTQ --------------------------------------------------------------------------------------------
 
 # Several rounds and programs of small matrices; None: as they are launched
-ONE_ROW = {"BN": 64, "SLOTS": 4, "num_warps": 1}
-ROWS = {"BN": 64, "SHARES": 1, "num_warps": 2, "STAGES": 1, "programs": 2}
+ONE_ROW = {"BN": 128, "SLOTS": 4, "num_warps": 1}
+ROWS = {"BN": 128, "SHARES": 1, "num_warps": 2, "STAGES": 1, "programs": 2}
 # shape, dtype, rows, launch
 PRODUCTS = [
     (shape, dtype, *launch)
