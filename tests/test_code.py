@@ -252,7 +252,7 @@ def defined(tree: ast.Module) -> set[str]:
 
 
 def modules_of_ours(tree: ast.Module) -> dict[str, str]:
-    """Names of a program for modules of the repository: imported, also of another, or by `import_module` of their name."""
+    """Names of a program for modules of ours: imported, also from another, or by `import_module`, with their name."""
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -263,10 +263,10 @@ def modules_of_ours(tree: ast.Module) -> dict[str, str]:
         elif (
             isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and isinstance(node.targets[0], ast.Name)
         ):
-            called = ast.dump(node.value.func)
-            ends = [c.value.split(".")[-1] for c in ast.walk(node.value) if isinstance(getattr(c, "value", 0), str)]
-            if "import_module" in called and ends and ends[-1] in OURS:
-                found[node.targets[0].id] = ends[-1]
+            called = getattr(node.value.func, "attr", getattr(node.value.func, "id", None))
+            ends = {c.value.split(".")[-1] for c in ast.walk(node.value) if isinstance(getattr(c, "value", 0), str)}
+            if called == "import_module" and len(ends & set(OURS)) == 1:
+                found[node.targets[0].id] = (ends & set(OURS)).pop()
     return found
 
 
