@@ -333,12 +333,6 @@ class QWenPreTrainedModel(PreTrainedModel):
                 f"configuration names no quantisation. Don't pass quantization_config=None, which has transformers "
                 f"ignore what config.json says; if config.json has none, fetch the one that belongs to these files."
             )
-        if "lm_head.weight_scale" in unexpected:
-            raise RuntimeError(
-                f"The checkpoint {source} has its output layer in int8, but its configuration does not say so. Leave "
-                f'out int8_lm_head=False, or write "int8_lm_head": true into its config.json. The layer in full '
-                f"precision is in the checkpoint that this one was made from."
-            )
         if problems:
             raise RuntimeError(
                 f"The checkpoint {source} does not fit its configuration: {'; '.join(problems)}. Compare its "

@@ -48,6 +48,7 @@ from .transformers_compat import (
 SORTED_ON = ("cuda",)  # devices whose kernels want the inputs in the groups' order
 SIDE_BY_SIDE_ON = ("cpu",)  # devices whose kernels want the codes of an output side by side in memory
 REORDERED_CODES = 1 << 24  # at a time
+INT8_KEYS = ("int8_weights", "int8_lm_head")  # keys of a configuration
 HELD = "_gptq"  # where a configuration keeps its quantization_config while transformers may not see it
 
 
@@ -523,10 +524,11 @@ def take_quantization(config, path, kwargs: dict):
     them leaves everything to transformers, `ignore_mismatched_sizes` may be added, so that `check_tensors` can say
     what is wrong.
 
-    Raises ValueError for a checkpoint that neither this code nor transformers reads, or in tensor parallelism.
+    Raises ValueError for a checkpoint that neither this code nor transformers reads, for two formats of the same
+    matrices, or in tensor parallelism.
     """
     if kwargs.get("quantization_config") is not None or is_bitsandbytes(kwargs):
-        _refuse_int8_lm_head(config, "the method that the call names")
+        _refuse_int8(config, "the method that the call names")
         return config
     found = getattr(config, "quantization_config", None)
     found = found.to_dict() if hasattr(found, "to_dict") else found
@@ -536,7 +538,13 @@ def take_quantization(config, path, kwargs: dict):
             found = {**json.load(file), "quant_method": "gptq"}
     gptq = bool(found) and check_quantization_config(found) is not None
     if found and not gptq:
-        _refuse_int8_lm_head(config, f"the checkpoint's method {found.get('quant_method')!r}")
+        _refuse_int8(config, f"the checkpoint's method {found.get('quant_method')!r}")
+    if gptq and getattr(config, "int8_weights", False):
+        raise ValueError(
+            f"int8_weights is for checkpoints that tools/quantize_weights.py has written in int8, but {path} is a GPTQ "
+            f"checkpoint of {found['bits']} bits. Leave int8_weights out, or set it to false in config.json; "
+            f"int8_lm_head=True has the output layer in int8."
+        )
     if not gptq and not holds_codes(config):
         return config
     if kwargs.get("tp_plan") is not None:
@@ -548,21 +556,23 @@ def take_quantization(config, path, kwargs: dict):
         kwargs.setdefault("ignore_mismatched_sizes", True)
     if gptq:
         if check_quantization_config(found).lm_head:
-            _refuse_int8_lm_head(config, "the checkpoint's own, which has the output layer in it")
+            _refuse_int8(config, "the checkpoint's own, which has the output layer in it")
         config = copy.copy(config)
         vars(config).pop("quantization_config", None)
         setattr(config, HELD, found)
     return config
 
 
-def _refuse_int8_lm_head(config, what: str) -> None:
+def _refuse_int8(config, what: str) -> None:
+    if getattr(config, "int8_weights", False):
+        raise ValueError(f"int8_weights does not go with {what}: this code alone reads it. Leave one of them out.")
     if getattr(config, "int8_lm_head", False):
         raise ValueError(f"int8_lm_head does not go with {what}. Leave it out, or set it to false in config.json.")
 
 
 def holds_codes(config) -> bool:
     """Whether the model that is being loaded with this configuration has matrices of this module."""
-    return is_quantized(config) or any(getattr(config, name, False) for name in ("int8_weights", "int8_lm_head"))
+    return is_quantized(config) or any(getattr(config, name, False) for name in INT8_KEYS)
 
 
 def is_quantized(config) -> bool:
@@ -681,6 +691,32 @@ def round_output_layer(model) -> bool:
     return True
 
 
+def _check_int8(model, info: dict, source) -> None:
+    """Raise RuntimeError if codes in int8 were read as weights, or weights as codes."""
+    missing, left_over = (
+        [key for key in info[keys] if key.endswith(".weight_scale")] for keys in ("missing_keys", "unexpected_keys")
+    )
+    in_blocks = [name for name, module in model.named_modules() if ".h." in f".{name}" and type(module) is Int8Linear]
+    if in_blocks and len(missing) >= len(in_blocks):
+        raise RuntimeError(
+            f"The configuration says int8_weights, but the checkpoint {source} has no matrices in int8 (no "
+            f"weight_scale). Leave int8_weights out, or make a checkpoint in int8 of this one: "
+            f"tools/quantize_weights.py."
+        )
+    if getattr(model, "hf_quantizer", None) is not None:  # which may have scales of this name
+        return
+    if any(".h." in f".{key}" for key in left_over):
+        key, what = "int8_weights", "its matrices in int8"
+    elif "lm_head.weight_scale" in left_over and model.get_output_embeddings() is not None:
+        key, what = "int8_lm_head", "its output layer in int8"
+    else:
+        return
+    raise RuntimeError(
+        f"The checkpoint {source} has {what}, but its configuration does not say so. Leave out {key}=False, or write "
+        f'"{key}": true into its config.json. Full precision is in the checkpoint that this one was made from.'
+    )
+
+
 def check_tensors(model, info: dict, source, are_given: bool = False) -> None:
     """
     See that the tensors of a checkpoint fit its quantisation, derive a g_idx that it left out, and have codes in the
@@ -688,9 +724,11 @@ def check_tensors(model, info: dict, source, are_given: bool = False) -> None:
 
     info: what `output_loading_info=True` gives. are_given: whether the tensors were the caller's, and stay as they are.
 
-    Raises RuntimeError for tensors of other shapes, for a g_idx that is missing with desc_act or names groups that
-    there are not, and for scales that are not finite; ValueError for an output layer on a disk that is to be rounded.
+    Raises RuntimeError for tensors of other shapes, for codes where the configuration has weights and the reverse, for
+    a g_idx that is missing with desc_act or names groups that there are not, and for scales that are not finite;
+    ValueError for an output layer on a disk that is to be rounded.
     """
+    _check_int8(model, info, source)
     mismatched = info.get("mismatched_keys") or ()
     if mismatched:  # (name, shape found, shape wanted), in some releases names
         places = dict(model.named_parameters())

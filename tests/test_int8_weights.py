@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import functools
 import importlib
 import json
 import shutil
@@ -128,8 +129,27 @@ def test_what_does_not_go_with_it_says_so(checkpoints):
     with pytest.raises(ValueError, match=r"resize.*before tools/quantize_weights.py"):
         ours.resize_token_embeddings(400)
     assert ours.resize_token_embeddings() is ours.get_input_embeddings()
-    with pytest.raises(RuntimeError, match=r"missing.*weight_scale"):
-        QWenLMHeadModel.from_pretrained(folder / "whole", int8_weights=True)
+    with pytest.raises(ValueError, match="int8_weights does not go with the method that the call names"):
+        QWenLMHeadModel.from_pretrained(
+            folder / "int8", quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True)
+        )
+
+
+@pytest.mark.parametrize("arguments", [{}, {"strict": False}], ids=str)
+def test_codes_and_weights_are_not_taken_for_each_other(checkpoints, tmp_path, arguments):
+    _, folder = checkpoints
+    load = functools.partial(QWenLMHeadModel.from_pretrained, fp32=True, **arguments)
+    with pytest.raises(RuntimeError, match=r"no matrices in int8.*Leave int8_weights out"):
+        load(folder / "whole", int8_weights=True)
+    load(folder / "whole", int8_lm_head=True).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"no matrices in int8.*Leave int8_weights out"):
+        load(tmp_path, int8_weights=True)
+    stops = r"|loading state_dict for Linear"  # 4.53 to 4.57 stop at the codes, in words of PyTorch's
+    with pytest.raises(RuntimeError, match=r"has its matrices in int8.*Leave out int8_weights=False" + stops):
+        load(folder / "int8", int8_weights=False)
+    with pytest.raises(RuntimeError, match=r"has its output layer in int8.*Leave out int8_lm_head=False" + stops):
+        load(tmp_path, int8_lm_head=False)
+    assert modeling_qwen.QWenModel.from_pretrained(tmp_path, fp32=True, int8_lm_head=False).wte.weight.isfinite().all()
 
 
 def test_a_matrix_that_is_not_finite_is_not_rounded(tmp_path):

@@ -549,6 +549,14 @@ def test_a_tensor_that_an_int8_output_layer_lacks_is_missed(published, tmp_path)
         QWenLMHeadModel.from_pretrained(tmp_path / "saved", fp32=True)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_int8_weights_are_not_gptq(tmp_path, bits):
+    make(tmp_path, bits=bits)
+    message = rf"tools/quantize_weights.py.*GPTQ checkpoint of {bits} bits. Leave int8_weights out.*int8_lm_head=True"
+    with pytest.raises(ValueError, match=message):
+        QWenLMHeadModel.from_pretrained(tmp_path, int8_weights=True)
+
+
 def test_where_the_output_layer_can_not_be_in_int8(published, tmp_path):
     folder, _ = published
     on_disk = {"transformer": "cpu", "lm_head": "disk"}
