@@ -43,6 +43,15 @@ def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _plain(value):
+    """A scalar of NumPy's or PyTorch's, or those in a list or dictionary, as Python's, which JSON can hold."""
+    if getattr(value, "shape", None) == ():
+        return value.item()
+    if type(value) is dict:
+        return {key: _plain(entry) for key, entry in value.items()}
+    return list(map(_plain, value)) if type(value) is list else value
+
+
 _POSITIVE_INTEGER = ("a positive integer", _is_integer)
 _POSITIVE_NUMBER = ("a number above 0", lambda value: _is_number(value) and value > 0)
 _PROBABILITY = ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
@@ -254,18 +263,19 @@ class QWenConfig(PretrainedConfig):
             config_dict = {**config_dict, **dict.fromkeys(PRECISION_FLAGS, False)}
         return super().from_dict(config_dict, **kwargs)
 
+    def __setattr__(self, key, value):
+        """As inherited; NumPy's and PyTorch's scalars become Python's, at construction, at loading and later."""
+        super().__setattr__(key, _plain(value))
+
     def check(self) -> None:
         """
         Raise ValueError if a value has another type or is out of range, or values contradict each other.
 
-        NumPy's and PyTorch's scalars become Python's. Called at construction, and again when a model is built:
+        Called at construction, and again when a model is built:
         `from_pretrained` sets keywords (`bf16=True`) on a configuration that exists already.
         """
         for key, (what, is_right) in _VALUES.items():
             value = getattr(self, key)
-            if getattr(value, "shape", None) == ():
-                value = value.item()
-                setattr(self, key, value)
             if not is_right(value):
                 raise ValueError(f"config.{key} must be {what}, found {value!r}.")
         if self.hidden_size % self.num_attention_heads:

@@ -151,7 +151,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         for name, value in tokens.items():
             setattr(model.config, name, value)
             if getattr(model, "generation_config", None) is not None:  # a QWenModel has none
-                setattr(model.generation_config, name, value)
+                setattr(model.generation_config, name, getattr(model.config, name))
         model._forget_precision_flags()
         chosen = model.config._attn_implementation
         why = f" ({reason})" if reason else ""

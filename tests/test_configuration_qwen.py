@@ -123,6 +123,25 @@ def test_scalars_of_numpy_and_pytorch_become_pythons(tmp_path):
     assert QWenConfig.from_pretrained(tmp_path).to_dict() == numpy_config.to_dict()
 
 
+def test_scalars_that_come_later_or_in_lists_are_saved_too(tmp_path):
+    """Keywords of `from_pretrained`, attributes, keys of other software, several ends of a text."""
+    tiny_config(use_flash_attn=np.bool_(False), eos_token_id=[np.int64(2), 3]).save_pretrained(tmp_path)
+    config = QWenConfig.from_pretrained(tmp_path, use_cache=np.bool_(False), hidden_size=np.int64(64))
+    assert (config.use_flash_attn, config.eos_token_id) == (False, [2, 3])
+    config.rotary_emb_base = np.float32(5000.0)
+    config.task_specific_params = {"chat": {"max_length": np.int64(5)}}
+    config.update({"no_bias": torch.tensor(False)})
+    config.save_pretrained(tmp_path)
+    again = QWenConfig.from_pretrained(tmp_path)
+    assert (again.use_cache, again.hidden_size, again.rotary_emb_base, again.no_bias) == (False, 64, 5000.0, False)
+    assert again.task_specific_params == {"chat": {"max_length": 5}}
+    modeling_qwen.QWenLMHeadModel(config).save_pretrained(tmp_path)
+    ids = {"eos_token_id": np.int64(7), "pad_token_id": np.int64(8)}
+    model = modeling_qwen.QWenLMHeadModel.from_pretrained(tmp_path, fp32=np.bool_(True), **ids)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == 7
+
+
 def test_two_rotated_channels_without_ntk():
     model = modeling_qwen.QWenLMHeadModel(tiny_config(use_dynamic_ntk=False, rotary_pct=0.125)).eval()
     ids = random_ids(1, 40)  # longer than seq_length
