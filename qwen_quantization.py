@@ -328,6 +328,24 @@ class QuantizedLinear(_Quantized):
                 self.put_side_by_side()
         return self
 
+    def __setattr__(self, name: str, value) -> None:
+        """As inherited; accelerate sets a hook when it has put the codes away, and may have named them otherwise."""
+        super().__setattr__(name, value)
+        if name == "_hf_hook" and self.order is not None and self.codes.device.type == "meta":
+            for hook in getattr(value, "hooks", (value,)):
+                self._find_offloaded(hook)
+
+    def _find_offloaded(self, hook) -> None:
+        """See that an accelerate hook finds sorted codes: a state dict has them under their other name, as in a file."""
+        kept = getattr(hook, "weights_map", None)
+        if kept is None or "sorted_qweight" in kept or "qweight" not in kept:
+            return
+        codes, self.sorted_qweight = self.sorted_qweight, None
+        self.order = self.arrangement = None
+        self.qweight = nn.Parameter(codes, requires_grad=False)
+        places = hook.original_devices
+        places["qweight"], _ = places.pop("sorted_qweight"), places.pop("order", None)
+
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.order is not None:

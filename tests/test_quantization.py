@@ -296,6 +296,34 @@ def test_sorted_inputs(tmp_path, kind, monkeypatch):
     close(model, unsorted)
 
 
+@pytest.mark.parametrize("way", ["cpu_offload", "disk_offload", "dispatch_model", "a hook of its own"])
+def test_sorted_inputs_that_are_offloaded(tmp_path, monkeypatch, way):
+    """accelerate keeps codes as a state dict has them: as in the file."""
+    accelerate, cpu = importlib.import_module("accelerate"), torch.device("cpu")
+    monkeypatch.setattr(quantization, "SORTED_ON", ("cpu",))
+    plain = make(tmp_path / "made", **KINDS["desc_act"])
+    model = QWenLMHeadModel.from_pretrained(tmp_path / "made", fp32=True)
+    layer = model.transformer.h[1].mlp.w1
+    if way == "cpu_offload":
+        accelerate.cpu_offload(model, execution_device=cpu)
+    elif way == "disk_offload":
+        accelerate.disk_offload(model, tmp_path / "offload", execution_device=cpu)
+    elif way == "dispatch_model":
+        accelerate.dispatch_model(model, ONE_BLOCK_ON_DISK, main_device="cpu", offload_dir=tmp_path / "offload")
+    else:
+        hook = accelerate.hooks.AlignDevicesHook(cpu, offload=True)
+        accelerate.hooks.add_hook_to_module(layer, hook)
+    assert layer.codes.device.type == "meta"
+    ids = random_ids(2, 5)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert layer.codes.device.type == "cpu"
+    with torch.no_grad():
+        torch.testing.assert_close(model.to("cpu")(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_adapters_over_sorted_inputs(tmp_path, monkeypatch):
     monkeypatch.setattr(quantization, "SORTED_ON", ("cpu",))
     plain = make(tmp_path, **KINDS["desc_act"])
