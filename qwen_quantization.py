@@ -256,8 +256,8 @@ class QuantizedLinear(_Quantized):
         self.g_idx = parameter(in_features, dtype=torch.int32)
         self.bias = parameter(out_features, dtype=dtype, requires_grad=True)
         self.register_parameter("sorted_qweight", None)
-        self.register_buffer("order", None, persistent=False)
         self.arrangement: int | None = None
+        self._forget_order()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in), any floating dtype. Returns (..., out) in the same."""
@@ -297,7 +297,12 @@ class QuantizedLinear(_Quantized):
         arrangement, codes = hash(tuple(order.tolist())), _reordered(self.qweight, order, self.format.bits)
         del self.qweight  # peft asks a matrix that has this name for its device
         self.sorted_qweight = nn.Parameter(codes, requires_grad=False)
-        self.order, self.arrangement = order, arrangement
+        self.arrangement = arrangement
+        self.register_buffer("order", order, persistent=False)
+
+    def _forget_order(self) -> None:
+        self.sorted_qweight = self.arrangement = None
+        self.register_buffer("order", None)  # one that is not persistent has to be a tensor for accelerate
 
     @torch.no_grad()
     def put_side_by_side(self, in_place: bool = False) -> None:
@@ -336,13 +341,12 @@ class QuantizedLinear(_Quantized):
                 self._find_offloaded(hook)
 
     def _find_offloaded(self, hook) -> None:
-        """See that an accelerate hook finds sorted codes: a state dict has them under their other name, as in a file."""
+        """See that an accelerate hook finds sorted codes: a state dict has them as a file has, under the other name."""
         kept = getattr(hook, "weights_map", None)
         if kept is None or "sorted_qweight" in kept or "qweight" not in kept:
             return
-        codes, self.sorted_qweight = self.sorted_qweight, None
-        self.order = self.arrangement = None
-        self.qweight = nn.Parameter(codes, requires_grad=False)
+        self.qweight = nn.Parameter(self.sorted_qweight, requires_grad=False)
+        self._forget_order()
         places = hook.original_devices
         places["qweight"], _ = places.pop("sorted_qweight"), places.pop("order", None)
 
@@ -356,7 +360,7 @@ class QuantizedLinear(_Quantized):
         was_sorted = self.order is not None
         if was_sorted:
             self.qweight = nn.Parameter(self._codes_as_in_the_file(), requires_grad=False)
-            self.sorted_qweight = self.order = self.arrangement = None
+            self._forget_order()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if was_sorted:
             self.set_order()

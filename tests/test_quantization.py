@@ -296,16 +296,18 @@ def test_sorted_inputs(tmp_path, kind, monkeypatch):
     close(model, unsorted)
 
 
-@pytest.mark.parametrize("way", ["cpu_offload", "disk_offload", "dispatch_model", "a hook of its own"])
-def test_sorted_inputs_that_are_offloaded(tmp_path, monkeypatch, way):
+@pytest.mark.parametrize("way", ["cpu_offload", "buffers too", "disk_offload", "dispatch_model", "a hook of its own"])
+@pytest.mark.parametrize("sorted_on", ["cpu", "cuda"])
+def test_codes_that_are_offloaded_later(tmp_path, monkeypatch, way, sorted_on):
     """accelerate keeps codes as a state dict has them: as in the file."""
     accelerate, cpu = importlib.import_module("accelerate"), torch.device("cpu")
-    monkeypatch.setattr(quantization, "SORTED_ON", ("cpu",))
+    monkeypatch.setattr(quantization, "SORTED_ON", (sorted_on,))
     plain = make(tmp_path / "made", **KINDS["desc_act"])
     model = QWenLMHeadModel.from_pretrained(tmp_path / "made", fp32=True)
     layer = model.transformer.h[1].mlp.w1
-    if way == "cpu_offload":
-        accelerate.cpu_offload(model, execution_device=cpu)
+    assert hasattr(layer, "qweight") == (sorted_on == "cuda")
+    if way in ("cpu_offload", "buffers too"):
+        accelerate.cpu_offload(model, execution_device=cpu, offload_buffers=way == "buffers too")
     elif way == "disk_offload":
         accelerate.disk_offload(model, tmp_path / "offload", execution_device=cpu)
     elif way == "dispatch_model":
