@@ -17,6 +17,8 @@ from transformers.utils import cached_file, logging
 from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
 from .cpp_kernels import copy_source, set_source_folder
 from .qwen_quantization import (
+    check_learning,
+    check_state,
     check_tensors,
     give_back_quantization,
     holds_codes,
@@ -183,6 +185,17 @@ class QWenPreTrainedModel(PreTrainedModel):
         model = super()._from_config(copy.deepcopy(config), **kwargs)
         model._forget_precision_flags()
         return model
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """As inherited; raises ValueError for codes, which can't learn."""
+        if requires_grad:
+            check_learning(self)
+        return super().requires_grad_(requires_grad)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As inherited; raises RuntimeError for codes in the place of weights, with strict=False too."""
+        check_state(self, state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As inherited. The code is saved beside the weights, and the configuration names it for every auto class."""

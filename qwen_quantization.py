@@ -192,6 +192,17 @@ class _Quantized(nn.Linear):
         elif not isinstance(param, _NoWeight):  # which adapters put back where they had it from
             raise ValueError(_NO_WEIGHT)
 
+    def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
+        """As inherited; a weight in the place of codes is an error, with strict=False too."""
+        given = state_dict.get(f"{prefix}weight")
+        if given is None or (given.dtype == torch.int8 and "weight" in self._parameters):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        else:
+            args[-1].append(
+                f"{prefix}weight is {given.dtype}, but the model has codes there. Load this state into a model in full "
+                f"precision, and quantise what that one saves with tools/quantize_weights.py."
+            )
+
     def _apply(self, fn, *args, **kwargs):
         scales = getattr(self, self.SCALES)
 
@@ -493,9 +504,16 @@ class Int8Linear(_Quantized):
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
         """As inherited; room of floats, which 4.53 to 4.57 make for codes that a checkpoint lacks, is one of codes."""
         given = state_dict.get(f"{prefix}weight")
-        if given is not None and given.is_floating_point() and self.codes.device.type == "meta":
-            state_dict = {**state_dict, f"{prefix}weight": torch.zeros_like(given, dtype=torch.int8)}
+        # They load a tensor at a time, and this module by itself.
+        is_room = given is not None and given.is_floating_point() and self.codes.device.type == "meta" and not prefix
+        if is_room:
+            state_dict = {**state_dict, "weight": torch.zeros_like(given, dtype=torch.int8)}
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __setstate__(self, state: dict) -> None:
+        """As inherited; what was pickled comes back as a plain parameter."""
+        super().__setstate__(state)
+        self.register_parameter("weight", self._parameters["weight"])
 
     @classmethod
     @torch.no_grad()
@@ -522,6 +540,27 @@ class Int8Linear(_Quantized):
         return self.product(x, self.bias)
 
 
+def check_state(model, state_dict: dict) -> None:
+    """Raise RuntimeError for a state dict that has codes where the model has weights."""
+    for name, module in model.named_modules():
+        found = [part for part in ("qweight", "weight_scale") if f"{name}.{part}" in state_dict]
+        if found and type(module) is nn.Linear:
+            raise RuntimeError(
+                f"The state dict has codes for {name} ({found[0]}), but the model has a weight there. Load it into a "
+                f"model that from_pretrained has made of the quantised checkpoint."
+            )
+
+
+def _has_codes(model) -> bool:
+    return any(getattr(module, "HOLDS_CODES", False) for module in model.modules())
+
+
+def check_learning(model) -> None:
+    """Raise ValueError if all of a model's parameters are asked to learn, and codes are among them."""
+    if _has_codes(model):
+        raise ValueError(_NO_WEIGHT)
+
+
 def check_training(model) -> None:
     """
     Raise ValueError if a model with quantised matrices is about to be trained whole, all but its matrices that is.
@@ -531,7 +570,7 @@ def check_training(model) -> None:
     """
     network = getattr(model, "transformer", model)
     learns = network.wte.weight.requires_grad and network.ln_f.weight.requires_grad
-    if learns and any(getattr(module, "HOLDS_CODES", False) for module in model.modules()):
+    if learns and _has_codes(model):
         raise ValueError(f"This model has quantised matrices, which can't learn, and nothing is frozen. {_ADVICE}")
 
 

@@ -6,13 +6,16 @@ import copy
 import doctest
 import functools
 import importlib
+import inspect
 import json
+import pickle
 import shutil
 import sys
 
 import pytest
 import torch
 import transformers
+from accelerate import init_empty_weights
 from conftest import CODE, ROOT, modeling_qwen, random_ids, run, tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -152,6 +155,37 @@ def test_codes_and_weights_are_not_taken_for_each_other(checkpoints, tmp_path, a
     assert modeling_qwen.QWenModel.from_pretrained(tmp_path, fp32=True, int8_lm_head=False).wte.weight.isfinite().all()
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_of_the_other_kind_is_refused(checkpoints, assign):
+    """PyTorch casts weights into codes, and codes into weights; strict=False says nothing of it."""
+    plain, folder = checkpoints
+    ours = QWenLMHeadModel.from_pretrained(folder / "int8", fp32=True)
+    kept = {"strict": False, **({"assign": True} if assign else {})}
+    if assign and "assign" not in inspect.signature(torch.nn.Module.load_state_dict).parameters:
+        pytest.skip("needs torch 2.1")
+    codes = codes_of(ours)
+    for network, state, name in (
+        (ours, plain.state_dict(), "lm_head.weight"),
+        (ours.transformer, plain.transformer.state_dict(), "h.0.attn.c_attn.weight"),
+        (ours.lm_head, plain.lm_head.state_dict(), "weight"),
+        (torch.nn.ModuleDict({"wrapped": ours}), {"wrapped.lm_head.weight": plain.lm_head.weight}, "wrapped.lm_head"),
+        (ours, {"lm_head.weight": torch.zeros(320, 64, dtype=torch.int32)}, "lm_head.weight is torch.int32"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name}.*but the model has codes there.*tools/quantize_weights.py"):
+            network.load_state_dict(state, **kept)
+    assert all(map(torch.equal, codes_of(ours), codes))
+    network = copy.deepcopy(plain)
+    for quantised in (ours, QWenLMHeadModel.from_pretrained(folder / "whole", fp32=True, int8_lm_head=True)):
+        with pytest.raises(RuntimeError, match=r"has codes for .*\(weight_scale\), but the model has a weight there"):
+            network.load_state_dict(quantised.state_dict(), **kept)
+        assert torch.equal(network.lm_head.weight, plain.lm_head.weight)
+        quantised.load_state_dict({name: t.clone() for name, t in quantised.state_dict().items()}, **kept)
+    with init_empty_weights():
+        empty = QWenLMHeadModel(tiny_config(no_bias=False, int8_weights=True))
+    with pytest.raises(RuntimeError, match="but the model has codes there"):
+        empty.load_state_dict(plain.state_dict(), **kept)
+
+
 def test_a_matrix_that_is_not_finite_is_not_rounded(tmp_path):
     model = tiny_model()
     with torch.no_grad():
@@ -254,6 +288,27 @@ def test_who_wants_weights_is_told_which_checkpoint_has_them(int8, way):
     with pytest.raises(ValueError, match=FULL_PRECISION):
         WRITERS[way](int8)
     assert all(map(torch.equal, codes_of(int8), codes))
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch.save", "deepcopy"])
+def test_a_copy_says_the_same(int8, tmp_path, way):
+    if way == "pickle":
+        model = pickle.loads(pickle.dumps(int8))
+    elif way == "torch.save":
+        torch.save(int8, tmp_path / "model.pt")
+        safe = "weights_only" in inspect.signature(torch.load).parameters
+        model = torch.load(tmp_path / "model.pt", **({"weights_only": False} if safe else {}))
+    else:
+        model = copy.deepcopy(int8)
+    ids = random_ids(1, 5)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, int8(ids).logits)
+    for part in (model, model.lm_head, model.lm_head._parameters["weight"]):
+        with pytest.raises(ValueError, match=FULL_PRECISION):
+            part.requires_grad_(True)
+    torch.save(model.state_dict(keep_vars=True), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")
+    assert {type(tensor) for tensor in state.values()} <= {torch.Tensor, torch.nn.Parameter}
 
 
 def test_what_there_is_to_know_about_a_weight(int8):

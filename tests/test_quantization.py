@@ -957,6 +957,23 @@ def test_adapters_that_want_the_weight_are_told_where_it_is(published):
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], use_dora=True))
 
 
+def test_a_weight_is_not_loaded_over_codes(published):
+    folder, plain = published
+    model = QWenLMHeadModel.from_pretrained(folder, fp32=True)
+    with pytest.raises(RuntimeError, match=r"h.0.attn.c_attn.weight is torch.float32, but the model has codes there"):
+        model.load_state_dict(plain.state_dict(), strict=False)
+    with pytest.raises(RuntimeError, match=r"has codes for .*\(qweight\), but the model has a weight there"):
+        plain.load_state_dict(model.state_dict(), strict=False)
+
+
+def test_learning_all_of_it_is_refused(published):
+    model = QWenLMHeadModel.from_pretrained(published[0], fp32=True)
+    for network in (model, model.transformer, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match="in full precision that this one was made from"):
+            network.requires_grad_(True)
+        network.requires_grad_(False)
+
+
 def test_training_all_but_the_matrices_is_refused(published):
     folder, _ = published
     model = QWenLMHeadModel.from_pretrained(folder, fp32=True).train()
