@@ -17,6 +17,7 @@ from transformers.utils import cached_file, logging
 from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
 from .cpp_kernels import copy_source, set_source_folder
 from .qwen_quantization import (
+    Int8Linear,
     check_learning,
     check_state,
     check_tensors,
@@ -84,13 +85,15 @@ class QWenPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights; those that write to the residual stream smaller by `sqrt(2 * layers)`, as in GPT-2."""
         std = self.config.initializer_range
-        if getattr(module, "HOLDS_CODES", False):  # they come from a checkpoint, which may lack the bias
+        if getattr(module, "into_residual", False):
+            std /= math.sqrt(2 * self.config.num_hidden_layers)
+        if getattr(module, "HOLDS_CODES", False):  # a checkpoint with them may lack the bias
             if module.bias is not None and not getattr(module.bias, "_is_hf_initialized", False):
                 nn.init.zeros_(module.bias)
+            if isinstance(module, Int8Linear):
+                module.draw(std)
             return
         if isinstance(module, nn.Linear):
-            if getattr(module, "into_residual", False):
-                std /= math.sqrt(2 * self.config.num_hidden_layers)
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

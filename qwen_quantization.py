@@ -153,8 +153,8 @@ class _NoWeight(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is torch.empty_like:  # room that loading (from 5.0) makes for what a checkpoint lacks
-            return super().__torch_function__(func, types, args, kwargs or {}).as_subclass(torch.Tensor)
+        if func is torch.empty_like:  # room that loading (from 5.0) makes for what a checkpoint lacks, see `draw`
+            return super().__torch_function__(torch.zeros_like, types, args, kwargs or {}).as_subclass(torch.Tensor)
         if func not in cls.ANSWERED:
             raise ValueError(_NO_WEIGHT)
         return super().__torch_function__(func, types, args, kwargs or {})
@@ -521,13 +521,25 @@ class Int8Linear(_Quantized):
         """What the weight of `linear` is in int8, by `round_to_int8`; a bias in `dtype`."""
         where = {"device": linear.weight.device, "dtype": dtype}
         new = cls(linear.in_features, linear.out_features, linear.bias is not None, **where)
-        rows = max(1, REORDERED_CODES // linear.in_features)
-        for source, codes, scale in zip(*(t.split(rows) for t in (linear.weight, *new.tensors()))):
-            for to, values in zip((codes, scale), round_to_int8(source)):
-                to.copy_(values)
+        new._round(lambda rows: linear.weight[rows])
         if linear.bias is not None:
             new.bias.copy_(linear.bias)
         return new.train(linear.training)
+
+    @torch.no_grad()
+    def draw(self, std: float) -> None:
+        """Take random weights, normal and rounded, if there are none yet: all codes are 0."""
+        if self.codes.device.type == "meta" or bool(self.codes.any()):
+            return
+        # From 4.53 to 4.57 the scales may be on the meta device yet: those of the checkpoint, which come after this.
+        self._round(lambda rows: torch.empty_like(self.codes[rows], dtype=torch.float32).normal_(std=std))
+
+    def _round(self, weight_of) -> None:
+        """Take over a weight, (rows, in) of it for each slice of the outputs."""
+        height = max(1, REORDERED_CODES // self.in_features)
+        for start in range(0, self.out_features, height):
+            rows = slice(start, start + height)
+            self.codes[rows], self.weight_scale[rows] = round_to_int8(weight_of(rows))
 
     def tensors(self) -> tuple:
         """Codes, int8 (out, in), and scales, float32 (out)."""
@@ -653,8 +665,8 @@ def replace_matrices(model) -> None:
     Put quantised modules where the checkpoint has them, in place, as `model.config` says: GPTQ the matrices of the
     blocks, int8 the output layer too, or that alone.
 
-    Weights are not converted: this is for a model that is about to be loaded. Nothing happens for a configuration that
-    asks for nothing, or has `quantization_config` in sight, which is for other software.
+    Weights are not converted: this is for a model that is about to be loaded, or gets random weights. Nothing happens
+    for a configuration that asks for nothing, or has `quantization_config` in sight, which is for other software.
     """
     held = getattr(model.config, HELD, None)
     format = None if held is None else check_quantization_config(held)
@@ -672,6 +684,8 @@ def replace_matrices(model) -> None:
         where = {"device": old.weight.device, "dtype": old.weight.dtype}
         is_int8 = int8_head if is_head else int8
         new = Int8Linear(*sizes, has_bias, **where) if is_int8 else QuantizedLinear(*sizes, format, has_bias, **where)
+        if getattr(old, "into_residual", False):
+            new.into_residual = True
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new)
 
