@@ -29,7 +29,7 @@ from .qwen_ops import (
     GPU_HEAD_SIZES,
     STEPS,
     decode_attention_reference,
-    gptq_linear_reference,
+    gptq_blocks,
     linear_reference,
     quantize_append_reference,
     quantized_decode_attention_reference,
@@ -1670,7 +1670,13 @@ def gptq_linear(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset
     matrix = qweight, qzeros, scales, g_idx, bits, group_size, zero_offset
     rows = x.numel() // x.shape[-1]
     if not 0 < rows <= GPTQ_MAX_ROWS or not takes_gptq(*matrix):
-        return gptq_linear_reference(x, *matrix, bias)
+        shape, x, y = x.shape[:-1], x.reshape(rows, x.shape[-1]), x.new_empty(rows, qweight.shape[1])
+        for where, weight in gptq_blocks(*matrix, dtype=x.dtype):
+            torch.mm(x, weight, out=y[:, where])  # parts that are put together would take gigabytes of a long prompt
+            del weight  # before there is another
+        if bias is not None:
+            y += bias.to(y.dtype)
+        return y.view(*shape, y.shape[1])
     matrix = *(t.contiguous() for t in matrix[:3]), *matrix[3:]
     with torch.cuda.device_of(x):
         y = gptq_product(x.reshape(rows, -1).contiguous(), matrix, bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import re
@@ -14,6 +15,7 @@ import transformers
 from accelerate import init_empty_weights
 from conftest import ROOT, compat, modeling_qwen, needs_sdpa, random_ids, tiny_config, tiny_model
 from qwen.transformers_compat import ALL_ATTENTION_FUNCTIONS
+from test_quantization import quantization, with_codes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -177,6 +179,28 @@ def test_peak_of_a_prefill(shape, dtype, cache):
     elif "key.contiguous()" in inspect.getsource(ALL_ATTENTION_FUNCTIONS["sdpa"]):
         limit = 1.2  # up to 4.55 keys and values are copied
     assert floor < live.peak / (need["cache"] + need["activations"]) < limit
+
+
+@needs_sdpa
+def test_a_prefill_with_codes_takes_no_more(monkeypatch):
+    """As a GPU computes it: by blocks of the matrices, whose products lie nowhere but in the whole."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(quantization, "gptq_linear", importlib.import_module("qwen.triton_kernels").gptq_linear)
+    monkeypatch.setattr(importlib.import_module("qwen.qwen_ops"), "BLOCK_WEIGHTS", 1 << 12)
+    changes = {"hidden_size": 128, "kv_channels": 32, "no_bias": False, **SHAPES["MLP"]}  # as GPTQ's checkpoints have
+    peaks, ids = [], random_ids(2, 512)
+    for make in (lambda model: model, with_codes):
+        model = make(tiny_model(attn_implementation="sdpa", **changes).bfloat16())
+        with torch.no_grad(), Live() as live:
+            model(ids, past_key_values=modeling_qwen.QWenCache(), logits_to_keep=1)
+        peaks.append(live.peak)
+    assert peaks[1] < 1.03 * peaks[0]
+
+
+def test_the_peak_of_72b_in_4_bits_on_a_gpu():
+    """On an H100, behind 32,768 tokens with an int4 cache, benchmarks/RESULTS.md."""
+    need = tool.memory(published("72B", "Int4"), "bf16", 32768, cache="int4")
+    assert sum(need.values()) == pytest.approx(73.47 * GB, rel=0.005)
 
 
 @pytest.mark.parametrize(("context", "peak"), [(2048, 16.74), (8192, 20.52), (32000, 35.17)])
