@@ -260,11 +260,16 @@ def attention(sizes, rows, tune: bool, bandwidth: float) -> None:
         addresses = [(t.data_ptr() - base.data_ptr()) // base.element_size() for tensors in stores for t in tensors]
         lengths = torch.tensor([S, capacity, *addresses], device="cuda")
         starts = torch.zeros(B, dtype=torch.int64, device="cuda")
-        q = torch.randn(B, heads, 1, hd, dtype=torch.bfloat16, device="cuda")
+        # As a step has it: a full-precision cache gets the new token, rotated, within the attention.
+        x = torch.randn(B, 1, 3 * heads * hd, dtype=torch.bfloat16, device="cuda")
+        rotation = heads, *(torch.rand(B, 1, hd // 2, device="cuda") for _ in range(2)), None
+        if bits != 16:
+            x, rotation = x.view(B, 1, 3, heads, hd)[:, :, 0].transpose(1, 2), None
         slots = len(stores[0])
 
         def run(i, launch=None):
-            kernels.attend(q, base, bits, lengths, kernels.HEADER + slots * i, starts, hd**-0.5, launch)  # noqa: B023
+            place = base, bits, lengths, kernels.HEADER + slots * i  # noqa: B023
+            kernels.attend(x, *place, starts, hd**-0.5, launch, rotation)  # noqa: B023
 
         took = microseconds(run, copies)
         best = []
