@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from conftest import compat, lacks, needs_sdpa, random_ids, tiny_model
+from conftest import compat, lacks, needs_sdpa, random_ids, sampled, tiny_model
 
 pytestmark = pytest.mark.skipif(not hasattr(torch, "compiler"), reason="needs the compiler of torch 2.1")
 CompileConfig = getattr(transformers, "CompileConfig", None)
@@ -54,7 +54,7 @@ def test_generation_with_a_static_cache_compiles_once(graphs):
     assert graphs.number == number
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", sampled([False, True]))
 @pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=needs_sdpa)])
 def test_exported_forward_for_batches_of_any_size(attention, strict, monkeypatch):
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
@@ -74,7 +74,7 @@ def test_exported_forward_for_batches_of_any_size(attention, strict, monkeypatch
             torch.testing.assert_close(logits, model(ids, attention_mask=mask).logits)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", sampled([True, False]))
 @pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=needs_sdpa)])
 def test_training_step_is_one_graph_and_stays_it(attention, checkpointing):
     model = tiny_model(attn_implementation=attention, num_hidden_layers=2, **NTK_LOGN).train()

@@ -10,7 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import HAS_STATIC, TINY, compat, lacks, needs_prefill_in_chunks, random_ids, static_cache, tiny_model
+from conftest import (
+    HAS_STATIC,
+    TINY,
+    compat,
+    lacks,
+    needs_prefill_in_chunks,
+    random_ids,
+    sampled,
+    static_cache,
+    tiny_model,
+)
 from qwen.qwen_cache import QWenCache
 from qwen.qwen_generation_utils import StopWordsLogitsProcessor
 from qwen.transformers_compat import ASSISTANTS_GENERATE, DynamicCache
@@ -107,14 +117,16 @@ def test_beams_in_a_padded_batch_equal_single_prompts(model):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {},
-        {"temperature": 0.6},
-        {"top_k": 7},
-        {"top_p": 0.7},
-        {"repetition_penalty": 1.4},
-        {"temperature": 1.3, "top_k": 30, "top_p": 0.9, "repetition_penalty": 0.8},
-    ],
+    sampled(
+        [
+            {"temperature": 1.3, "top_k": 30, "top_p": 0.9, "repetition_penalty": 0.8},
+            {},
+            {"temperature": 0.6},
+            {"top_k": 7},
+            {"top_p": 0.7},
+            {"repetition_penalty": 1.4},
+        ]
+    ),
     ids=str,
 )
 def test_sampling_follows_the_distribution(settings):

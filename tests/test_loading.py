@@ -15,7 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
-from conftest import CODE, ROOT, compat, lacks, modeling_qwen, qwen_loading, random_ids, run, tiny_config, tiny_model
+from conftest import (
+    CODE,
+    ROOT,
+    compat,
+    lacks,
+    modeling_qwen,
+    qwen_loading,
+    random_ids,
+    run,
+    sampled,
+    tiny_config,
+    tiny_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -347,7 +359,7 @@ print({p.dtype for p in model.parameters()} == {torch.bfloat16}, peak - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
-@pytest.mark.parametrize("arguments", [{"bf16": True}, {"device_map": "auto", "bf16": True}], ids=str)
+@pytest.mark.parametrize("arguments", sampled([{"device_map": "auto", "bf16": True}, {"bf16": True}]), ids=str)
 def test_a_bf16_checkpoint_never_passes_through_float32(tmp_path, arguments):
     """Eight blocks of Qwen-1.8B: the peak is at most 1.15 times the weights, plus what a file view may hold."""
     config = tiny_config(

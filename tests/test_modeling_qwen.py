@@ -8,7 +8,17 @@ import types
 import pytest
 import torch
 import transformers
-from conftest import golden_folder, lacks, modeling_qwen, needs_sdpa, random_ids, static_cache, tiny_config, tiny_model
+from conftest import (
+    golden_folder,
+    lacks,
+    modeling_qwen,
+    needs_sdpa,
+    random_ids,
+    sampled,
+    static_cache,
+    tiny_config,
+    tiny_model,
+)
 from qwen.transformers_compat import HAS_SDPA, DynamicCache, masking_utils
 from reference import forward as reference_forward
 from reference import qwen2_of
@@ -396,7 +406,7 @@ def test_resizing_the_vocabulary():
         assert model(ids[ids < 300][None]).logits.shape[-1] == 300
 
 
-@pytest.mark.parametrize("switches", [NTK_LOGN, PLAIN], ids=["ntk_logn", "plain"])
+@pytest.mark.parametrize("switches", sampled([NTK_LOGN, PLAIN]), ids=["ntk_logn", "plain"])
 def test_compiled_forward_and_decoding_step_without_breaks_or_recompiles(switches):
     if not hasattr(torch, "compiler"):
         pytest.skip("needs the compiler of torch 2.1")

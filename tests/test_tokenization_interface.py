@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, lacks, tokenization_qwen
+from conftest import ROOT, lacks, sampled, tokenization_qwen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import generated_texts
@@ -382,7 +382,7 @@ def test_one_tokenizer_in_many_threads(demo_tokenizer):
         assert list(pool.map(demo_tokenizer.decode, expected)) == [demo_tokenizer.decode(ids) for ids in expected]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", sampled(["spawn", "fork"]))
 def test_one_tokenizer_in_several_processes(method):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system can't {method} processes")
