@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CODE, ROOT, compat, modeling_qwen, random_ids, run, tiny_config, tiny_model, transformers
+from conftest import CODE, ROOT, compat, modeling_qwen, random_ids, run, sampled, tiny_config, tiny_model, transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -1029,7 +1029,7 @@ LAYOUTS = [(shape, False) for shape in SHAPES] + [(name, True) for name in SHAPE
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 13, 40])
 @pytest.mark.parametrize(("shape", "side_by_side"), LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", sampled([torch.bfloat16, torch.float32, torch.float16]), ids=str)
 def test_products(instructions, shape, rows, dtype, side_by_side):
     inputs, outputs, kind = SHAPES[shape]
     parts, weight = random_matrix(inputs, outputs, **kind)
