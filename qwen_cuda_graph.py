@@ -469,8 +469,9 @@ class _Part:
                     attn, mlp = station.attn, station.mlp
                     qkv = product(x, attn.c_attn, norm=station.ln_1).view(B, T, -1)  # (B, T, 3 nh hd)
                     table = self._base, self._bits, self._table, slot
-                    place = self._nh, self.starts, attn.scaling
-                    y = kernels.rotate_and_attend(qkv, cos, sin, scale, *table, *place)  # (B, T, nh, hd)
+                    y = kernels.rotate_and_attend(
+                        qkv, cos, sin, scale, *table, self._nh, self.starts, attn.scaling
+                    )  # (B, T, nh, hd)
                     x = sum_of_products(y.view(B * T, -1), attn.c_proj, x)
                     y = product(x, mlp.w1, norm=station.ln_2, gate=mlp.w2)
                     x = sum_of_products(y, mlp.c_proj, x)

@@ -48,7 +48,6 @@ from .transformers_compat import (
 SORTED_ON = ("cuda",)  # devices whose kernels want the inputs in the groups' order
 SIDE_BY_SIDE_ON = ("cpu",)  # devices whose kernels want the codes of an output side by side in memory
 REORDERED_CODES = 1 << 24  # at a time
-INT8_KEYS = ("int8_weights", "int8_lm_head")  # keys of a configuration
 HELD = "_gptq"  # where a configuration keeps its quantization_config while transformers may not see it
 
 
@@ -645,7 +644,7 @@ def _refuse_int8(config, what: str) -> None:
 
 def holds_codes(config) -> bool:
     """Whether the model that is being loaded with this configuration has matrices of this module."""
-    return is_quantized(config) or any(getattr(config, name, False) for name in INT8_KEYS)
+    return is_quantized(config) or any(getattr(config, name, False) for name in ("int8_weights", "int8_lm_head"))
 
 
 def is_quantized(config) -> bool:

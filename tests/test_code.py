@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 
@@ -238,10 +239,16 @@ FOLDERS = (".", "tools", "benchmarks", "finetune", "examples", "evaluation", "de
 OURS = {path.stem: path for folder in FOLDERS for path in (ROOT / folder).glob("*.py") if not path.is_symlink()}
 
 
-def defined(tree: ast.Module) -> set[str]:
+@functools.lru_cache(maxsize=None)
+def tree_of(name: str) -> ast.Module:
+    return ast.parse(OURS[name].read_text(encoding="utf-8"))
+
+
+@functools.lru_cache(maxsize=None)
+def defined(module: str) -> set[str]:
     """What a module has names for, wherever it gives them."""
     names = {"__name__", "__file__", "__doc__", "__dict__"}
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -251,14 +258,15 @@ def defined(tree: ast.Module) -> set[str]:
     return names
 
 
-def modules_of_ours(tree: ast.Module) -> dict[str, str]:
+@functools.lru_cache(maxsize=None)
+def modules_of_ours(program: str) -> dict[str, str]:
     """Names of a program for modules of ours: imported, also from another, or by `import_module`, with their name."""
     found = {}
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of(program)):
         if isinstance(node, ast.Import):
             found.update({alias.asname or alias.name: alias.name for alias in node.names if alias.name in OURS})
         elif isinstance(node, ast.ImportFrom) and node.module in OURS and not node.level:
-            there = modules_of_ours(ast.parse(OURS[node.module].read_text(encoding="utf-8")))
+            there = modules_of_ours(node.module)
             found.update({alias.asname or alias.name: there[alias.name] for alias in node.names if alias.name in there})
         elif (
             isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and isinstance(node.targets[0], ast.Name)
@@ -270,23 +278,20 @@ def modules_of_ours(tree: ast.Module) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("path", OURS.values(), ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_programs_use_of_our_modules_what_is_there(path):
+@pytest.mark.parametrize("program", OURS)
+def test_programs_use_of_our_modules_what_is_there(program):
     """Of functions that run seldom, too: on GPUs, in benchmarks."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = modules_of_ours(tree)
+    tree, names = tree_of(program), modules_of_ours(program)
     assigned = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module in OURS and not node.level:
-            there = defined(ast.parse(OURS[node.module].read_text(encoding="utf-8")))
-            assert {alias.name for alias in node.names} - {"*"} <= there, node.module
+            assert {alias.name for alias in node.names} - {"*"} <= defined(node.module), node.module
     for name, module in names.items():
         if name in assigned and name == module:
             continue  # a variable of the same name
-        there = defined(ast.parse(OURS[module].read_text(encoding="utf-8")))
         used = {
             node.attr
             for node in ast.walk(tree)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == name
         }
-        assert used <= there, (module, used - there)
+        assert used <= defined(module), (module, used - defined(module))

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from conftest import TRITON_DEVICE as DEVICE
-from conftest import random_ids, tiny_model
+from conftest import in_large_programs, random_ids, tiny_model
 from test_placement import pretended, spread  # noqa: F401 (a fixture)
 from test_quantization import with_codes
 from torch.utils._pytree import tree_flatten
@@ -43,18 +43,11 @@ CACHES = {
 
 @pytest.fixture(autouse=True)
 def on_any_device(monkeypatch):
-    """In the interpreter few large programs are faster."""
     monkeypatch.setattr(graphs, "DEVICES", ("cuda", "cpu"))
     if DEVICE == "cpu":
-        for entry in triton_kernels.PRODUCT.values():
-            monkeypatch.setitem(entry, "BN", 64)
+        in_large_programs(monkeypatch, triton_kernels)
         for entry in triton_kernels.TUNING.values():
             monkeypatch.setitem(entry, "programs", 2)
-            monkeypatch.setitem(entry, "N", 64)
-        for launches in triton_kernels.GPTQ_ROW.values():
-            for launch in launches.values():
-                monkeypatch.setitem(launch, "BN", 64)
-        monkeypatch.setitem(triton_kernels._FLOAT32, "BN", 256)
 
 
 def small_model(**changes):

@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 from conftest import TRITON_DEVICE as DEVICE
+from conftest import in_large_programs
 from test_cpp_kernels import attention, empty_store, in_storage, kernels, random_mask, restored, store
 from test_quantization import SHAPES, random_matrix
 
@@ -25,16 +26,8 @@ needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs an NVIDIA GPU")
 
 @pytest.fixture(autouse=True)
 def few_large_programs(monkeypatch):
-    """In the interpreter, where the number of operations counts and not their size."""
     if DEVICE == "cpu":
-        for entry in triton_kernels.TUNING.values():
-            monkeypatch.setitem(entry, "N", 64)
-        monkeypatch.setitem(triton_kernels._FLOAT32, "BN", 256)
-        for entry in triton_kernels.PRODUCT.values():
-            monkeypatch.setitem(entry, "BN", 64)
-        for launches in triton_kernels.GPTQ_ROW.values():
-            for launch in launches.values():
-                monkeypatch.setitem(launch, "BN", 64)
+        in_large_programs(monkeypatch, triton_kernels)
 
 
 HEADS = [(bits, hd) for bits in (8, 4) for hd in triton_kernels.GPU_HEAD_SIZES]
