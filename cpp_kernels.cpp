@@ -305,7 +305,7 @@ std::string cpu_level(std::string name) {
 // others would be in their way. Elsewhere they are started for the call. A stage is handed out in pieces by counters,
 // and who leads waits for pieces that were begun, not for threads: one whose core is taken away, or that comes late,
 // costs its share and no more. A thread takes neighbouring pieces, whose memory was asked for ahead, as long as there
-// are any. Pieces do not depend on the number of threads, and so no result does.
+// are any. No result depends on where pieces begin, and so none does on the number of threads.
 
 #ifdef QWEN_KERNELS_ONLY
 int threads = 1;
@@ -387,9 +387,10 @@ class Team {
   int64_t pieces;
   std::exception_ptr error;
 
+  alignas(64) std::atomic<int64_t> begun{0};  // stages; who waits looks at this line alone
+  std::atomic<bool> over{false};
   alignas(64) std::atomic<int64_t> done{0};
   std::atomic<int> asleep{0};
-  std::atomic<bool> over{false};
   std::mutex mutex;
   std::condition_variable changed;
 
@@ -399,7 +400,9 @@ class Team {
 
   void stage(int64_t n, const void* what, void (*how)(const void*, int64_t)) {
     work = what, call = how, pieces = n, error = nullptr, done = 0;
-    for (size_t i = 0; i < counters.size(); ++i) counters[i].left = share_begin(i + 1) - share_begin(i);
+    for (size_t i = 0; i < counters.size(); ++i)  // not one after the other has reached all cores
+      counters[i].left.store(share_begin(i + 1) - share_begin(i), std::memory_order_release);
+    ++begun;
     wake();
     while (help(0)) {}
     wait([&] { return done == n; });
@@ -407,18 +410,19 @@ class Team {
   }
 
   void follow(int64_t thread) {
-    while (!over)
-      if (!help(thread)) wait([&] { return over || std::any_of(counters.begin(), counters.end(), is_left); });
+    while (!over) {
+      const int64_t before = begun;
+      while (help(thread)) {}
+      wait([&] { return over || begun != before; });
+    }
   }
-
-  static bool is_left(const Counter& counter) { return counter.left > 0; }
 
   // Does a piece, if one is left: of this thread's share, else of another's.
   bool help(int64_t thread) {
     const int64_t n = counters.size();
     for (int64_t i = thread; i < thread + n; ++i) {
       Counter& counter = counters[i % n];
-      if (!is_left(counter)) continue;
+      if (counter.left <= 0) continue;
       const int64_t rest = counter.left.fetch_sub(1);
       if (rest <= 0) continue;
       const int64_t all = pieces;
@@ -472,6 +476,13 @@ constexpr int64_t PIECE = 1 << 17;  // bytes read
 
 int64_t piece(int64_t bytes_each) { return std::max<int64_t>(1, PIECE / std::max<int64_t>(1, bytes_each)); }
 
+// Outputs of a matrix that make a piece: several for each thread, as in the end all wait for the last.
+int64_t product_piece(int64_t out, int64_t bytes_each) {
+  const int64_t eighth = out * bytes_each / (8 * Team::size());
+  const int64_t bytes = std::max<int64_t>(PIECE / 8, std::min(PIECE, eighth));
+  return std::max<int64_t>(1, bytes / std::max<int64_t>(1, bytes_each));
+}
+
 constexpr int64_t GPTQ_UNIT = 64, BY_OUTPUT_UNIT = 16;  // outputs, multiples of all vectors
 
 // Outputs of a quantised matrix that make a piece. They lie side by side: many are read from
@@ -493,6 +504,15 @@ using at::Tensor;
 using c10::optional;
 
 Tensor floats(const Tensor& t) { return t.to(at::kFloat).contiguous(); }
+
+// f(p), with the type of what p points to.
+template <class F>
+void with_type(at::ScalarType type, void* p, const F& f) {
+  if (type == at::kFloat) f(static_cast<float*>(p));
+  if (type == at::kBFloat16) f(static_cast<BFloat16*>(p));
+  if (type == at::kHalf) f(static_cast<c10::Half*>(p));
+}
+bool has_type(at::ScalarType type) { return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf; }
 
 int64_t rows_of(const Tensor& x) {
   int64_t rows = 1;
@@ -631,15 +651,16 @@ struct Product {
 
 // Products with matrices of as many outputs, in pieces: all of them, and then finish(begin, end).
 template <class F>
-void multiply(const std::vector<Product>& products, const F& finish) {
-  const int64_t out = products[0].out;
+void multiply(std::initializer_list<Product> products, const F& finish) {
+  const int64_t out = products.begin()->out;
   int64_t unit = 0, bytes = 0;
   for (const Product& product : products) {
     TORCH_CHECK(product.out == out, "matrices of ", out, " and ", product.out, " outputs don't belong together");
     unit = std::max(unit, product.unit), bytes += product.bytes;
   }
-  const int64_t width = unit == GPTQ_UNIT ? gptq_piece(out, bytes) : (2 * piece(2 * bytes) + unit - 1) / unit * unit;
-  Team::share(out, std::max(unit, width), [&](int64_t begin, int64_t end) {
+  int64_t width = unit == GPTQ_UNIT ? gptq_piece(out, bytes) : product_piece(out, bytes);
+  width = (width + unit - 1) / unit * unit;
+  Team::share(out, width, [&](int64_t begin, int64_t end) {
     for (const Product& product : products) product.run(begin, end);
     finish(begin, end);
   });
@@ -752,7 +773,7 @@ Gptq gptq_matrix(Tensor& qweight, Tensor& qzeros, Tensor& scales, optional<Tenso
     TORCH_CHECK((a.in + group_size - 1) / group_size == a.groups, "gptq: ", a.groups, " groups of ", group_size,
                 " don't make ", a.in);
   }
-  scales = scales.to(at::kHalf);
+  if (scales.scalar_type() != at::kHalf) scales = scales.to(at::kHalf);
   const bool by_output = qweight.stride(0) == 1 && qweight.stride(1) == qweight.size(0) && !a.g_idx &&
                          gptq_wants_side_by_side(a.in, group_size);
   for (Tensor* t : {&qweight, &qzeros, &scales})
@@ -796,7 +817,8 @@ Product gptq_product(Rows& x, Tensor qweight, Tensor qzeros, Tensor scales, opti
   } else if (!a.g_idx) {
     a.sums = x.sums(group_size);
   }
-  const optional<Tensor> added = bias ? optional<Tensor>(floats(*bias)) : bias;
+  optional<Tensor> added = bias;
+  if (bias) added = has_type(bias->scalar_type()) ? bias->contiguous() : floats(*bias);
   const int64_t padded = x.padded;
   return {a.out, by_output ? BY_OUTPUT_UNIT : GPTQ_UNIT, a.in * bits / 8, [=](int64_t begin, int64_t end) {
             const int64_t width = end - begin;
@@ -804,15 +826,16 @@ Product gptq_product(Rows& x, Tensor qweight, Tensor qzeros, Tensor scales, opti
             Gptq part = gptq_from(a, begin);
             part.out = width, part.y = totals.data();
             run(part, 0, width);
-            const float* b = added ? added->data_ptr<float>() + begin : nullptr;
-            const auto finish = [&](auto* to) {
+            const auto add = [&](const auto* b) {
               for (int64_t r = 0; r < a.rows; ++r)
-                for (int64_t o = 0; o < width; ++o)
-                  to[r * a.out + begin + o] = totals[r * width + o] + (b ? b[o] : 0.f);
+                for (int64_t o = 0; o < width; ++o) totals[r * width + o] += b[begin + o];
             };
-            if (kind == at::kFloat) finish(static_cast<float*>(y));
-            if (kind == at::kBFloat16) finish(static_cast<BFloat16*>(y));
-            if (kind == at::kHalf) finish(static_cast<c10::Half*>(y));
+            if (added) with_type(added->scalar_type(), added->data_ptr(), add);
+            const auto write = [&](auto* to) {
+              for (int64_t r = 0; r < a.rows; ++r)
+                std::copy_n(totals.data() + r * width, width, to + r * a.out + begin);
+            };
+            with_type(kind, y, write);
             (void)qweight, (void)qzeros, (void)scales, (void)g_idx;  // as above
           }};
 }
@@ -822,8 +845,7 @@ Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales
   Gptq a = gptq_matrix(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset);
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == a.in, "gptq_linear: x ", x.sizes(), " and ", a.in, " inputs don't fit");
   const auto kind = x.scalar_type();
-  TORCH_CHECK(kind == at::kFloat || kind == at::kBFloat16 || kind == at::kHalf,
-              "gptq_linear: x must be float32, bfloat16 or float16, found ", kind);
+  TORCH_CHECK(has_type(kind), "gptq_linear: x must be float32, bfloat16 or float16, found ", kind);
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == a.out), "gptq_linear: bias must be (", a.out,
               "), found ", bias->sizes());
   a.rows = rows_of(x);

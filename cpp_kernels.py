@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "9cfe3adc2e7921d2319ffb6202a9e1151321a7b5ee58f717dd3ba33c05b92e0e"
+SOURCE_SHA256 = "2b0588d55e3be018bb4816f27f615a567f7a834a9bf41c07100cbf7920d35e95"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
