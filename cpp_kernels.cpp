@@ -520,13 +520,23 @@ int64_t rows_of(const Tensor& x) {
   return rows;
 }
 
-// PyTorch's product of many rows, and bias, with a matrix of codes: a block of its outputs at a time is written out by
-// fill(first, length, bf16, to), where caches hold it until it is multiplied.
+// Whether PyTorch's products of bfloat16 are fast: without instructions for them they take several times as long as those
+// of float32. qwen_ops.py asks PyTorch the same.
+bool multiplies_bf16() {
+#if defined(__aarch64__)
+  return at::hasMKLDNN() && levels()[level].linear_bf16;
+#else
+  return at::hasMKLDNN() && levels()[level].width == 16;
+#endif
+}
+
+// PyTorch's product of many rows, and bias, with a matrix of codes, or of numbers that it multiplies slowly: a block of
+// its outputs at a time is written out by fill(first, length, bf16, to), where caches hold it until it is multiplied.
 template <class F>
 Tensor product_by_blocks(const Tensor& x, int64_t out, const optional<Tensor>& bias, const F& fill) {
   constexpr int64_t WEIGHTS = 1 << 21;
   // Most CPUs multiply float16 several times more slowly than float32.
-  const auto dtype = x.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat;
+  const auto dtype = x.scalar_type() == at::kBFloat16 && multiplies_bf16() ? at::kBFloat16 : at::kFloat;
   const int64_t in = x.size(-1), width = std::max<int64_t>(1, WEIGHTS / std::max<int64_t>(1, in) / 64) * 64;
   const Tensor rows = x.reshape({rows_of(x), in}).to(dtype), added = bias ? bias->to(dtype) : Tensor();
   const Tensor weight = at::empty({std::min(width, out), in}, rows.options());
@@ -541,6 +551,18 @@ Tensor product_by_blocks(const Tensor& x, int64_t out, const optional<Tensor>& b
   auto shape = x.sizes().vec();
   shape.back() = out;
   return y.to(x.scalar_type()).view(shape);
+}
+
+// product(eight) for eight rows of x after the other.
+template <class F>
+Tensor product_in_eights(const Tensor& x, int64_t out, const F& product) {
+  std::vector<Tensor> parts;
+  Team::with([&] {
+    for (const Tensor& eight : x.reshape({rows_of(x), x.size(-1)}).split(8)) parts.push_back(product(eight));
+  });
+  auto shape = x.sizes().vec();
+  shape.back() = out;
+  return at::cat(parts).view(shape);
 }
 
 // The sums of every row of x over the segments of the groups, in their order.
@@ -720,7 +742,19 @@ Tensor linear(const Tensor& x, Tensor weight, optional<Tensor> bias, optional<Te
   TORCH_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1), "linear: x ", x.sizes(),
               " and weight ", weight.sizes(), " don't fit");
   const int64_t rows = rows_of(x), out = weight.size(0);
-  TORCH_CHECK(int8 || rows <= 8, "linear: x has ", rows, " rows, more than 8");
+  if (rows > 8 && !int8) {
+    if (x.scalar_type() == at::kBFloat16 && multiplies_bf16()) return at::linear(x, weight, bias);
+    if (rows <= 64)  // which take less time so than writing the matrix out
+      return product_in_eights(x, out, [&](const Tensor& eight) { return linear(eight, weight, bias, scale); });
+    const Tensor w = weight.contiguous();
+    const int64_t in = w.size(1);
+    return product_by_blocks(x, out, bias, [&](int64_t first, int64_t length, bool, void* to) {
+      Team::share(length, piece(2 * in), [&](int64_t begin, int64_t end) {
+        const BFloat16* from = w.data_ptr<BFloat16>() + first * in;
+        std::copy(from + begin * in, from + end * in, static_cast<float*>(to) + begin * in);
+      });
+    });
+  }
   if (rows > 8) {
     optional<Tensor> none;
     const Linear a = linear_matrix(weight, none, scale);
@@ -855,14 +889,10 @@ Tensor gptq_linear(const Tensor& x, Tensor qweight, Tensor qzeros, Tensor scales
     return product_by_blocks(x, a.out, bias, [&](int64_t first, int64_t length, bool bf16, void* to) {
       gptq_write(a, first, length, bf16, to);
     });
-  if (a.rows > 8) {
-    std::vector<Tensor> parts;
-    Team::with([&] {
-      for (const Tensor& eight : x.reshape({a.rows, a.in}).split(8))
-        parts.push_back(gptq_linear(eight, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias));
+  if (a.rows > 8)
+    return product_in_eights(x, a.out, [&](const Tensor& eight) {
+      return gptq_linear(eight, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias);
     });
-    return at::cat(parts).view(shape);
-  }
   const Tensor y = at::empty(shape, x.options());
   if (y.numel() == 0) return y;
   Rows few;
@@ -1157,6 +1187,7 @@ void one_block(Tensor& x, Buffers& buffers, at::TensorList norms, const c10::Lis
     return {out, out, 0, [=](int64_t, int64_t) {
               y.copy_(bits    ? gptq_linear(inputs, weight, *zeros, *scale, g_idx, bits, group_size, zero_offset, bias)
                       : scale ? linear(inputs, weight, bias, scale)
+                              : has_kernel(weight) ? linear(inputs, weight, bias, scale)
                               : at::linear(inputs, weight, bias));
             }};
   };

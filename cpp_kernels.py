@@ -34,7 +34,7 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "2b0588d55e3be018bb4816f27f615a567f7a834a9bf41c07100cbf7920d35e95"
+SOURCE_SHA256 = "8f406a970ab97ed4e44699f4387074f784ea659869aff176e79cf74ba87d8e6d"
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 

@@ -22,10 +22,10 @@ from transformers import LogitsProcessorList
 from transformers.utils import logging
 
 from .qwen_attention import AttendingCache
-from .qwen_cache import QWenCache, quantized_cache
+from .qwen_cache import QWenCache, is_plain_inference, quantized_cache
 from .qwen_cuda_graph import GraphedGeneration, graphed_step, has_graphs, is_as_made, is_checked, is_plain, is_untouched
 from .qwen_generation_utils import StopWordsLogitsProcessor
-from .qwen_ops import decode_blocks, has_decode_kernel, rms_norm, times
+from .qwen_ops import decode_blocks, has_decode_kernel, own_products, rms_norm, times
 from .qwen_quantization import Int8Linear, QuantizedLinear, check_training
 from .transformers_compat import (
     ASSISTANTS_GENERATE,
@@ -56,6 +56,10 @@ def decoding_step(forward):
     """
     names = parameter_names(forward)[1:]
 
+    def through_layers(self, *args, **kwargs):
+        with own_products(self.device, self.dtype) if is_plain_inference() else contextlib.nullcontext():
+            return forward(self, *args, **kwargs)
+
     @functools.wraps(forward)
     def step(self, *args, **kwargs):
         if is_compiling() or torch.jit.is_tracing():
@@ -65,12 +69,12 @@ def decoding_step(forward):
         call = {**dict(zip(names, args)), **kwargs}
         cache = call.get("past_key_values")
         if not hasattr(cache, "attends") or isinstance(cache, AttendingCache) or not _attends(self, cache, call):
-            return forward(self, *args, **kwargs)
+            return through_layers(self, *args, **kwargs)
         output = None
         if _is_plain_call(self, call):
             output = _compute(self, call)
         if output is None:
-            output = forward(self, **{**call, "past_key_values": AttendingCache(cache)})
+            output = through_layers(self, **{**call, "past_key_values": AttendingCache(cache)})
             if output.past_key_values is not None:
                 output[CACHE] = cache
         return output

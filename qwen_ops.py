@@ -9,12 +9,14 @@ In the shapes below B is the batch, T the new tokens, S the tokens attended to, 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import math
 import sys
 import threading
 import types
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from transformers.utils import logging
 
 from .cpp_kernels import NAMESPACE, is_loaded, library, load
 from .cpp_kernels import implementation as cpu_implementation
-from .transformers_compat import HAS_SDPA, INT8_ROWS, addcmul, int8_product
+from .transformers_compat import HAS_SDPA, INT8_ROWS, FunctionMode, addcmul, int8_product
 from .transformers_compat import rms_norm as fused_rms_norm
 
 logger = logging.get_logger("transformers.models.qwen.qwen_ops")
@@ -55,7 +57,8 @@ def linear(
 ) -> torch.Tensor:
     """
     `F.linear`, at the speed of memory for up to 8 rows of x on a CPU, and for up to 16 on a GPU with an int8 weight.
-    More rows are multiplied by blocks of an int8 weight that are written out in x's dtype on the way.
+    More rows are multiplied by blocks of an int8 weight that are written out in x's dtype on the way. On a CPU that has
+    no instructions for bfloat16 (`multiplies_bfloat16`) they are written out in float32, those of bfloat16 weights too.
 
     x: (..., in). weight: (out, in), or int8 with scale (out,) or (out, groups): the weight is then
     `weight * scale`, each scale for `in / groups` neighbouring inputs. bias: (out,). Returns (..., out) in x's dtype,
@@ -74,8 +77,8 @@ def linear(
     if weight.dtype == torch.int8:
         has_kernel = rows > 0 and x.dtype in (*_FLOATS, torch.float16) and x.device.type in ("cpu", "cuda")
     else:
-        has_kernel = 0 < rows <= MAX_ROWS and x.dtype in _FLOATS and weight.dtype == torch.bfloat16
-        has_kernel = has_kernel and x.device.type == "cpu"
+        has_kernel = rows > 0 and x.dtype in _FLOATS and weight.dtype == torch.bfloat16 and x.device.type == "cpu"
+        has_kernel = has_kernel and (rows <= MAX_ROWS or (x.dtype == weight.dtype and not multiplies_bfloat16()))
     if has_kernel and _plain(x, weight) and not _differentiated(x, weight, bias):
         return _OPERATORS.linear(x, weight, bias, scale)
     return linear_reference(x, weight, bias, scale)
@@ -96,13 +99,52 @@ def linear_reference(x, weight, bias=None, scale=None):
 
 
 def linear_without_kernels(x, weight, bias=None, scale=None):
-    """The reference, but few rows and int8 weights on a CPU by PyTorch's own product, which needs no copy of them."""
-    rows, is_int8 = math.prod(x.shape[:-1]), weight.dtype == torch.int8 and scale is not None and scale.dim() == 1
+    """
+    The reference, but on a CPU few rows and int8 weights by PyTorch's own product, which needs no copy of them, and
+    many rows of bfloat16 by blocks of the weight in float32 where that is faster.
+    """
+    rows, is_cpu = math.prod(x.shape[:-1]), x.device.type == "cpu"
+    is_bfloat16 = x.dtype == weight.dtype == torch.bfloat16
+    if is_cpu and is_bfloat16 and rows > 32 and not multiplies_bfloat16():
+        blocks = weight.split(max(1, BLOCK_WEIGHTS // weight.shape[1]))
+        y = torch.cat([F.linear(x.float(), block.float()) for block in blocks], -1)  # float32 (..., out)
+        return (y if bias is None else y + bias).to(x.dtype)
+    is_int8 = weight.dtype == torch.int8 and scale is not None and scale.dim() == 1
     # It reads whole vectors, beyond the end of a row that is not made of them.
-    if x.device.type != "cpu" or not is_int8 or weight.shape[1] % 64 or not 0 < rows <= INT8_ROWS.get(x.dtype, 0):
+    if not is_cpu or not is_int8 or weight.shape[1] % 64 or not 0 < rows <= INT8_ROWS.get(x.dtype, 0):
         return linear_reference(x, weight, bias, scale)
     y = int8_product(x.reshape(rows, -1), weight).float() * scale
     return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+@functools.lru_cache(maxsize=None)
+def multiplies_bfloat16() -> bool:
+    """
+    Whether PyTorch's products of bfloat16 are fast on this CPU. x86 without AVX-512 has no instructions for them: those
+    of 512 rows take several times as long as in float32.
+    """
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # PyTorch was built without oneDNN, or before it could say
+        return False
+
+
+class _OwnProducts(FunctionMode or object):
+    """Who calls `F.linear` with bfloat16 calls `linear`."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear and not kwargs and args[1].dim() == 2 and args[0].dtype == torch.bfloat16:
+            return linear(*args)
+        return function(*args, **(kwargs or {}))
+
+
+def own_products(device: torch.device, dtype: torch.dtype):
+    """
+    A context for inference in which layers of this dtype multiply by `linear` without knowing it, if they are on a CPU
+    on which PyTorch's own products of it are slow.
+    """
+    is_wanted = dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16()
+    return _OwnProducts() if FunctionMode is not None and is_wanted else nullcontext()
 
 
 # --- Matrices in 4 and 8 bits ---------------------------------------------------------------------------------------
@@ -141,10 +183,12 @@ def gptq_linear(
 
 
 def gptq_linear_reference(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias=None):
-    blocks = gptq_blocks(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype=x.dtype)
-    parts = [x @ weight for _, weight in blocks]
+    is_slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not multiplies_bfloat16()
+    rows = x.float() if is_slow else x
+    blocks = gptq_blocks(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype=rows.dtype)
+    parts = [rows @ weight for _, weight in blocks]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return y if bias is None else y + bias.to(y.dtype)
+    return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
 
 def gptq_wants_side_by_side(inputs: int, group_size: int) -> bool:

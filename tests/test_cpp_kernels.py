@@ -104,6 +104,23 @@ def test_linear(level):
         assert_close(operators.linear(x, weight, bias, None), expected, case["dtype"], case)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [9, 64, 65, 200])
+def test_many_rows_of_bfloat16(level, rows, bias, monkeypatch):
+    """For a CPU without instructions for bfloat16. The last shape is more than is written out at once."""
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    torch.manual_seed(0)
+    for inputs, outputs in ((64, 5), (130, 300), (2048, 1100)):
+        x = torch.randn(3, rows, inputs).bfloat16().transpose(0, 1)[:, 1]
+        weight = out_of_line(torch.randn(outputs, inputs).bfloat16(), 3)
+        added = torch.randn(outputs).bfloat16() if bias else None
+        expected = F.linear(x.double(), weight.double(), added.double() if bias else None)
+        for product in (kernels.linear, kernels.linear_without_kernels):
+            y = product(x, weight, added)
+            assert y.dtype == torch.bfloat16
+            torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=2e-5 * inputs**0.5)
+
+
 @pytest.mark.parametrize("groups", [None, 1, 4])
 def test_linear_int8(level, groups):
     torch.manual_seed(0)
@@ -382,6 +399,7 @@ def test_linear_leaves_the_rest_to_pytorch(native, monkeypatch):
     x = torch.randn(1, 10).bfloat16()
     few = kernels.linear(x, weight)
     monkeypatch.setattr(kernels, "_OPERATORS", Operators())
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
     with pytest.raises(AssertionError):
         kernels.linear(x, weight)
     many = x.expand(9, -1)

@@ -17,6 +17,7 @@ from torch import nn
 
 qwen_cache = importlib.import_module("qwen.qwen_cache")
 qwen_decode = importlib.import_module("qwen.qwen_decode")
+qwen_ops = importlib.import_module("qwen.qwen_ops")
 QWenCache, QWenQuantizedCache = qwen_cache.QWenCache, qwen_cache.QWenQuantizedCache
 
 NTK_LOGN = {"seq_length": 16, "use_dynamic_ntk": True, "use_logn_attn": True}
@@ -443,6 +444,32 @@ def test_the_same_through_generate_with_and_without_the_step(monkeypatch):
     monkeypatch.setattr(qwen_decode, "_compute", lambda *args: None)
     assert model.generate(prompt, past_key_values=QWenCache(), **settings).tolist() == fast.tolist()
     assert copy.deepcopy(model).generate(prompt, past_key_values=DynamicCache(), **settings).tolist() == fast.tolist()
+
+
+@pytest.mark.skipif(qwen_ops.FunctionMode is None, reason="PyTorch 1.12 has no function modes")
+@pytest.mark.parametrize("tokens", [3, 40, 90])
+def test_prompts_of_bfloat16_are_multiplied_as_the_cpu_can(tokens, monkeypatch):
+    """By our product where PyTorch's is slow, and only there; with gradients PyTorch's."""
+    model, ids, seen = tiny_model(**PLAIN).bfloat16(), random_ids(1, tokens), []
+    expected = copy.deepcopy(model).double()(ids, use_cache=False).logits
+
+    def watched(*args):
+        seen.append(args[1])
+        return product(*args)
+
+    product = qwen_ops.linear
+    monkeypatch.setattr(qwen_ops, "linear", watched)
+    matrices = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    for is_fast, has_gradients in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(qwen_ops, "multiplies_bfloat16", lambda is_fast=is_fast: is_fast)
+        seen.clear()
+        with torch.set_grad_enabled(has_gradients):
+            logits = model(ids, past_key_values=None if has_gradients else QWenCache()).logits
+        assert len(seen) == (0 if is_fast or has_gradients else len(matrices))
+        assert all(any(weight is m.weight for weight in seen) for m in matrices) == (not is_fast and not has_gradients)
+        assert (logits.double() - expected).norm() < 0.02 * expected.norm()
+    logits.sum().backward()
+    assert all(m.weight.grad is not None for m in matrices)
 
 
 def test_adapters_of_embeddings_generate():
