@@ -28,8 +28,8 @@ WIDE = {"hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 352}
 
 def published(size: str, matrices: str = "full"):
     config = tool.QWenConfig(**dict(zip(tool.SHAPE, tool.SIZES[size])), int8_weights=matrices == "int8")
-    if matrices == "Int4":
-        config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    if matrices in ("Int4", "Int8"):
+        config.quantization_config = {"quant_method": "gptq", "bits": int(matrices[-1]), "group_size": 128}
     return config
 
 
@@ -263,10 +263,74 @@ def test_the_command(capsys):
 
 
 @pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("24GB", [24 * GB]),
+        ("24G", [24 * GB]),
+        ("24gb x 2", [24 * GB] * 2),
+        ("24GiB", [24 * 2**30]),
+        ("24564MiB", [24564 * 2**20]),  # as nvidia-smi shows it
+        ("24000MBx3", [24 * GB] * 3),
+    ],
+)
+def test_devices_in_the_units_that_people_write(text, sizes):
+    assert tool.read_devices(text) == sizes
+
+
+@pytest.mark.parametrize(("name", "short"), [("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")])
+def test_precisions_by_both_names(name, short, capsys):
+    printed = []
+    for dtype in (name, short):
+        assert tool.main(["--size", "1.8B", "--dtype", dtype]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert f"in {short};" in printed[0]
+
+
+def test_it_advises_fewer_bits_where_they_fit(capsys):
+    """14B does not fit on a card of 24 GB; in 8 and in 4 bits it does, with the figures of README.md's table."""
+    assert tool.main(["--size", "14B", "--context", "2048", "--devices", "24GB"]) == 1
+    printed = capsys.readouterr().out
+    assert "  the Int8 checkpoint (17.94 GB)\n  the Int4 checkpoint (11.58 GB)\n  2 such devices\n" in printed
+    assert tool.advice(published("72B"), "bf16", 2048, 1, "full", [48 * GB])[0] == "4 such devices"  # Int4: 47.05 GB
+    assert tool.advice(published("72B"), "bf16", 2048, 1, "full", [49 * GB])[0] == "the Int4 checkpoint (47.05 GB)"
+    for config in (published("14B", "Int8"), published("14B", "int8")):
+        found = tool.advice(config, "bf16", 2048, 1, "full", [14 * GB])
+        assert found == ["the Int4 checkpoint (11.58 GB)", "2 such devices"]
+    assert "checkpoint" not in str(tool.advice(published("14B", "Int4"), "bf16", 2048, 1, "full", [12 * GB]))
+
+
+def test_where_what_does_not_fit_is_placed(capsys):
+    assert tool.main(["--size", "14B", "--context", "32768", "--devices", "24GB x 2"]) == 1
+    printed = capsys.readouterr().out
+    assert "Weights, keys, values and activations with device_map=" in printed
+    (over,) = [line for line in printed.splitlines() if "device 0" in line]
+    assert over.partition(" of ")[2] == "24, which is too much: the keys and values of the layers on cpu are here too"
+    assert "device 1        23.22 GB of 24\n" in printed
+    assert "max_memory={0: '9911MB', 1: '9911MB'}" in printed
+    # Keys, values and activations fill the card.
+    assert tool.main(["--size", "72B", "--bits", "4", "--devices", "24GB"]) == 1
+    printed = capsys.readouterr().out
+    assert "max_memory" not in printed
+    assert "0MB" not in printed
+    assert "No weights have room" in printed
+
+
+def test_what_help_says(capsys):
+    with pytest.raises(SystemExit):
+        tool.main(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in ("GB is 10^9 bytes", "24564MiB", "default: 8,192", "bits of each weight", "bfloat16"):
+        assert words in printed
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "one of the arguments"),
-        (["nowhere"], "nowhere is not the config.json of a Qwen checkpoint"),
+        (["nowhere"], "There is no folder nowhere"),
+        (["nowhere.json"], "There is no file nowhere.json"),
+        (["{bare}"], "bare has no config.json"),
         (["{llama}"], 'no "model_type": "qwen"'),
         (["{broken}"], "is not the config.json"),
         (["{odd}"], "intermediate_size"),
@@ -277,7 +341,9 @@ def test_the_command(capsys):
         (["--size", "7B", "--batch", "-1"], "at least 1 is wanted, found '-1'"),
         (["--size", "7B", "--int8"], "unrecognized arguments: --int8"),
         (["{head}", "--int8-lm-head"], "output layer in GPTQ's format already"),
-        (["--size", "7B", "--devices", "80"], 'devices are given as "80GB" or "80GB x 2", found'),
+        (["--size", "7B", "--devices", "80"], "80 lacks its unit: write 80GB"),
+        (["--size", "7B", "--devices", "80 x 2"], "80 x 2 lacks its unit: write 80GB x 2"),
+        (["--size", "7B", "--devices", "80KB"], 'devices are given as "80GB" or "80GB x 2", found'),
         (["--size", "7B", "--devices", "80GB x 0"], "devices are given as"),
     ],
 )
@@ -291,6 +357,7 @@ def test_bad_arguments(arguments, message, tmp_path, capsys):
     for name, values in files.items():
         (tmp_path / name).write_text(json.dumps(values))
     (tmp_path / "broken").write_text("{")
+    (tmp_path / "bare").mkdir()
     with pytest.raises(SystemExit) as stopped:
         tool.main([re.sub(r"\{(.*)\}", rf"{tmp_path}/\1", argument) for argument in arguments])
     assert stopped.value.code == 2
@@ -316,7 +383,13 @@ def test_figures_of_the_page():
 
     assert fitting("14B", 80, context=32768)
     assert fitting("1.8B", 16, context=32768)
+    assert fitting("1.8B", 24, context=32768)
     assert fitting("7B", 24)
+    assert not fitting("7B", 24, context=32768, cache="int4")
+    assert not fitting("14B", 24, context=256, cache="int4")
+    for matrices in ("int8", "Int4"):
+        assert fitting("14B", 24, matrices=matrices)
+    assert not fitting("72B", 24, context=256, cache="int4", matrices="Int4")
     assert fitting("14B", 24, 8)
     assert not fitting("7B", 16, context=256, cache="int4")
     assert [number for number in (1, 2, 3) if fitting("72B", 80, number)] == [3]

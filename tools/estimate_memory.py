@@ -5,7 +5,7 @@ How much memory a Qwen takes, where device_map="auto" puts it, and what to do if
     python tools/estimate_memory.py --size 72B --bits 4 --context 2048 --devices 48GB
     python tools/estimate_memory.py --size 72B --context 8192 --batch 4 --cache int8 --devices "80GB x 2"
 
-GB are 10^9 bytes. The activations are those of a prefill of the whole context at once with SDPA or flash attention and
+A GB is 10^9 bytes. The activations are those of a prefill of the whole context at once with SDPA or flash attention and
 without padding, as `generate` does it. The tool reads no weights and needs no GPU. Exit status: 0 it fits, 1 it does
 not, 2 something is wrong with the arguments.
 """
@@ -39,9 +39,11 @@ SIZES = {
     "72B": (8192, 80, 64, 49152, 152064),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}  # PyTorch's, with ours
 CACHES = {"full": None, "int8": 8, "int4": 4}
 NOT_QUANTISED = {"load_in_8bit": True}  # or by transformers, which is not estimated
 GB = 10**9
+UNITS = {"g": GB, "gb": GB, "gib": 2**30, "mb": 10**6, "mib": 2**20}
 RESERVE = GB  # of each device, for the driver, PyTorch's own and gaps between tensors
 
 
@@ -130,8 +132,25 @@ def place(config, dtype: str, need: dict[str, int], devices: list[int]) -> tuple
 
 def fits(config, dtype: str, context: int, batch: int, cache: str, devices: list[int]) -> bool:
     """Whether everything is on the devices, with `RESERVE` left of each."""
-    used = place(config, dtype, memory(config, dtype, context, batch, cache), devices)[1]
+    need = memory(config, dtype, context, batch, cache)
+    if sum(need.values()) > sum(devices) - RESERVE * len(devices):  # placing takes time
+        return False
+    used = place(config, dtype, need, devices)[1]
     return "cpu" not in used and all(n <= devices[device] - RESERVE for device, n in used.items())
+
+
+def in_gptq(config, bits: int):
+    """The same model as a GPTQ checkpoint with groups of 128, such as the published Int8 and Int4 ones."""
+    config = copy.copy(config)
+    config.int8_weights = False
+    config.quantization_config = {"quant_method": "gptq", "bits": bits, "group_size": 128}
+    return config
+
+
+def bits_of(config) -> int | None:
+    """The bits of a weight in the blocks' matrices; None if they are not quantised."""
+    gptq = quantization.check_quantization_config(getattr(config, "quantization_config", None) or NOT_QUANTISED)
+    return 8 if getattr(config, "int8_weights", False) else gptq and gptq.bits
 
 
 def advice(config, dtype: str, context: int, batch: int, cache: str, devices: list[int]) -> list[str]:
@@ -143,6 +162,12 @@ def advice(config, dtype: str, context: int, batch: int, cache: str, devices: li
         if CACHES[cache] is None and CACHES[bits] and fits(config, dtype, context, batch, bits, devices):
             found.append(f"a quantised cache: generate(..., cache_bits={CACHES[bits]})")
             break
+    for bits in (8, 4):
+        if bits < (bits_of(config) or 16):
+            smaller = in_gptq(config, bits)
+            if fits(smaller, dtype, context, batch, cache, devices):
+                together = sum(memory(smaller, dtype, context, batch, cache).values())
+                found.append(f"the Int{bits} checkpoint ({together / GB:.2f} GB)")
     fitting, not_fitting = 0, -(-context // qwen_cache.BLOCK)  # in blocks of the cache
     while not_fitting - fitting > 1:
         n = (fitting + not_fitting) // 2
@@ -161,6 +186,11 @@ def advice(config, dtype: str, context: int, batch: int, cache: str, devices: li
 def read_config(path: str):
     """The configuration of a checkpoint folder or a config.json; ArgumentTypeError if it is not a Qwen's."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    if not Path(path).exists():
+        what = "file" if file.suffix == ".json" else "folder"
+        raise argparse.ArgumentTypeError(f"There is no {what} {path}")
+    if not file.exists():
+        raise argparse.ArgumentTypeError(f"{path} has no config.json, so it is no checkpoint")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.get("model_type") != "qwen":
@@ -178,10 +208,15 @@ def read_devices(text: str) -> list[int]:
         >>> read_devices("80GB x 2")
         [80000000000, 80000000000]
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*GB(?:\s*x\s*([1-9]\d?))?\s*", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f'devices are given as "80GB" or "80GB x 2", found {text!r}')
-    return [int(float(match[1]) * GB)] * int(match[2] or 1)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)(?:\s*([A-Za-z]+?))?(\s*x\s*([1-9]\d?))?\s*", text)
+    if match is not None and not match[2]:
+        number, times = match[1], match[3] or ""
+        raise argparse.ArgumentTypeError(f"{text.strip()} lacks its unit: write {number}GB{times}")
+    if match is None or match[2].lower() not in UNITS:
+        raise argparse.ArgumentTypeError(
+            f'devices are given as "80GB" or "80GB x 2", found {text!r}; units are GB, GiB, MB and MiB'
+        )
+    return [int(float(match[1]) * UNITS[match[2].lower()])] * int(match[4] or 1)
 
 
 def count(text: str) -> int:
@@ -191,16 +226,39 @@ def count(text: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip().splitlines()[0],
+        epilog="A GB is 10^9 bytes. A card that nvidia-smi shows as 24564MiB is one of 25.76GB; --devices 24564MiB "
+        "says the same. Exit status: 0 it fits, 1 it does not, 2 something is wrong with the arguments.",
+        allow_abbrev=False,
+    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("config", nargs="?", type=read_config, metavar="PATH", help="checkpoint folder, or config.json")
     which.add_argument("--size", choices=SIZES, help="a published size, in place of PATH")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="precision of the weights")
-    parser.add_argument("--bits", type=int, choices=(4, 8), help="of the weights of --size: GPTQ in groups of 128")
+    parser.add_argument(
+        "--dtype",
+        type=lambda name: DTYPE_NAMES.get(name, name),
+        choices=DTYPES,
+        default="bf16",
+        help="precision of the weights, also as bfloat16, float16, float32 (default: bf16)",
+    )
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=(4, 8),
+        help="bits of each weight, for an Int4 or Int8 checkpoint of --size (GPTQ, groups of 128)",
+    )
     parser.add_argument("--int8-lm-head", action="store_true", help="the output layer in int8 (int8_lm_head=True)")
-    parser.add_argument("--context", type=count, default=8192, help="tokens of a row, prompt and answer")
-    parser.add_argument("--batch", type=count, default=1, help="rows")
-    parser.add_argument("--cache", choices=CACHES, default="full", help="keys and values: as the weights, or quantised")
+    parser.add_argument(
+        "--context", type=count, default=8192, help="tokens of a row, prompt and answer together (default: 8,192)"
+    )
+    parser.add_argument("--batch", type=count, default=1, help="rows (default: 1)")
+    parser.add_argument(
+        "--cache",
+        choices=CACHES,
+        default="full",
+        help="keys and values: full, as the weights (default), or quantised",
+    )
     parser.add_argument("--devices", type=read_devices, metavar='"80GB x 2"', help="memory of the devices")
     args = parser.parse_args(arguments)
     config = args.config or QWenConfig(**dict(zip(SHAPE, SIZES[args.size])))
@@ -217,8 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
         need = memory(*asked)
     except ValueError as error:  # a head that can't be quantised
         parser.error(str(error))
-    gptq = quantization.check_quantization_config(getattr(config, "quantization_config", None) or NOT_QUANTISED)
-    bits = 8 if getattr(config, "int8_weights", False) else gptq and gptq.bits
+    bits = bits_of(config)
     held = f"{f'{bits} bits and ' if bits else ''}{args.dtype}"
     print(f"{parameters(config) / 1e9:.2f} billion parameters in {held}; {args.batch} x {args.context:,} tokens")
     for what, n in {**need, "together": sum(need.values())}.items():
@@ -227,16 +284,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it looks for the devices here
     room, used = place(config, args.dtype, need, args.devices)
+    limits = [room[device] // 10**6 for device in range(len(args.devices))]
+    if len(used) > 1 and any(limits):
+        written = ", ".join(f"{device}: '{limit}MB'" for device, limit in enumerate(limits))
+        rest = ', and "cpu" with what it has' if "cpu" in used else ""
+        print(f'Weights, keys, values and activations with device_map="auto", max_memory={{{written}}}{rest}:')
+    elif "cpu" in used:
+        print("No weights have room on the devices beside the keys, values and activations:")
     for device, n in used.items():
-        of = "for weights that have no room" if device == "cpu" else f"of {args.devices[device] / GB:g}"
+        of = "for weights that have no room" if device == "cpu" else f"of {round(args.devices[device] / GB, 2):g}"
+        if device != "cpu" and n > args.devices[device]:
+            of += ", which is too much"
+            if device == 0 and "cpu" in used:
+                of += ": the keys and values of the layers on cpu are here too"
         print(f"  {f'device {device}':12}{n / GB:9.2f} GB {of}")
-    if len(used) > 1:
-        limits = ", ".join(f"{device}: '{room[device] // 10**6}MB'" for device in range(len(args.devices)))
-        print(
-            f'device_map="auto", max_memory={{{limits}}}, and "cpu" with what it has'
-            if "cpu" in used
-            else f'device_map="auto", max_memory={{{limits}}}'
-        )
     if fits(*asked, args.devices):
         print("It fits.")
         return 0
