@@ -340,7 +340,8 @@ def _build(source: bytes, compiler: list, flags: list, standard: list, library: 
     except ImportError as error:
         raise _Unavailable(f"torch.utils.cpp_extension can't be imported ({error}): pip install setuptools.") from error
 
-    logger.info("Building the native CPU kernels, once for this machine; this takes about a minute.")
+    # A warning, because a program that says nothing for so long is taken for one that hangs.
+    logger.warning("Compiling the CPU kernels, once on this machine: one to three minutes.")
     for left in library.parent.glob(f"{library.stem}.*.building"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{library.stem}.", suffix=".building", dir=library.parent) as folder:

@@ -925,6 +925,9 @@ def write_version(folder, source):
     return folder
 
 
+COMPILING = "Compiling the CPU kernels, once on this machine: one to three minutes."
+
+
 class Version:
     """Such a module, the operations on top of it, and what it logs."""
 
@@ -940,8 +943,10 @@ class Version:
         self.module.logger.addHandler(handler)
         self.module.logger.setLevel(logging.INFO)
 
-    def warnings(self):
-        return [record.getMessage() for record in self.records if record.levelno >= logging.WARNING]
+    def warnings(self, said=""):
+        """Warnings with these words; without any, all but the line that says that compiling begins."""
+        found = [record.getMessage() for record in self.records if record.levelno >= logging.WARNING]
+        return [text for text in found if (said in text if said else COMPILING not in text)]
 
     def answers_right(self):
         """Two calls, so that something said twice would show."""
@@ -1114,9 +1119,11 @@ def test_importing_does_nothing(make_version, tmp_path):
 
 
 @needs_compiler
-def test_builds_quietly_and_once(make_version, tmp_path):
+def test_builds_once_and_says_so_before(make_version, tmp_path):
     version = make_version(SMALL.replace("WHICH", "first"))
     assert version.answers_right()
+    assert version.records[0].getMessage() == COMPILING
+    assert version.warnings(said=COMPILING) == [COMPILING]
     assert not version.warnings()
     assert version.module.kernels_in_use()["instructions"] == "first"
     assert version.module.kernels_in_use()["reason"] is None
@@ -1125,6 +1132,7 @@ def test_builds_quietly_and_once(make_version, tmp_path):
     modified = built.stat().st_mtime_ns
     assert version.module._library() == built
     assert built.stat().st_mtime_ns == modified
+    assert version.warnings(said=COMPILING) == [COMPILING]
 
 
 @needs_compiler
@@ -1178,6 +1186,7 @@ def test_without_a_compiler(make_version, monkeypatch):
     version = make_version()
     assert version.answers_right()
     (warning,) = version.warnings()
+    assert not version.warnings(said=COMPILING)
     assert "no C++ compiler" in warning
     assert "Install g++" in warning
     assert version.module.kernels_in_use()["native"] is False
@@ -1341,10 +1350,13 @@ def build_elsewhere(folder, command=(sys.executable,), **environment):
 def test_two_processes_build_once(make_version, tmp_path):
     folder = write_version(tmp_path / "version", SMALL + f"// {tmp_path}\n")
     compiler = str(counting_compiler(tmp_path))
+    said = []
     for process in [build_elsewhere(folder, python(), CXX=compiler) for _ in range(2)]:
         output, _ = process.communicate(timeout=600)
         assert "'native': True" in output
         assert "not in use" not in output
+        said.append(output.count(COMPILING))  # at the default verbosity
+    assert sorted(said) == [0, 1]
     assert (tmp_path / "compiled").read_text() == "compiling\n"
 
 
