@@ -3,7 +3,8 @@ Ask a checkpoint and what was made of it the same questions.
 
     python finetune/compare.py CHECKPOINT TUNED QUESTION [QUESTION ...]
 
-TUNED is a tuned checkpoint or the folder of an adapter. Exit status: 0 if an answer changed, 1 if none did.
+TUNED is a tuned checkpoint or the folder of an adapter. Exit status: 0 if an answer changed, 1 if none did, which the
+last line says.
 """
 
 from __future__ import annotations
@@ -22,15 +23,21 @@ def answers(path: str, questions: list[str]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Ask a checkpoint and what was made of it the same questions.")
-    parser.add_argument("checkpoint")
-    parser.add_argument("tuned")
+    parser = argparse.ArgumentParser(
+        description="Ask a checkpoint and what was made of it the same questions.",
+        epilog="Exit status: 0 if an answer changed, 1 if all answers are the same.",
+    )
+    parser.add_argument("checkpoint", help="folder of the checkpoint")
+    parser.add_argument("tuned", help="folder of what was made of it, also of an adapter")
     parser.add_argument("questions", nargs="+", metavar="QUESTION")
     args = parser.parse_args()
     before, after = (answers(path, args.questions) for path in (args.checkpoint, args.tuned))
     for question, old, new in zip(args.questions, before, after):
         print(f"user:   {question}\nbefore: {old}\nafter:  {new}\n")
-    return 0 if before != after else 1
+    if before == after:
+        print("All answers are the same (exit status 1).")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

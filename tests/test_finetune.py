@@ -681,3 +681,21 @@ def test_snippets_of_the_pages(name, capsys, monkeypatch):
         exec(compile(block, f"{name}.md", "exec"), {})
         promised = [line[2:] for line in block.splitlines() if line.startswith("# ")]
         assert capsys.readouterr().out.splitlines() == promised
+
+
+def test_compare_says_that_all_answers_are_the_same(monkeypatch, capsys):
+    """In words too: a terminal does not show the exit status."""
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "finetune" / "compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    for tuned, status in (("one", 1), ("two", 0)):
+        monkeypatch.setattr(compare, "answers", lambda path, questions: [path for _ in questions])
+        monkeypatch.setattr(sys, "argv", ["compare.py", "one", tuned, "Which?", "Who?"])
+        assert compare.main() == status
+        assert ("All answers are the same" in capsys.readouterr().out) == bool(status)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--help"])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "Exit status: 0 if an answer changed, 1 if all answers are the same" in " ".join(
+        capsys.readouterr().out.split()
+    )

@@ -111,10 +111,19 @@ def test_check_reads_only(checkpoint, capsys):
     assert contents(checkpoint) == before
 
 
+def test_help_says_what_the_exit_status_means(capsys):
+    with pytest.raises(SystemExit):
+        upgrade.main(["--help"])
+    assert "1 there is something to do, and --write was not given" in " ".join(capsys.readouterr().out.split())
+
+
 def test_write_then_restore_is_exact(checkpoint, capsys):
     before = contents(checkpoint)
     assert upgrade.main([str(checkpoint), "--write"]) == 0
-    assert "loads: QWenLMHeadModel" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "loads: QWenLMHeadModel" in printed
+    for name in ("transformers_compat.py", "modeling_qwen.py", "config.json"):  # once each
+        assert re.findall(rf"^(?:would|wrote) .*\b{re.escape(name)}$", printed, re.MULTILINE) == [f"wrote {name}"]
     for name in upgrade.MODULES:
         assert (checkpoint / name).read_bytes() == (ROOT / name).read_bytes()
     config = json.loads((checkpoint / "config.json").read_text())

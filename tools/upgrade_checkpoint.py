@@ -9,9 +9,9 @@ Put this code into a checkpoint folder that has the published one.
 --end-at-im-end, with each of them, has the generation_config.json of a chat model end answers at <|im_end|>, for
 pipelines and servers.
 
-Exit status: 0 nothing to do, or done; 1 there is something to do (--check); 2 the checkpoint has a problem, or the
-folder can't be written: it is as it was then, and there is no NEW. Weights are never written, and never read beyond
-their headers; --copy-to copies them.
+Exit status: 0 nothing to do, or done; 1 there is something to do, and --write was not given; 2 the checkpoint has a
+problem, or the folder can't be written: it is as it was then, and there is no NEW. Weights are never written, and never
+read beyond their headers; --copy-to copies them.
 """
 
 from __future__ import annotations
@@ -194,12 +194,12 @@ def planned(folder: Path, end_at_im_end: bool = False) -> dict[str, bytes]:
     }
 
 
-def inspect(folder: Path, end_at_im_end: bool) -> dict[str, bytes]:
-    """Print what is found and what would change; returns the plan."""
+def inspect(folder: Path, end_at_im_end: bool, is_carried_out: bool) -> dict[str, bytes]:
+    """Print what is found and, unless `write` is going to name the files, what would change; returns the plan."""
     print(check_weights(folder))
     print(check_vocabulary(folder))
     plan = planned(folder, end_at_im_end)
-    for name in plan:
+    for name in () if is_carried_out else plan:
         print(f"{'would replace' if (folder / name).exists() else 'would add':13} {name}")
     ends = None if end_at_im_end else ends_of_answers(folder)
     if ends is not None:
@@ -348,7 +348,7 @@ def upgrade(args: argparse.Namespace) -> int:
     if args.restore:
         restore(folder)
         return 0
-    plan = inspect(folder, args.end_at_im_end)
+    plan = inspect(folder, args.end_at_im_end, is_carried_out=args.write or args.copy_to is not None)
     advice = advice_about_name(folder if args.copy_to is None else args.copy_to)
     if advice is not None:
         print(f"advice: {advice}")
@@ -367,7 +367,11 @@ def upgrade(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Put this code into a checkpoint folder that has the published one.")
+    parser = argparse.ArgumentParser(
+        description="Put this code into a checkpoint folder that has the published one.",
+        epilog="Exit status: 0 nothing to do, or done; 1 there is something to do, and --write was not given; 2 the "
+        "checkpoint has a problem, or the folder can't be written.",
+    )
     parser.add_argument("path", type=Path, help="folder of the checkpoint")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="only say what would change (default)")
