@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .transformers_compat import PretrainedConfig, tensor_parallel_plan
+from .transformers_compat import PretrainedConfig, named_dtype, tensor_parallel_plan
 
 PRECISION_FLAGS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # as torch calls them
 AUTO_MAP = {
@@ -250,12 +250,13 @@ class QWenConfig(PretrainedConfig):
         """
         As inherited; a precision that the caller names replaces the one in the file.
 
-        Raises ValueError for two that contradict each other, and for two such choices of the attention kernel.
+        Raises ValueError for one that PyTorch has not, for two that contradict each other, and for two such choices of
+        the attention kernel.
         """
         flash, attention = kwargs.get("use_flash_attn"), kwargs.get("attn_implementation")
         if attention is not None and flash in (True, False) and flash != str(attention).startswith("flash_attention"):
             raise ValueError(f"use_flash_attn={flash} contradicts attn_implementation={attention!r}; pass one of them.")
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        dtype = named_dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"))
         flags = [flag for flag in PRECISION_FLAGS if kwargs.get(flag)]
         for flag in flags:
             check_precision(flag, dtype)

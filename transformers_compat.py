@@ -1330,12 +1330,16 @@ def load_config(config_class, config, path, kwargs: dict):
 def pop_dtype(kwargs: dict):
     """Take `dtype`, or `torch_dtype` (its name up to 4.55), out of `kwargs`; None when neither is given."""
     dtype, torch_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
-    dtype = torch_dtype if dtype is None else dtype
+    return named_dtype(torch_dtype if dtype is None else dtype)
+
+
+def named_dtype(dtype):
+    """The torch.dtype of this name, or what is none; ValueError for another name, where transformers reads it, too."""
     if not isinstance(dtype, str) or dtype == "auto":
         return dtype
     named = getattr(torch, dtype, None)
     if not isinstance(named, torch.dtype):
-        raise ValueError(f"dtype={dtype!r} is not a torch data type; pass for example dtype='bfloat16'.")
+        raise ValueError(f"dtype={dtype!r} is not a torch data type; pass for example dtype='bfloat16', or bf16=True.")
     return named
 
 

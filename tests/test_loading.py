@@ -153,6 +153,9 @@ def test_contradictions_in_precision(checkpoint):
         load(checkpoint, bf16=True, dtype=torch.float16)
     with pytest.raises(ValueError, match="'bfloat' is not a torch data type"):
         QWenLMHeadModel.from_pretrained(checkpoint, dtype="bfloat")
+    for name in ("dtype", "torch_dtype"):
+        with pytest.raises(ValueError, match=r"'bf16' is not a torch data type; pass .*dtype='bfloat16', or bf16=True"):
+            load(checkpoint, **{name: "bf16"})
 
 
 def test_a_saved_precision_does_not_stand_in_the_way(checkpoint, tmp_path):
