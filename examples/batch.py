@@ -36,9 +36,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         parser.error(f"--batch-size must be at least 1, found {arguments.batch_size}")
-    model, tokenizer = load(arguments.checkpoint_path, arguments.cpu_only, padding_side="left")
-    text = sys.stdin.read() if arguments.file == "-" else Path(arguments.file).read_text(encoding="utf-8")
+    try:
+        text = sys.stdin.read() if arguments.file == "-" else Path(arguments.file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SystemExit(f"There is no file {arguments.file}.") from None
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{arguments.file} is not a text in UTF-8 ({error}).") from None
     questions = [line.strip() for line in text.splitlines() if line.strip()]
+    if not questions:
+        raise SystemExit(f"{arguments.file} holds no question. Write one a line.")
+    model, tokenizer = load(arguments.checkpoint_path, arguments.cpu_only, padding_side="left")
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))  # little padding in every batch
     answers: dict[int, str] = {}
     for begin in tqdm(range(0, len(order), arguments.batch_size), unit="batch"):

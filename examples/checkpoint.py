@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-DEMO = str(Path(__file__).resolve().parent.parent / "demo")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tools"))
+checkpoint_files = importlib.import_module("checkpoint_files")
+
+DEMO = str(ROOT / "demo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu-only", action="store_true", help="use no GPU")
 
 
+def check(path: str) -> None:
+    """Ends the program with a line unless it may be a checkpoint, or an adapter over one."""
+    try:
+        checkpoint_files.check_loadable(path, adapters=True)
+    except checkpoint_files.Problem as problem:
+        raise SystemExit(str(problem)) from None
+
+
 def load(path: str, cpu_only: bool = False, **tokenizer_settings):
     """The model, ready to answer, and its tokenizer. Ends the program with a line if they can't be loaded."""
+    check(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True, **tokenizer_settings)
         device_map = "cpu" if cpu_only else "auto"

@@ -7,8 +7,8 @@ Load a checkpoint, complete the model card's prompt, hold a short conversation.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
+from checkpoint import DEMO, check
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPT = "蒙古国的首都是乌兰巴托（Ulaanbaatar）\n冰岛的首都是雷克雅未克（Reykjavik）\n埃塞俄比亚的首都是"
@@ -24,7 +24,8 @@ QUESTIONS = (
 
 
 def main() -> None:
-    path = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).resolve().parent.parent / "demo")
+    path = sys.argv[1] if len(sys.argv) > 1 else DEMO
+    check(path)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(path, device_map="auto", trust_remote_code=True).eval()
 

@@ -8,6 +8,7 @@ The arguments are the published script's and all of transformers' TrainingArgume
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -20,14 +21,14 @@ from typing import List, Optional
 
 import torch
 import transformers
-from data import SYSTEM, TRAIN_ON, Conversations, DataError, PackedBatch
+from data import ROOT, SYSTEM, TRAIN_ON, Conversations, DataError, PackedBatch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, set_seed
 
+sys.path.append(str(ROOT / "tools"))
+checkpoint_files = importlib.import_module("checkpoint_files")
+Problem = checkpoint_files.Problem  # tuning can't begin; the message says why and what to do
+
 LEARNED_BY_BASE = ["wte", "lm_head"]  # of a base model the tokens of ChatML have no meaning yet
-
-
-class Problem(ValueError):
-    """Tuning can't begin; the message says why and what to do."""
 
 
 @dataclass
@@ -433,12 +434,13 @@ def load_data(path: str, tokenizer, data, training, packing: bool) -> Conversati
 def tune(arguments, data, training, lora) -> Tuner:
     """Everything but the command line; returns the trainer, whose model is tuned and saved."""
     check(training, lora)
+    path = arguments.model_name_or_path
+    checkpoint_files.check_loadable(path)
     checkpoint = checkpoint_to_resume(training)
     training.gradient_checkpointing_kwargs = training.gradient_checkpointing_kwargs or {"use_reentrant": False}
     training.prediction_loss_only = True
     training.dataloader_pin_memory &= torch.cuda.is_available()
     set_seed(training.seed)  # a new adapter is random
-    path = arguments.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(
         path, cache_dir=training.cache_dir, model_max_length=training.model_max_length, trust_remote_code=True
     )

@@ -68,8 +68,30 @@ def test_chat_in_a_pipe():
 
 
 def test_a_checkpoint_that_is_not_there_is_named_in_a_line(tmp_path):
-    with pytest.raises(SystemExit, match=r"no-such-folder' can't be loaded as a folder, or from a hub"):
-        example("checkpoint").load(str(tmp_path / "no-such-folder"), cpu_only=True)
+    load = example("checkpoint").load
+    with pytest.raises(SystemExit, match=r"^There is no folder no-such-folder\.$"):
+        load("no-such-folder", cpu_only=True)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "modeling_qwen.py").write_text("import transformers_stream_generator")
+    with pytest.raises(SystemExit, match=r"code published in 2023"):
+        load(str(tmp_path), cpu_only=True)
+    (tmp_path / "modeling_qwen.py").unlink()
+    with pytest.raises(SystemExit, match=r"can't be loaded as a folder, or from a hub"):
+        load(str(tmp_path), cpu_only=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "There is no file "), (b" \n\n", "holds no question"), (b"\xff", "not a text in UTF-8")],
+)
+def test_a_file_without_questions_is_told_before_anything_is_loaded(tmp_path, monkeypatch, content, message):
+    batch, file = example("batch"), tmp_path / "questions.txt"
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setattr(batch, "load", lambda *arguments, **settings: pytest.fail("loaded"))
+    monkeypatch.setattr(sys, "argv", ["batch.py", str(file)])
+    with pytest.raises(SystemExit, match=message):
+        batch.main()
 
 
 @pytest.fixture

@@ -199,7 +199,7 @@ def test_int8_weights_keep_their_codes(source, tmp_path, capsys):
 @pytest.mark.parametrize("options", [("--bits", "4", "--asymmetric", *RTN), ("--bits", "8", *RTN), ()])
 def test_quantised_weights_in_another_type(source, tmp_path, options):
     small = quantised(source, tmp_path / "small", *options)
-    assert tool.main([str(small), str(tmp_path / "model.gguf"), "--type", "f32"]) == 0
+    assert tool.main([str(small), str(tmp_path / "model.gguf"), "--type", "float32"]) == 0
     found = weights_of(tmp_path / "model.gguf")
     for name, module in matrices_of(QWenLMHeadModel.from_pretrained(small, fp32=True)):
         is_int8 = hasattr(module, "weight_scale")
@@ -614,6 +614,8 @@ def test_it_refuses_sizes_and_files(source, tmp_path, capsys):
     (tmp_path / "there.gguf").write_text("mine")
     empty = changed(source, tmp_path / "empty")
     (empty / "qwen.tiktoken").unlink()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     before = sorted(tmp_path.iterdir())
     for folder, name, options, message in (
         (narrow, "model.gguf", ["--type", "q8_0"], "mlp.c_proj.weight has 88 inputs, and q8_0 holds blocks of 32"),
@@ -621,6 +623,7 @@ def test_it_refuses_sizes_and_files(source, tmp_path, capsys):
         (asymmetric, "model.gguf", [], "zeros other than 128"),
         (source, "there.gguf", [], "exists. Name a file that does not exist yet"),
         (tmp_path / "none", "model.gguf", [], "There is no folder"),
+        (tmp_path / "adapter", "model.gguf", [], "is an adapter, not a checkpoint: merge it first"),
         (empty, "model.gguf", [], "qwen.tiktoken"),
     ):
         assert tool.main([str(folder), str(tmp_path / name), *options]) == 2

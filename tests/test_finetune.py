@@ -234,7 +234,7 @@ def test_merging_in_shards_into_another_precision(tiny, tmp_path):
     AutoTokenizer.from_pretrained(tiny, trust_remote_code=True).save_pretrained(tmp_path / "base")
     save_file({"lm_head.weight": torch.zeros(1)}, tmp_path / "base" / "stray.safetensors")
     arguments = [str(tmp_path / "adapter"), str(tmp_path / "merged"), "--base", str(tmp_path / "base")]
-    assert merge_adapter.main([*arguments, "--dtype", "bfloat16"]) == 0
+    assert merge_adapter.main([*arguments, "--dtype", "bf16"]) == 0
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 2
     assert not (tmp_path / "merged" / "stray.safetensors").exists()
     merged, adapted = loaded(tmp_path / "merged"), loaded(str(tmp_path / "adapter"))
@@ -321,6 +321,18 @@ def test_fsdp_that_accelerate_leaves_aside_is_refused(tiny, tmp_path, monkeypatc
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(finetune.Problem, match=r"FSDP was asked for.*\(device cpu, processes: 1\)"):
         tune(tiny, tmp_path)
+
+
+def test_a_folder_that_is_no_checkpoint_is_said_at_once(tmp_path, capsys, monkeypatch):
+    for name, message in (("nope", "There is no folder nope."), (str(tmp_path), "has no config.json")):
+        with pytest.raises(finetune.Problem, match=message):
+            tune(name, tmp_path / "out")
+    spec = importlib.util.spec_from_file_location("compare_tuned", FINETUNE / "compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(ROOT / "demo"), "nope", "x"])
+    assert compare.main() == 2
+    assert capsys.readouterr().err == "problem: There is no folder nope.\n"
 
 
 def test_a_problem_is_a_line_and_not_a_traceback(tiny, tmp_path, capsys, monkeypatch):

@@ -45,6 +45,82 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+# --- What was named ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """The working directory: folders that a program may be pointed to, without weights."""
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "new": ["config.json", "modeling_qwen.py", "qwen_loading.py"],
+        "old": ["config.json", "modeling_qwen.py"],
+        "empty": [],
+        "Qwen": [],
+    }
+    for name, inside in files.items():
+        (tmp_path / name).mkdir()
+        for file in inside:
+            (tmp_path / name / file).write_text("{}")
+    for name, base in (("adapter", "new"), ("lost", "gone"), ("hub_adapter", "owner/name")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (tmp_path / "file").write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("old", "old holds the code published in 2023.* python tools/upgrade_checkpoint.py old --write"),
+        ("empty", "^empty has no config.json, so it is not a checkpoint.$"),
+        ("file", "^file is a file"),
+        ("adapter", "^adapter is an adapter, not a checkpoint: merge it first"),
+        *((path, f"^There is no folder {path}.$") for path in ("nope", "./nope", "~/nope", "/a/b", "a/b/c", "../b")),
+        ("Qwen/nope", "^There is no folder Qwen/nope.$"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said_before_anything_is_loaded(folders, path, message):
+    with pytest.raises(checkpoint_files.Problem, match=message):
+        checkpoint_files.check_loadable(path)
+
+
+def test_what_may_be_a_checkpoint_goes_on(folders, monkeypatch):
+    for path in ("new", "./new", str(folders / "new"), "owner/name", "owner.x/some-1_8B.v2"):
+        checkpoint_files.check_loadable(path)
+    monkeypatch.setattr(checkpoint_files, "try_to_load_from_cache", lambda repo, file: "/cache/config.json")
+    checkpoint_files.check_loadable("Qwen/cached")  # though there is a folder Qwen
+    for adapter in ("adapter", "hub_adapter"):
+        checkpoint_files.check_loadable(adapter, adapters=True)
+    with pytest.raises(checkpoint_files.Problem, match="The base of the adapter lost: There is no folder gone"):
+        checkpoint_files.check_loadable("lost", adapters=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nope", "There is no folder nope"),
+        ("new", "new is a checkpoint, not an adapter"),
+        ("empty", "empty has no adapter_config.json, so it is not an adapter"),
+    ],
+)
+def test_what_is_no_adapter_is_not_merged(folders, capsys, path, message):
+    merge_adapter = importlib.import_module("merge_adapter")
+    assert merge_adapter.main([path, "merged"]) == 2
+    assert message in capsys.readouterr().err
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "adapter"}
+    (folders / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+    save_file({}, folders / "adapter" / "adapter_model.safetensors")
+    assert merge_adapter.main(["adapter", "merged"]) == 2
+    assert "adapter is an adapter, not a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--bits", "4", "--method", "rtn"]])
+def test_an_adapter_is_not_quantised(folders, capsys, options):
+    assert quantize.main(["adapter", "made", *options]) == 2
+    assert "adapter is an adapter, not a checkpoint" in capsys.readouterr().err
+
+
 # --- Which weights ------------------------------------------------------------------------------------------------
 
 

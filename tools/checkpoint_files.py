@@ -1,4 +1,7 @@
-"""What the tools share: which files a checkpoint has, and writing that is complete or leaves nothing."""
+"""
+What the tools share: which files a checkpoint has, and writing that is complete or leaves nothing. Every program that
+loads a checkpoint asks here first whether it was named rightly.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,12 @@ import sys
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 INDEX = "model.safetensors.index.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+PRECISIONS = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
 
 
 class Problem(Exception):
@@ -34,6 +40,62 @@ def exit_status(work: Callable[..., int | None], *arguments) -> int:
     except (Problem, OSError, SafetensorError) as problem:
         print(f"problem: {problem}", file=sys.stderr)
         return 2
+
+
+# --- What was named ----------------------------------------------------------------------------------------------
+
+
+def check_folder(named: str | Path, holds: str = CONFIG) -> None:
+    """Problem unless it is the folder of a checkpoint or, with `holds=ADAPTER`, of an adapter."""
+    folder = Path(named)
+    wanted, other = ("an adapter", CONFIG) if holds == ADAPTER else ("a checkpoint", ADAPTER)
+    if folder.is_file():
+        raise Problem(f"{named} is a file. Name the folder of {wanted}.")
+    if not folder.is_dir():
+        raise Problem(f"There is no folder {named}.")
+    if (folder / holds).exists():
+        return
+    if not (folder / other).exists():
+        raise Problem(f"{named} has no {holds}, so it is not {wanted}.")
+    if holds == ADAPTER:
+        raise Problem(f"{named} is a checkpoint, not an adapter: name the adapter first, and this with --base.")
+    raise Problem(f"{named} is an adapter, not a checkpoint: merge it first with tools/merge_adapter.py.")
+
+
+def check_loadable(path: str, adapters: bool = False) -> None:
+    """
+    Problem unless it is the folder of a checkpoint with this code or may be a name on the hub, OWNER/NAME.
+
+    adapters: the folder of an adapter will do if its base does.
+    """
+    folder = Path(path)
+    if not folder.exists() and _may_be_on_hub(path):
+        return
+    if adapters and (folder / ADAPTER).exists():
+        try:
+            check_loadable(str(read_json(folder / ADAPTER).get("base_model_name_or_path")))
+        except Problem as problem:
+            raise Problem(f"The base of the adapter {path}: {problem}") from None
+        return
+    check_folder(path)
+    if (folder / "modeling_qwen.py").exists() and not (folder / "qwen_loading.py").exists():
+        raise Problem(
+            f"{path} holds the code published in 2023, which no longer loads. Type once: python "
+            f"tools/upgrade_checkpoint.py {path} --write"
+        )
+
+
+def precision(text: str) -> str:
+    """PyTorch's name of a precision, for the `type` of an option; other texts are left to its `choices`."""
+    return PRECISIONS.get(text, text)
+
+
+def _may_be_on_hub(path: str) -> bool:
+    """Where a folder has the owner's name, OWNER/NAME is a misspelled path, unless this repository is in the cache."""
+    part = r"\w+([.-]\w+)*"
+    if not re.fullmatch(f"{part}/{part}", path, re.ASCII):
+        return False
+    return not Path(path).parent.is_dir() or isinstance(try_to_load_from_cache(path, CONFIG), str)
 
 
 # --- Reading -----------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from typing import Callable, Iterator
 import numpy as np
 import torch
 from byte_pairs import byte_alphabet, recovered_pairs
-from checkpoint_files import Problem, exit_status, read_json, weight_names
+from checkpoint_files import CONFIG, Problem, check_folder, exit_status, precision, read_json, weight_names
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -57,6 +57,7 @@ tokenization_qwen = sys.modules[QWenTokenizer.__module__]
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors and GGUF call them the same
 TYPES = ("f32", "bf16", "f16", "q8_0")
+OF_PYTORCH = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 BLOCK = 32  # inputs
 ROWS_AT_ONCE = 1 << 22  # weights
 
@@ -94,11 +95,10 @@ class Checkpoint:
     """The configuration of a checkpoint and its weights, of which rows are read when they are wanted."""
 
     def __init__(self, folder: Path):
-        if not folder.is_dir():
-            raise Problem(f"There is no folder {folder}.")
+        check_folder(folder)
         self.folder = folder
         try:
-            self.config = QWenConfig.from_dict(read_json(folder / "config.json"))
+            self.config = QWenConfig.from_dict(read_json(folder / CONFIG))
             self.gptq = self._gptq()
         except ValueError as error:
             raise Problem(re.sub("^(config.json: )?", "config.json: ", str(error), count=1)) from None
@@ -428,6 +428,11 @@ def new_file(target: Path) -> Iterator[Path]:
         raise
 
 
+def read_type(text: str) -> str:
+    """The name of a type, one of TYPES, for a precision under any of its names."""
+    return OF_PYTORCH.get(precision(text), text)
+
+
 def export(source: Path, target: Path, type: str | None) -> None:
     if gguf is None:
         raise Problem("This tool needs the package gguf: python -m pip install gguf")
@@ -470,7 +475,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("checkpoint", type=Path, help="folder of the checkpoint, in safetensors")
     parser.add_argument("output", type=Path, help="the file to write")
-    parser.add_argument("--type", choices=TYPES, help="of all matrices; by default each as it is stored")
+    parser.add_argument(
+        "--type", type=read_type, choices=TYPES, help="of all matrices; by default each as it is stored"
+    )
     args = parser.parse_args(arguments)
     return exit_status(export, args.checkpoint, args.output, args.type)
 

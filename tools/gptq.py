@@ -16,7 +16,15 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from checkpoint_files import INDEX, Problem, copy_all_but_weights, full_precision_config, weight_names, write_file
+from checkpoint_files import (
+    INDEX,
+    Problem,
+    check_folder,
+    copy_all_but_weights,
+    full_precision_config,
+    weight_names,
+    write_file,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -325,8 +333,7 @@ def make(
     device: str | None = None,
 ) -> None:
     """Quantise the checkpoint in `source` into `target`; `Problem` says what does not go, and leaves no `target`."""
-    if not source.is_dir():
-        raise Problem(f"There is no folder {source}.")
+    check_folder(source)
     if target.exists():
         raise Problem(f"{target} exists. Name a folder that does not exist yet.")
     config = full_precision_config(source)

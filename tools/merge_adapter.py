@@ -22,12 +22,15 @@ from pathlib import Path
 
 import torch
 from checkpoint_files import (
+    ADAPTER,
     INDEX,
     Problem,
+    check_folder,
     copy_all_but_weights,
     exit_status,
     full_precision_config,
     new_folder,
+    precision,
     read_json,
     weight_names,
     write_file,
@@ -48,7 +51,8 @@ BY_PEFT = "Merge it with peft: PeftModel.from_pretrained(...).merge_and_unload()
 
 def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """The adapter's configuration and its tensors, under the names that they have in the base."""
-    config = read_json(folder / "adapter_config.json")
+    check_folder(folder, holds=ADAPTER)
+    config = read_json(folder / ADAPTER)
     if config.get("peft_type") != "LORA":
         raise Problem(f"{folder} is an adapter of the type {config.get('peft_type')!r}; only LoRA can be merged here.")
     special = [name for name in NOT_PLAIN if config.get(name)]
@@ -109,6 +113,7 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
     base = Path(config["base_model_name_or_path"] or "") if base is None else base
     if not base.is_dir() or base == Path():
         raise Problem(f"There is no folder {base}, the adapter's base. Name it with --base.")
+    check_folder(base)
     base_config = full_precision_config(base, " with --base")
     changed, files = changes(config, tensors), weight_names(base)
     lost = sorted(set(changed) - {name for names in files.values() for name in names})
@@ -149,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("adapter", type=Path, help="folder of the adapter")
     parser.add_argument("target", type=Path, help="the folder to make")
     parser.add_argument("--base", type=Path, help="folder of the base; by default the one that the adapter names")
-    parser.add_argument("--dtype", choices=DTYPES, help="precision to store; by default the base's")
+    parser.add_argument("--dtype", type=precision, choices=DTYPES, help="precision to store; by default the base's")
     args = parser.parse_args(arguments)
     return exit_status(make, args.adapter, args.target, args.base, args.dtype)
 

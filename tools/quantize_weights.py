@@ -34,6 +34,7 @@ from checkpoint_files import (
     INDEX,
     Problem,
     advice_about_name,
+    check_folder,
     copy_all_but_weights,
     exit_status,
     full_precision_config,
@@ -76,8 +77,7 @@ def int8_names(folder: Path) -> set[str]:
 
 
 def make(source: Path, target: Path) -> None:
-    if not source.is_dir():
-        raise Problem(f"There is no folder {source}.")
+    check_folder(source)
     if target.exists():
         raise Problem(f"{target} exists. Name a folder that does not exist yet.")
     config = full_precision_config(source)

@@ -39,6 +39,7 @@ import time
 from pathlib import Path
 from typing import AsyncIterator
 
+from checkpoint_files import Problem, check_loadable
 from export_fast_tokenizer import tokenizer_json
 from openai_interface import (
     ROLES,
@@ -407,6 +408,10 @@ def main() -> None:
     missing = [name for name in ("fastapi", "openai", "pydantic", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f'Not installed: {", ".join(missing)}. Type: pip install "transformers[serving]"')
+    try:
+        check_loadable(given)
+    except Problem as problem:
+        sys.exit(str(problem))
     path = str(Path(given).resolve()) if Path(given).is_dir() else given
     prepare(path, list(dict.fromkeys([given, path, Path(path).name])), credentials)
     sys.argv = ["transformers", "serve", path, "--trust-remote-code", *arguments]
