@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from windows import DTYPES, load, log_probs, positive, read_texts, windows
+from windows import add_dtype, check_named, load_model, load_tokenizer, log_probs, positive, read_texts, windows
 
 
 def distributions(model, sequences: list[list[int]], piece: int):
@@ -60,13 +60,15 @@ def compare(pairs) -> dict:
 
 def compare_checkpoints(a: str, b: str, files: list[Path], length: int, tokens: int, piece: int, dtype: str) -> dict:
     """Raises ValueError for texts shorter than a window, or checkpoints that don't have the same tokens."""
-    model, tokenizer = load(a, dtype)
-    texts = read_texts(tokenizer, files)
+    texts = read_texts(load_tokenizer(a), files)
     sequences = [ids for ids, _ in itertools.islice(windows(texts, length), max(tokens // length, 1))]
     if not sequences:
         raise ValueError(
             f"The longest text has {max(map(len, texts))} tokens, a window {length}. Pass a smaller --length."
         )
+    if read_texts(load_tokenizer(b), files) != texts:
+        raise ValueError("The tokenizers differ on this text; the distributions would be of other tokens.")
+    model = load_model(a, dtype)
     with tempfile.TemporaryFile() as file:
         sizes = []
         for rows, targets in distributions(model, sequences, piece):
@@ -74,9 +76,7 @@ def compare_checkpoints(a: str, b: str, files: list[Path], length: int, tokens: 
             sizes.append((rows.shape, targets))
         del model
         gc.collect()
-        model, other = load(b, dtype)
-        if read_texts(other, files) != texts:
-            raise ValueError("The tokenizers differ on this text; the distributions are of other tokens.")
+        model = load_model(b, dtype)
         file.seek(0)
 
         def pairs():
@@ -111,9 +111,10 @@ def main() -> None:
     parser.add_argument("--length", type=positive, default=2048, help="tokens of a window")
     parser.add_argument("--tokens", type=positive, default=8192, help="about so many tokens in all")
     parser.add_argument("--piece", type=positive, default=512, help="tokens that are computed at once")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights; auto: the checkpoint's")
+    add_dtype(parser)
     parser.add_argument("--output", type=Path, help="JSON")
     args = parser.parse_args()
+    check_named((args.a, args.b), args.files)
     try:
         result = compare_checkpoints(args.a, args.b, args.files, args.length, args.tokens, args.piece, args.dtype)
     except ValueError as error:

@@ -27,7 +27,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # Behind the installed packages, one of which has the name of this file.
 sys.path = [path for path in sys.path if Path(path or ".").resolve() != HERE] + [str(HERE), str(HERE / "tasks")]
-card = importlib.import_module("card")
+sys.path.append(str(HERE.parent / "tools"))
+card, checkpoint_files = map(importlib.import_module, ("card", "checkpoint_files"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +224,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--run-code", action="store_true", help="run the programs that answer HumanEval and MBPP")
     parser.add_argument("--no-sandbox", action="store_true", help="run them with your rights, network and files")
     parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights"
+        "--dtype",
+        default="auto",
+        type=checkpoint_files.precision,
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights",
     )
     args = parser.parse_args()
     args.names = list(BENCHMARKS) if args.tasks == "all" else args.tasks.split(",")
@@ -235,8 +240,10 @@ def arguments() -> argparse.Namespace:
     if args.batch_size != "auto" and not (args.batch_size.isdigit() and int(args.batch_size)):
         parser.error(f"--batch-size must be auto or a positive number, found {args.batch_size!r}")
     for path in args.paths:
-        if not Path(path).is_dir() and (path.count("/") != 1 or path.startswith((".", "/"))):
-            parser.error(f"{path} is neither a folder nor a name on the hub")
+        try:
+            checkpoint_files.check_loadable(path, adapters=True)
+        except checkpoint_files.Problem as problem:
+            parser.error(str(problem))
     programs = [name for name in args.names if BENCHMARKS[name].runs_code]
     if programs and not args.run_code:
         message = f"{', '.join(programs)}: answers are programs, which run only with --run-code"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import figures
 import torch
-from windows import DTYPES, load, positive, read_texts
+from windows import add_dtype, check_named, load_model, load_tokenizer, positive, read_texts
 
 NEEDLE = "The harbour master keeps the key of lighthouse number 7391 under a blue stone."
 QUESTION = "Under what does the harbour master keep the key of the lighthouse?"
@@ -79,13 +79,14 @@ def main() -> None:
     parser.add_argument("--answer", nargs="+", default=ANSWER, help="words that the answer must hold")
     parser.add_argument("--new-tokens", type=positive, default=48)
     parser.add_argument("--raw", action="store_true", help="without template, even for a chat model")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights; auto: the checkpoint's")
+    add_dtype(parser)
     parser.add_argument("--output", type=Path, help="JSON with every answer")
     parser.add_argument("--plot", type=Path, help="SVG")
     args = parser.parse_args()
     if not all(0 <= depth <= 100 for depth in args.depths):
         parser.error("--depths are between 0 and 100 percent")
-    model, tokenizer = load(args.path, args.dtype)
+    check_named([args.path], args.files)
+    model, tokenizer = load_model(args.path, args.dtype), load_tokenizer(args.path)
     chat = not args.raw and getattr(model.generation_config, "chat_format", None) == "chatml"
     before, behind = prompt(tokenizer, chat, args.question)
     needle = tokenizer.encode(f" {args.needle} ", allowed_special=set())

@@ -18,7 +18,7 @@ import card
 import figures
 import torch
 from tqdm import tqdm
-from windows import DTYPES, load, positive, read_texts, token_losses, windows
+from windows import add_dtype, check_named, load_model, load_tokenizer, positive, read_texts, token_losses, windows
 
 POINTS = 64  # of a line in the plot
 
@@ -55,6 +55,22 @@ def measure(
     }
 
 
+def check_lengths(texts: dict[Path, list[int]], lengths: list[int]) -> None:
+    """SystemExit unless the longest text has a window of every length."""
+    longest = max(texts, key=lambda file: len(texts[file]))
+    size = len(texts[longest])
+    too_long = sorted(length for length in lengths if length > size)
+    if not too_long:
+        return
+    advice = "pass smaller --lengths"
+    if len(too_long) < len(lengths):
+        advice = f"leave out --lengths {' '.join(map(str, too_long))}"
+    found = f"{longest} has" if len(texts) == 1 else f"The longest text, {longest}, has"
+    raise SystemExit(
+        f"{found} {size:,} tokens, too few for a window of {too_long[0]:,}: {advice}, or give a longer text."
+    )
+
+
 def line(positions: torch.Tensor) -> list[tuple[float, float]]:
     """Loss against position, averaged over stretches."""
     size = max(len(positions) // POINTS, 1)
@@ -69,25 +85,25 @@ def main() -> None:
     parser.add_argument("--stride", type=positive, help="overlapping windows, of which the last STRIDE tokens count")
     parser.add_argument("--windows", type=positive, help="at most so many of each length")
     parser.add_argument("--piece", type=positive, default=1024, help="tokens that are computed at once")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights; auto: the checkpoint's")
+    add_dtype(parser)
     parser.add_argument("--output", type=Path, help="JSON")
     parser.add_argument("--plot", type=Path, help="SVG of the loss against the position")
     args = parser.parse_args()
     if min(args.lengths) < 2 or (args.stride and args.stride >= min(args.lengths)):
         parser.error("a window needs 2 tokens, and --stride must be smaller than every window")
-    model, tokenizer = load(args.path, args.dtype)
-    texts = read_texts(tokenizer, args.files)
+    check_named([args.path], args.files)
+    texts = read_texts(load_tokenizer(args.path), args.files)
+    check_lengths(dict(zip(args.files, texts)), args.lengths)
+    model = load_model(args.path, args.dtype)
     published = card.PERPLEXITY.get(card.of_card(model.config), {})
-    try:
-        found = {n: measure(model, texts, n, args.stride, args.piece, args.windows) for n in args.lengths}
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
     print(f"| length | windows | tokens | loss | perplexity |{' the card’s |' if published else ''}")
-    print("| --- | --- | --- | --- | --- |" + (" --- |" if published else ""))
-    for n, result in found.items():
+    print("| --- | --- | --- | --- | --- |" + (" --- |" if published else ""), flush=True)
+    found = {}
+    for n in args.lengths:
+        found[n] = result = measure(model, texts, n, args.stride, args.piece, args.windows)
         row = f"| {n} | {len(result['windows'])} | {result['tokens']} | {result['nll']:.4f} |"
         row += f" {result['perplexity']:.3f} |"
-        print(row + (f" {published.get(n, '')} |" if published else ""))
+        print(row + (f" {published.get(n, '')} |" if published else ""), flush=True)
     if args.plot:
         series = {f"{n}": line(result["positions"]) for n, result in found.items()}
         args.plot.write_text(

@@ -269,7 +269,13 @@ def _obey() -> None:
 
 
 def main() -> None:
-    outcome = run_program(Path(sys.argv[1]).read_text("utf-8"))
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    try:
+        program = Path(sys.argv[1]).read_text("utf-8")
+    except FileNotFoundError:
+        sys.exit(f"There is no file {sys.argv[1]}.")
+    outcome = run_program(program)
     print(outcome.reason)
     sys.exit(not outcome.passed)
 

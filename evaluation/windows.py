@@ -3,38 +3,76 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tools"))
+checkpoint_files = importlib.import_module("checkpoint_files")
+
 DTYPES = {"auto": None, "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # the model class's switches
 
 
-def load(path: str, dtype: str = "auto"):
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        type=checkpoint_files.precision,
+        choices=DTYPES,
+        help="of the weights; auto: the checkpoint's",
+    )
+
+
+def check_named(paths: Iterable[str], files: list[Path]) -> None:
+    """SystemExit says which checkpoint or text is not one; nothing is loaded for that."""
+    try:
+        for path in paths:
+            checkpoint_files.check_loadable(path, adapters=True)
+        for file in files:
+            file.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise SystemExit(f"There is no file {error.filename}.") from None
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"{file} is not a text in UTF-8 ({error}).") from None
+    except (checkpoint_files.Problem, OSError) as problem:
+        raise SystemExit(str(problem)) from None
+
+
+def base_of(path: str) -> str:
+    """The checkpoint of a PEFT adapter's folder; another path as it is."""
+    adapter = Path(path) / "adapter_config.json"
+    return json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"] if adapter.exists() else path
+
+
+def load_tokenizer(path: str):
+    return AutoTokenizer.from_pretrained(base_of(path), trust_remote_code=True)
+
+
+def load_model(path: str, dtype: str = "auto"):
     """
-    Model and tokenizer of a checkpoint, on the GPUs if there are any; a PEFT adapter's folder is loaded on its base.
+    The model of a checkpoint, on the GPUs if there are any; a PEFT adapter's folder is loaded on its base.
 
     dtype: one of DTYPES; "auto" is the checkpoint's.
     """
-    adapter = Path(path) / "adapter_config.json"
-    base = json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"] if adapter.exists() else path
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=True)
+    base = base_of(path)
     kwargs = {} if dtype == "auto" else {DTYPES[dtype]: True}
     place = "auto" if torch.cuda.is_available() else None
     model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True, device_map=place, **kwargs)
-    if adapter.exists():
+    if base != path:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, path)
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def read_texts(tokenizer, files: list[Path]) -> list[list[int]]:
     """Token ids of each file; what looks like a control token is text."""
-    return [tokenizer.encode(path.read_text("utf-8"), allowed_special=set()) for path in files]
+    return [tokenizer.encode(path.read_text("utf-8"), allowed_special=set(), verbose=False) for path in files]
 
 
 def windows(texts: list[list[int]], length: int, stride: int | None = None) -> Iterator[tuple[list[int], int]]:

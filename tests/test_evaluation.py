@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -69,6 +70,70 @@ def test_perplexity_over_windows(stride):
         perplexity.measure(model, texts, 101, None, piece=16)
 
 
+DEMO = str(ROOT / "demo")
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (perplexity, ["no_such_folder", "text.txt"], r"^There is no folder no_such_folder\.$"),
+        (perplexity, [DEMO, "no.txt"], r"^There is no file no\.txt\.$"),
+        (compare, [DEMO, DEMO, "text.txt", "no.txt"], r"^There is no file no\.txt\.$"),
+        (compare, [DEMO, "no_such_folder", "text.txt"], r"^There is no folder no_such_folder\.$"),
+        (needle, [DEMO, "bytes.txt"], r"^bytes\.txt is not a text in UTF-8"),
+        (compare, [DEMO, DEMO, "text.txt"], "a window 2048"),
+        (
+            perplexity,
+            [DEMO, "text.txt", "short.txt", "--lengths", "64", "8192", "4096"],
+            r"^The longest text, text\.txt, has 1,\d\d\d tokens, too few for a window of 4,096: leave out --lengths "
+            r"4096 8192, or give a longer text\.$",
+        ),
+        (perplexity, [DEMO, "short.txt", "--lengths", "64"], r"^short\.txt has \d tokens.*: pass smaller --lengths"),
+        (run_code, ["no.py"], r"^There is no file no\.py\.$"),
+    ],
+)
+def test_what_is_missing_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, program, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("The capital of Peru is Lima (利马)\n" * 100, "utf-8")
+    Path("short.txt").write_text("Lima", "utf-8")
+    Path("bytes.txt").write_bytes(b"\xff")
+    monkeypatch.setattr(program, "load_model", lambda *_: pytest.fail("loaded"), raising=False)
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    with pytest.raises(SystemExit, match=message):
+        program.main()
+
+
+def test_the_benchmarks_refuse_what_is_no_checkpoint(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("benchmarks_py", ROOT / "evaluation" / "evaluate.py")
+    evaluate = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, evaluate)  # its dataclass looks there
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec.loader.exec_module(evaluate)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", DEMO, "owner/name", "--tasks", "mmlu", "--dtype", "bf16"])
+    assert evaluate.arguments().dtype == "bfloat16"
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", DEMO, "../nope"])
+    with pytest.raises(SystemExit):
+        evaluate.arguments()
+    assert "There is no folder ../nope." in capsys.readouterr().err
+
+
+def test_rows_of_perplexity_come_one_by_one(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text("The capital of Peru is Lima (利马)\n" * 10, "utf-8")
+    measure, printed = perplexity.measure, []
+
+    def measured(*arguments):
+        printed.append(capsys.readouterr().out)
+        return measure(*arguments)
+
+    monkeypatch.setattr(perplexity, "measure", measured)
+    arguments = ["--lengths", "32", "64", "--windows", "1", "--dtype", "fp32"]
+    monkeypatch.setattr(sys, "argv", ["perplexity.py", DEMO, str(tmp_path / "text.txt"), *arguments])
+    perplexity.main()
+    assert printed[0].startswith("| length | windows |")
+    assert printed[1].startswith("| 32 | 1 | 31 |")
+    assert capsys.readouterr().out.startswith("| 64 | 1 | 63 |")
+
+
 class Rows(TorchDispatchMode):
     """The most rows of any matrix that is `widths` wide: what is computed for each token."""
 
@@ -117,7 +182,7 @@ def test_comparing_checkpoints(tmp_path):
     same = compare.compare_checkpoints(str(ROOT / "demo"), str(other), [text], **windows_)
     assert same["kl"]["max"] == 0
     assert same["agreement"] == 1
-    model, tokenizer = windows.load(str(other), "float32")
+    model, tokenizer = windows.load_model(str(other), "float32"), windows.load_tokenizer(str(other))
     ids = windows.read_texts(tokenizer, [text])[0][:128]
     before = torch.cat([model(torch.tensor([part])).logits[0, :-1].log_softmax(-1) for part in (ids[:64], ids[64:])])
     with torch.no_grad():
