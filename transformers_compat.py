@@ -1322,6 +1322,7 @@ def load_config(config_class, config, path, kwargs: dict):
     kwargs = kwargs if dtype is None else {**kwargs, DTYPE: dtype}
     kept = {key: kwargs[key] for key in (DTYPE, "quantization_config") if key in kwargs}
     hidden = [key for key in kept if key == "quantization_config" or dtype == "auto"]
+    hidden.append("trust_remote_code")  # of which a configuration's own class warns, and servers pass it to every class
     rest = {key: value for key, value in kwargs.items() if key not in hidden}
     config, unused = config_class.from_pretrained(path if config is None else config, return_unused_kwargs=True, **rest)
     return config, {**hub, **unused, **kept}

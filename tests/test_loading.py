@@ -146,6 +146,14 @@ def test_automatic_precision(checkpoint, monkeypatch):
         assert load(checkpoint, device_map="cpu").dtype == expected
 
 
+def test_the_class_itself_takes_an_argument_of_auto_classes_without_a_warning(checkpoint, monkeypatch):
+    """As `transformers serve` passes it to every class."""
+    warnings = []
+    monkeypatch.setattr(transformers_logging.get_logger("transformers.configuration_utils"), "warning", warnings.append)
+    QWenLMHeadModel.from_pretrained(checkpoint, trust_remote_code=True)
+    assert warnings == []
+
+
 def test_contradictions_in_precision(checkpoint):
     with pytest.raises(ValueError, match="found bf16 and fp16"):
         load(checkpoint, bf16=True, fp16=True)
