@@ -52,7 +52,21 @@ def main() -> None:
     parser.add_argument("--api-key", default="none", help="with --api-auth: base 64 of USER:PASSWORD")
     arguments = parser.parse_args()
     client = openai.OpenAI(base_url=arguments.address, api_key=arguments.api_key)
-    model = client.models.list().data[0].id
+    try:
+        model = client.models.list().data[0].id
+    except openai.APIConnectionError:
+        raise SystemExit(
+            f"No server answers at {arguments.address}. Start one in another terminal: python tools/serve.py CHECKPOINT"
+        ) from None
+    except openai.AuthenticationError:
+        raise SystemExit(
+            f"The server at {arguments.address} asks for a user and a password: pass --api-key with base 64 of "
+            f"USER:PASSWORD."
+        ) from None
+    except openai.NotFoundError:
+        raise SystemExit(
+            f"The server has no models at {arguments.address}. Pass --address http://HOST:PORT/v1."
+        ) from None
     tools = [{"type": "function", "function": tool} for tool in TOOLS]
     messages: list = []
     for question in arguments.questions:

@@ -483,6 +483,25 @@ def test_a_stop_ends_the_computation(scripted, scripted_log, stream):
     assert int(ended[-1]) < 3000
 
 
+def test_a_server_that_does_not_answer_the_example_is_told_in_a_line(guarded, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    function_call = importlib.import_module("function_call")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    for address, message in (
+        (nobody, f"No server answers at {nobody}. Start one in another terminal: python tools/serve.py CHECKPOINT"),
+        (f"{guarded}/v1", "asks for a user and a password: pass --api-key"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["function_call.py", "--address", address, "Hi"])
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            function_call.main()
+    key = ["--api-key", CREDENTIALS]
+    monkeypatch.setattr(sys, "argv", ["function_call.py", "--address", f"{guarded}/v2", *key, "Hi"])
+    with pytest.raises(SystemExit, match=r"has no models at .*/v2\. Pass --address"):
+        function_call.main()
+
+
 def test_the_example_of_a_client_that_calls_functions(scripted):
     sys.path.insert(0, str(ROOT / "examples"))
     function_call = importlib.import_module("function_call")
