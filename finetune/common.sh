@@ -8,8 +8,10 @@ DATA=${DATA:-}
 EXTRA=()
 while [ $# -gt 0 ]; do
     case $1 in
-        -m | --model) MODEL=$2; shift 2 ;;
-        -d | --data) DATA=$2; shift 2 ;;
+        -m | --model | -d | --data)
+            [[ ${2:--} != -* ]] || { echo "$1 needs a value: bash $0 -m MODEL -d DATA.json" >&2; exit 2; }
+            case $1 in -m | --model) MODEL=$2 ;; *) DATA=$2 ;; esac
+            shift 2 ;;
         -h | --help) echo "Usage: bash $0 [-m MODEL] -d DATA.json [arguments of finetune.py]"; exit 0 ;;
         *) EXTRA+=("$1"); shift ;;
     esac

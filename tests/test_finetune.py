@@ -421,6 +421,14 @@ def test_scripts_start_the_program_with_arguments_that_it_knows(tiny, script, tm
     assert ("--nproc_per_node" in words or "--num_processes" in words) == ("single" not in script)
 
 
+@pytest.mark.parametrize("words", [["-d", DATA, "-m"], ["-m", "-d", DATA], ["--model", "", "-d", DATA]])
+def test_an_option_of_the_scripts_without_its_value_is_said(words):
+    command = ["bash", str(FINETUNE / "finetune_lora_single_gpu.sh"), *words]
+    done = subprocess.run(command, env={**os.environ, "PYTHON": "true"}, capture_output=True, encoding="utf-8")
+    assert done.returncode == 2
+    assert re.match(r"-(m|-model) needs a value: bash \S+ -m MODEL -d DATA.json\n$", done.stderr)
+
+
 # Q-LoRA
 
 
