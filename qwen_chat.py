@@ -58,6 +58,7 @@ class QWenChatMixin:
         Raises:
             ValueError: the generation configuration is not that of a chat model, the question alone is longer
                 than `max_window_size`, the stop words are not lists of ids or texts, or the cache can't be shortened.
+            TypeError: the query is no text, or a text is in the place of the tokenizer.
 
         Example:
             >>> response, history = model.chat(tokenizer, "你好", history=None)

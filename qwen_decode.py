@@ -318,15 +318,20 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
         assistant_model: also a Qwen whose embedding has fewer rows, as Qwen-1.8B's has beside Qwen-72B's, without
         tokenizers.
 
-        Raises IndexError for ids outside the vocabulary, ValueError for a prompt without tokens, for stop words that
-        are not lists of ids and for contradictions about the cache.
+        Raises TypeError for a prompt that is no tensor, IndexError for ids outside the vocabulary, ValueError for a
+        prompt without tokens, for stop words that are not lists of ids and for contradictions about the cache.
         """
         settings = self.generation_config if generation_config is None else generation_config
         kwargs = self._with_cache(generation_config, kwargs, cache_bits)
         if stop_words_ids is None:
             stop_words_ids = getattr(settings, "stop_words_ids", None)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if torch.is_tensor(ids):
+        if ids is not None:
+            if not torch.is_tensor(ids):
+                raise TypeError(
+                    f"The prompt must be a tensor of token ids, found {type(ids).__name__}. Encode a text first: "
+                    f"model.generate(**tokenizer(text, return_tensors='pt').to(model.device))."
+                )
             if kwargs.get("inputs_embeds") is None:
                 self.transformer.check_tokens(ids)
             self.transformer.check_ids(ids)

@@ -49,13 +49,19 @@ def make_context(
     below `max_window_size` tokens together with it, then the query. Roles and contents are encoded as ordinary text:
     what a person wrote never becomes a control token. In the raw format the prompt is the query itself.
 
-    Raises ValueError for an unknown `chat_format`, or a history that is not made of pairs of texts.
+    Raises ValueError for an unknown `chat_format`, or a history that is not made of pairs of texts; TypeError for a
+    query that is no text, or a text in the place of the tokenizer.
 
     Example:
         >>> make_context(tokenizer, "1+1=?", chat_format="chatml")[0]
         '<|im_start|>system\\n<|im_end|>\\n<|im_start|>user\\n1+1=?<|im_end|>\\n<|im_start|>assistant\\n'
     """
     _check_chat_format(chat_format)
+    if isinstance(tokenizer, str) or not isinstance(query, str):
+        raise TypeError(
+            f"A tokenizer comes first and then the query, a text; found {type(tokenizer).__name__} and "
+            f"{type(query).__name__}. Write model.chat(tokenizer, query, history)."
+        )
     if chat_format == "raw":
         return query, tokenizer.encode(query)
 

@@ -125,6 +125,14 @@ def test_an_argument_stream_is_told_where_streams_are(model, demo_tokenizer):
                 method(demo_tokenizer, "hi", None, stream=stream)
 
 
+def test_arguments_in_the_wrong_order_are_told_the_right_one(model, demo_tokenizer):
+    for ask in (model.chat, model.chat_stream):
+        with pytest.raises(TypeError, match=r"found str and QWenTokenizer\. Write model\.chat\(tokenizer, query"):
+            ask("hi", demo_tokenizer)
+        with pytest.raises(TypeError, match="found QWenTokenizer and NoneType"):
+            ask(demo_tokenizer, None)
+
+
 def test_stop_words(model, demo_tokenizer):
     _, ids = utils.make_context(demo_tokenizer, "hi", system="You are a helpful assistant.")
     output = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))

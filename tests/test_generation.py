@@ -428,6 +428,14 @@ def test_streamer_sees_every_token(model, demo_tokenizer, capsys):
     assert capsys.readouterr().out.strip() == expected.strip()
 
 
+@pytest.mark.parametrize("prompt", ["hi", [[1, 2]], {"input_ids": [[1, 2]]}])
+def test_a_prompt_that_is_no_tensor(model, prompt):
+    with pytest.raises(
+        TypeError, match=f"must be a tensor of token ids, found {type(prompt).__name__}\\. Encode a text"
+    ):
+        model.generate(prompt)
+
+
 def test_stop_words_force_the_end(model):
     ids = random_ids(2, 10)
     free = generate(model, ids, max_new_tokens=12)
