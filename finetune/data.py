@@ -72,7 +72,8 @@ def messages_of(record) -> tuple[list[dict], list]:
         >>> messages_of({"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}]})
         ([{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello'}], [])
 
-    Raises DataError for a record of another form, an unknown role, or messages in an order that no chat has.
+    Raises DataError for a record of another form, an unknown role, a question or an answer without text, or messages in
+    an order that no chat has.
     """
     if not isinstance(record, Mapping):
         raise DataError(f'it is {_short(record)}, not an object with "conversations" or "messages"')
@@ -106,6 +107,8 @@ def _normalised(messages) -> list[dict]:
             content = ""
         if not isinstance(content, str):
             raise DataError(f"message {number} says {_short(content)}, not a text")
+        if role in ("user", "assistant") and call is None and not content.strip():
+            raise DataError(f"message {number}, of {role}, has an empty text")
         if call is not None and not (isinstance(call, Mapping) and isinstance(call.get("name"), str)):
             raise DataError(f"message {number} calls {_short(call)}, which has no name")
         normalised.append({"role": role, "content": content, **({} if call is None else {"function_call": call})})
@@ -189,7 +192,7 @@ def encode(
     labels: list[int] = []
     for role, pieces in [("system", [(system, False)]), *turns]:
         head = [*tokenizer.encode(role, allowed_special=set()), *newline]
-        content = tokenizer.encode("".join(text for text, _ in pieces), allowed_special=allowed)
+        content = tokenizer.encode("".join(text for text, _ in pieces), allowed_special=allowed, verbose=False)
         learned = _learned(content, pieces, tokenizer)
         if train_on == "published":
             learned = [role == "assistant"] * len(content)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, lacks, run, tiny_model
+from conftest import ROOT, lacks, run, tiny_model, tokenization_qwen
+from transformers.utils import logging
 
 sys.path.append(str(ROOT / "finetune"))
 from data import IGNORED, Conversations, DataError, PackedBatch, encode, pack, read
@@ -149,6 +150,11 @@ def test_what_is_not_json_is_said_with_its_place(tmp_path, content, message):
         ({"conversations": [ANSWER]}, "no question"),
         ({"conversations": [QUESTION, {"from": "assistant", "value": 3}]}, "message 2 says 3"),
         ({"conversations": [QUESTION, "Hello"]}, "message 2 is 'Hello'"),
+        ({"conversations": [{"from": "user", "value": ""}, ANSWER]}, "message 1, of user, has an empty text"),
+        (
+            {"system": "", "conversations": [QUESTION, {**ANSWER, "value": "\n"}]},
+            "message 2, of assistant, has an empty",
+        ),
         ({"messages": CALLS[:2], "tools": TOOLS}, "ends with a call"),
         ({"messages": CALLS}, "message 2 calls a function"),
         ({"messages": [CALLS[0], *CALLS[2:]], "tools": TOOLS}, "message 2 is of function after user"),
@@ -172,6 +178,15 @@ def test_conversations_beyond_the_limit_are_counted(tmp_path, demo_tokenizer):
     assert [len(row["input_ids"]) for (row,) in data][1:] == [100]
     with pytest.raises(DataError, match="nothing to learn"):
         Conversations(write(tmp_path / "long.json", [long_question]), demo_tokenizer, 100, train_on="answers")
+
+
+def test_a_long_conversation_is_counted_without_a_warning(tmp_path, monkeypatch):
+    tokenizer = tokenization_qwen.QWenTokenizer(str(ROOT / "demo" / "qwen.tiktoken"), model_max_length=100)
+    warnings = []
+    monkeypatch.setattr(logging.get_logger("transformers.tokenization_utils_base"), "warning", warnings.append)
+    long = {"conversations": [QUESTION, {"from": "assistant", "value": "very " * 300}]}
+    assert Conversations(write(tmp_path / "data.json", [long]), tokenizer, 100).too_long == [0]
+    assert warnings == []
 
 
 def test_packs_are_within_the_capacity_and_whole():
