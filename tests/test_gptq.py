@@ -199,11 +199,13 @@ def test_it_refuses(source, tmp_path, capsys):
     (tmp_path / "tied").mkdir()
     (tmp_path / "tied" / "config.json").write_text('{"tie_word_embeddings": true}')
     (tmp_path / "bad.json").write_text("[{}]")
+    (tmp_path / "empty.txt").write_text("")
     text = source.parent / "text.txt"
     for folder, target, arguments, message in (
         (source, "new", ["--bits", "4"], "--method rtn"),
         (source, "new", ["--bits", "4", "--calibration", str(tmp_path / "none.txt")], "no calibration text"),
         (source, "new", ["--bits", "4", "--calibration", str(tmp_path / "bad.json")], "not a list of texts"),
+        (source, "new", ["--bits", "4", "--calibration", str(tmp_path / "empty.txt")], "has no text"),
         (source, "new", ["--bits", "4", "--method", "rtn", "--desc-act"], "--desc-act"),
         (tmp_path / "tied", "new", ["--bits", "4", "--calibration", str(text), "--lm-head"], "is its embedding"),
         (source, "taken", ["--bits", "4", "--calibration", str(text)], "taken exists"),
@@ -211,7 +213,13 @@ def test_it_refuses(source, tmp_path, capsys):
     ):
         assert tool.main([str(folder), str(tmp_path / target), *arguments]) == 2
         assert message in capsys.readouterr().err
-        assert not (tmp_path / "new").exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "bad.json",
+            "empty.txt",
+            "quantised",
+            "taken",
+            "tied",
+        ]
     for arguments in (["--desc-act"], ["--bits", "3"], ["--bits", "4", "--group-size", "0"]):
         with pytest.raises(SystemExit):
             tool.main([str(source), str(tmp_path / "new"), *arguments])

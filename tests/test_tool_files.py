@@ -197,6 +197,25 @@ def test_an_index_that_does_not_fit_the_files(sharded, tmp_path, capsys, damage,
     assert not (tmp_path / "new").exists()
 
 
+def test_only_what_belongs_to_a_checkpoint_is_copied(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(ROOT / "demo", source, ignore=lambda *_: [".training"])
+    beside = ["LICENSE", "README.md", "NOTICE.txt", "qwen_extra.tiktoken", "special_tokens_map.json", ".gitattributes"]
+    stray = ["trainer_state.json", "questions.jsonl", "loss.svg", "model.safetensors.index.json", "rng_state.pth"]
+    for name in (*beside, *stray):
+        (source / name).write_text("{}")
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"]["AutoModelForSequenceClassification"] = "reward.QWenReward"
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "reward.py").write_text("from .reward_head import Head")
+    (source / "reward_head.py").write_text("class Head: ...")
+    target.mkdir()
+    checkpoint_files.copy_companions(source, target)
+    settings = ["config.json", "generation_config.json", "tokenizer_config.json", "qwen.tiktoken"]
+    code = [name for name in upgrade.MODULES if name.endswith(".py")]  # cpp_kernels.cpp is written with this code
+    assert sorted(contents(target)) == sorted([*settings, *beside, *code, "reward.py", "reward_head.py"])
+
+
 # --- Where nothing can be written ---------------------------------------------------------------------------------
 
 

@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 
 INDEX = "model.safetensors.index.json"
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
+WITH_AUTO_MAP = (CONFIG, "tokenizer_config.json")
+OF_TOKENIZERS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 PRECISIONS = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
 
 
@@ -192,11 +194,23 @@ def advice_about_name(folder: Path) -> str | None:
 # --- Writing -----------------------------------------------------------------------------------------------------
 
 
-def copy_all_but_weights(source: Path, target: Path) -> None:
-    """Copy the files of a checkpoint, those that links point to; no weights of any format, nor their indexes."""
-    for path in sorted(source.iterdir()):
-        is_weight = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf") or path.name.endswith(".index.json")
-        if path.is_file() and not is_weight:
+def copy_companions(source: Path, target: Path) -> None:
+    """
+    Copy what belongs to a checkpoint besides its weights, the files that links point to: settings, vocabulary, code
+    that a JSON file or other code names, licences and pages about it. Data and programs that lie beside it are not.
+    """
+    paths = [path for path in sorted(source.iterdir()) if path.is_file()]
+    readers = [path for path in paths if path.suffix == ".py" or path.name in WITH_AUTO_MAP]
+    code = "\n".join(path.read_text("utf-8", errors="replace") for path in readers)
+    for path in paths:
+        if path.suffix == ".py":
+            stem = re.escape(path.stem)
+            belongs = re.search(rf'from \.{stem} import|from \. import .*\b{stem}\b|"{stem}\.\w+"', code) is not None
+        elif path.suffix == ".json":
+            belongs = path.name.endswith("config.json") or path.name in OF_TOKENIZERS
+        else:
+            belongs = path.suffix in ("", ".tiktoken", ".jinja", ".md", ".txt", ".pdf")
+        if belongs:
             shutil.copy2(path, target)
 
 

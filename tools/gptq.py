@@ -20,7 +20,7 @@ from checkpoint_files import (
     INDEX,
     Problem,
     check_folder,
-    copy_all_but_weights,
+    copy_companions,
     full_precision_config,
     weight_names,
     write_file,
@@ -166,7 +166,7 @@ def calibration_samples(tokenizer, path: Path, samples: int, length: int) -> lis
     except (OSError, UnicodeDecodeError) as error:
         raise Problem(f"The calibration text can't be read: {error}") from None
     if path.suffix not in (".json", ".jsonl"):
-        ids = tokenizer(text)["input_ids"]
+        ids = tokenizer(text, verbose=False)["input_ids"]
         cut = [ids[i : i + length] for i in range(0, len(ids), length)]
         found = [sample for sample in cut if len(sample) == length] or cut[:1]
     else:
@@ -359,7 +359,6 @@ def make(
     # Every run with these settings finds the same folder. It is nothing that loads until it is complete.
     key = json.dumps([str(source.resolve()), target.name, settings, stamp, config], sort_keys=True)
     partial = target.parent / f"quantizing_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    partial.mkdir(parents=True, exist_ok=True)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     qwen = QWenConfig.from_dict(config)
     with init_empty_weights():
@@ -374,6 +373,7 @@ def make(
         done, hidden = resume(partial, files[1:])
         if hidden is None:
             hidden = first_hidden(source, weights, calibration, samples, length) if method == "gptq" else []
+        partial.mkdir(parents=True, exist_ok=True)  # not before: a wrong calibration text leaves nothing
         if done:
             print(f"{done} of {layers} blocks are there from an earlier run, in {partial}")
         for index in tqdm(range(layers), desc="blocks", unit="block", initial=done, disable=None):
@@ -436,7 +436,7 @@ def finish(source: Path, partial: Path, config: dict, settings: dict, files: lis
         total += (partial / file).stat().st_size
     index = {"metadata": {"total_size": total}, "weight_map": places}
     write_file(partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-    copy_all_but_weights(source, partial)
+    copy_companions(source, partial)
     config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     config.update(bf16=False, fp16=False, fp32=False, torch_dtype="float16")
     config["quantization_config"] = {

@@ -26,7 +26,7 @@ from checkpoint_files import (
     INDEX,
     Problem,
     check_folder,
-    copy_all_but_weights,
+    copy_companions,
     exit_status,
     full_precision_config,
     new_folder,
@@ -122,7 +122,7 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
         raise Problem(f"{what} have no place in {base}. Is it the adapter's base?")
 
     with new_folder(target) as partial:
-        copy_all_but_weights(base, partial)
+        copy_companions(base, partial)
         if (adapter / "generation_config.json").exists():  # a base model tuned to chat has become one
             shutil.copy2(adapter / "generation_config.json", partial)
         if dtype is not None:

@@ -35,7 +35,7 @@ from checkpoint_files import (
     Problem,
     advice_about_name,
     check_folder,
-    copy_all_but_weights,
+    copy_companions,
     exit_status,
     full_precision_config,
     new_folder,
@@ -87,7 +87,7 @@ def make(source: Path, target: Path) -> None:
     print(check_weights(source))
 
     with new_folder(target) as partial:
-        copy_all_but_weights(source, partial)
+        copy_companions(source, partial)
         write_file(partial / "config.json", (json.dumps({**config, "int8_weights": True}, indent=2) + "\n").encode())
         for name, content in planned(partial).items():
             write_file(partial / name, content)
