@@ -20,6 +20,7 @@ import transformers
 from conftest import ROOT, random_ids, tiny_model
 from matrix import LACKING
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.utils import logging
 
 if not hasattr(getattr(transformers, "DynamicCache", None), "crop"):
     pytest.skip(LACKING + "has no cache that can be cropped, for the evaluation", allow_module_level=True)
@@ -115,6 +116,16 @@ def test_the_benchmarks_refuse_what_is_no_checkpoint(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         evaluate.arguments()
     assert "There is no folder ../nope." in capsys.readouterr().err
+
+
+def test_a_long_text_is_read_without_a_warning(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging.get_logger("transformers.tokenization_utils_base"), "warning", warnings.append)
+    (tmp_path / "text.txt").write_text("Lima " * 1000, "utf-8")
+    tokenizer = windows.load_tokenizer(DEMO)
+    (ids,) = windows.read_texts(tokenizer, [tmp_path / "text.txt"])
+    assert len(ids) > tokenizer.model_max_length
+    assert warnings == []
 
 
 def test_rows_of_perplexity_come_one_by_one(tmp_path, monkeypatch, capsys):
