@@ -34,7 +34,6 @@ from .transformers_compat import (
     DTYPE,
     FLASH_MIXES_ROWS,
     PreTrainedModel,
-    cpu_supports_bf16,
     cpu_supports_fp16,
     drop_old_arguments,
     forget_device_map,
@@ -113,8 +112,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         Load a checkpoint; the arguments are those of transformers' `from_pretrained`, and:
 
         bf16, fp16, fp32: at most one True; the precision of the weights. Without one, and without `dtype`, the
-        checkpoint's own (config.json's `dtype`) if the device has it, else bfloat16 where the device supports it,
-        else float16 on a GPU, else float32.
+        checkpoint's own (config.json's `dtype`) if the device has it, else bfloat16, on GPUs that lack it float16.
         strict: a weight that this architecture has and the checkpoint lacks, or the reverse, is an error. False
         leaves it at transformers' warning, for experiments with a changed configuration; so does
         `output_loading_info=True`, which returns the lists.
@@ -273,17 +271,14 @@ class QWenPreTrainedModel(PreTrainedModel):
             return dtype
         own = getattr(config, DTYPE, None)
         own = getattr(torch, own) if isinstance(own, str) else own
-        if on_accelerator:
-            supported = gpu_supports_bf16() if torch.cuda.is_available() else True
-            fallback = torch.float16
-        else:
-            supported = cpu_supports_bf16()
-            fallback = torch.float32
+        # A CPU takes it without instructions for it, too: a token reads half the bytes of float32, and products of many
+        # rows are no slower (`qwen_ops.own_products`).
+        supported = gpu_supports_bf16() if on_accelerator and torch.cuda.is_available() else True
         # GPTQ checkpoints all name float16, which is slow on a CPU; their codes are exact in any precision.
         slow = own == torch.float16 and not on_accelerator and is_quantized(config)
         if own is not None and not slow and (own != torch.bfloat16 or supported):
             return own
-        return torch.bfloat16 if supported else fallback
+        return torch.bfloat16 if supported else torch.float16
 
     @staticmethod
     def _warn_of_precision(dtype, on_accelerator: bool) -> None:
@@ -295,7 +290,7 @@ class QWenPreTrainedModel(PreTrainedModel):
             return
         else:
             device = "This CPU"
-            supported = {torch.bfloat16: cpu_supports_bf16(), torch.float16: cpu_supports_fp16()}
+            supported = {torch.float16: cpu_supports_fp16()}
         if not supported.get(dtype, True):
             others = [flag for flag, name in PRECISION_FLAGS.items() if supported.get(getattr(torch, name), True)]
             logger.warning_once(

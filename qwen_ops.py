@@ -9,7 +9,6 @@ In the shapes below B is the batch, T the new tokens, S the tokens attended to, 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import math
@@ -24,7 +23,7 @@ from transformers.utils import logging
 
 from .cpp_kernels import NAMESPACE, is_loaded, library, load
 from .cpp_kernels import implementation as cpu_implementation
-from .transformers_compat import HAS_SDPA, INT8_ROWS, FunctionMode, addcmul, int8_product
+from .transformers_compat import HAS_SDPA, INT8_ROWS, FunctionMode, addcmul, cpu_supports_bf16, int8_product
 from .transformers_compat import rms_norm as fused_rms_norm
 
 logger = logging.get_logger("transformers.models.qwen.qwen_ops")
@@ -58,7 +57,7 @@ def linear(
     """
     `F.linear`, at the speed of memory for up to 8 rows of x on a CPU, and for up to 16 on a GPU with an int8 weight.
     More rows are multiplied by blocks of an int8 weight that are written out in x's dtype on the way. On a CPU that has
-    no instructions for bfloat16 (`multiplies_bfloat16`) they are written out in float32, those of bfloat16 weights too.
+    no instructions for bfloat16 they are written out in float32, those of bfloat16 weights too.
 
     x: (..., in). weight: (out, in), or int8 with scale (out,) or (out, groups): the weight is then
     `weight * scale`, each scale for `in / groups` neighbouring inputs. bias: (out,). Returns (..., out) in x's dtype,
@@ -78,7 +77,7 @@ def linear(
         has_kernel = rows > 0 and x.dtype in (*_FLOATS, torch.float16) and x.device.type in ("cpu", "cuda")
     else:
         has_kernel = rows > 0 and x.dtype in _FLOATS and weight.dtype == torch.bfloat16 and x.device.type == "cpu"
-        has_kernel = has_kernel and (rows <= MAX_ROWS or (x.dtype == weight.dtype and not multiplies_bfloat16()))
+        has_kernel = has_kernel and (rows <= MAX_ROWS or (x.dtype == weight.dtype and not cpu_supports_bf16()))
     if has_kernel and _plain(x, weight) and not _differentiated(x, weight, bias):
         return _OPERATORS.linear(x, weight, bias, scale)
     return linear_reference(x, weight, bias, scale)
@@ -105,7 +104,7 @@ def linear_without_kernels(x, weight, bias=None, scale=None):
     """
     rows, is_cpu = math.prod(x.shape[:-1]), x.device.type == "cpu"
     is_bfloat16 = x.dtype == weight.dtype == torch.bfloat16
-    if is_cpu and is_bfloat16 and rows > 32 and not multiplies_bfloat16():
+    if is_cpu and is_bfloat16 and rows > 32 and not cpu_supports_bf16():
         blocks = weight.split(max(1, BLOCK_WEIGHTS // weight.shape[1]))
         y = torch.cat([F.linear(x.float(), block.float()) for block in blocks], -1)  # float32 (..., out)
         return (y if bias is None else y + bias).to(x.dtype)
@@ -115,18 +114,6 @@ def linear_without_kernels(x, weight, bias=None, scale=None):
         return linear_reference(x, weight, bias, scale)
     y = int8_product(x.reshape(rows, -1), weight).float() * scale
     return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
-
-
-@functools.lru_cache(maxsize=None)
-def multiplies_bfloat16() -> bool:
-    """
-    Whether PyTorch's products of bfloat16 are fast on this CPU. x86 without AVX-512 has no instructions for them: those
-    of 512 rows take several times as long as in float32.
-    """
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):  # PyTorch was built without oneDNN, or before it could say
-        return False
 
 
 class _OwnProducts(FunctionMode or object):
@@ -143,7 +130,7 @@ def own_products(device: torch.device, dtype: torch.dtype):
     A context for inference in which layers of this dtype multiply by `linear` without knowing it, if they are on a CPU
     on which PyTorch's own products of it are slow.
     """
-    is_wanted = dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16()
+    is_wanted = dtype == torch.bfloat16 and device.type == "cpu" and not cpu_supports_bf16()
     return _OwnProducts() if FunctionMode is not None and is_wanted else nullcontext()
 
 
@@ -183,7 +170,7 @@ def gptq_linear(
 
 
 def gptq_linear_reference(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias=None):
-    is_slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not multiplies_bfloat16()
+    is_slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_supports_bf16()
     rows = x.float() if is_slow else x
     blocks = gptq_blocks(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype=rows.dtype)
     parts = [rows @ weight for _, weight in blocks]

@@ -109,7 +109,10 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def cpu_supports_bf16() -> bool:
-    """Whether this CPU has instructions for bfloat16; torch up to 1.13 can't tell, and has no fast code for it."""
+    """
+    Whether this CPU has instructions for bfloat16, as x86 without AVX-512 has not: PyTorch's products of many rows take
+    several times as long as those of float32 then. torch up to 1.13 can't tell, and has no fast code for it.
+    """
     return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
 
 

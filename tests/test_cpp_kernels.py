@@ -108,7 +108,7 @@ def test_linear(level):
 @pytest.mark.parametrize("rows", [9, 64, 65, 200])
 def test_many_rows_of_bfloat16(level, rows, bias, monkeypatch):
     """For a CPU without instructions for bfloat16. The last shape is more than is written out at once."""
-    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(kernels, "cpu_supports_bf16", lambda: False)
     torch.manual_seed(0)
     for inputs, outputs in ((64, 5), (130, 300), (2048, 1100)):
         x = torch.randn(3, rows, inputs).bfloat16().transpose(0, 1)[:, 1]
@@ -399,7 +399,7 @@ def test_linear_leaves_the_rest_to_pytorch(native, monkeypatch):
     x = torch.randn(1, 10).bfloat16()
     few = kernels.linear(x, weight)
     monkeypatch.setattr(kernels, "_OPERATORS", Operators())
-    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(kernels, "cpu_supports_bf16", lambda: True)
     with pytest.raises(AssertionError):
         kernels.linear(x, weight)
     many = x.expand(9, -1)

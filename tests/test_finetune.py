@@ -708,6 +708,7 @@ def test_compare_says_that_all_answers_are_the_same(monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("compare", ROOT / "finetune" / "compare.py")
     compare = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(compare)
+    monkeypatch.setattr(compare.checkpoint_files, "check_loadable", lambda path, adapters: None)
     for tuned, status in (("one", 1), ("two", 0)):
         monkeypatch.setattr(compare, "answers", lambda path, questions: [path for _ in questions])
         monkeypatch.setattr(sys, "argv", ["compare.py", "one", tuned, "Which?", "Who?"])

@@ -461,7 +461,7 @@ def test_prompts_of_bfloat16_are_multiplied_as_the_cpu_can(tokens, monkeypatch):
     monkeypatch.setattr(qwen_ops, "linear", watched)
     matrices = [m for m in model.modules() if isinstance(m, nn.Linear)]
     for is_fast, has_gradients in ((False, False), (True, False), (False, True)):
-        monkeypatch.setattr(qwen_ops, "multiplies_bfloat16", lambda is_fast=is_fast: is_fast)
+        monkeypatch.setattr(qwen_ops, "cpu_supports_bf16", lambda is_fast=is_fast: is_fast)
         seen.clear()
         with torch.set_grad_enabled(has_gradients):
             logits = model(ids, past_key_values=None if has_gradients else QWenCache()).logits
