@@ -427,7 +427,8 @@ def test_packages_that_are_missing_are_named(serve, monkeypatch):
 
 
 def test_a_folder_that_is_no_checkpoint_is_told_in_a_line(serve, monkeypatch):
-    if sys.version_info < (3, 10) or not importlib.util.find_spec("transformers.cli.serving"):
+    has_cli = sys.version_info >= (3, 10) and importlib.util.find_spec("transformers.cli")
+    if not has_cli or not importlib.util.find_spec("transformers.cli.serving"):
         lacks("has no server for one checkpoint")
     monkeypatch.setattr(sys, "argv", ["serve.py", "./nope"])
     with pytest.raises(SystemExit, match=r"^There is no folder \./nope\.$"):
