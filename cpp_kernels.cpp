@@ -400,7 +400,7 @@ class Team {
 
   void stage(int64_t n, const void* what, void (*how)(const void*, int64_t)) {
     work = what, call = how, pieces = n, error = nullptr, done = 0;
-    for (size_t i = 0; i < counters.size(); ++i)  // not one after the other has reached all cores
+    for (size_t i = 0; i < counters.size(); ++i)  // without an order, for which each would wait for all cores
       counters[i].left.store(share_begin(i + 1) - share_begin(i), std::memory_order_release);
     ++begun;
     wake();

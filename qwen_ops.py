@@ -48,6 +48,11 @@ def _plain(*tensors: torch.Tensor) -> bool:
     return all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
 
 
+def _is_slow(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's products of many rows take several times as long as in float32 there."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and not cpu_supports_bf16()
+
+
 # --- Linear layers -----------------------------------------------------------------------------------------------
 
 
@@ -77,7 +82,7 @@ def linear(
         has_kernel = rows > 0 and x.dtype in (*_FLOATS, torch.float16) and x.device.type in ("cpu", "cuda")
     else:
         has_kernel = rows > 0 and x.dtype in _FLOATS and weight.dtype == torch.bfloat16 and x.device.type == "cpu"
-        has_kernel = has_kernel and (rows <= MAX_ROWS or (x.dtype == weight.dtype and not cpu_supports_bf16()))
+        has_kernel = has_kernel and (rows <= MAX_ROWS or _is_slow(x.device, x.dtype))
     if has_kernel and _plain(x, weight) and not _differentiated(x, weight, bias):
         return _OPERATORS.linear(x, weight, bias, scale)
     return linear_reference(x, weight, bias, scale)
@@ -103,8 +108,7 @@ def linear_without_kernels(x, weight, bias=None, scale=None):
     many rows of bfloat16 by blocks of the weight in float32 where that is faster.
     """
     rows, is_cpu = math.prod(x.shape[:-1]), x.device.type == "cpu"
-    is_bfloat16 = x.dtype == weight.dtype == torch.bfloat16
-    if is_cpu and is_bfloat16 and rows > 32 and not cpu_supports_bf16():
+    if rows > 32 and x.dtype == weight.dtype and _is_slow(x.device, x.dtype):
         blocks = weight.split(max(1, BLOCK_WEIGHTS // weight.shape[1]))
         y = torch.cat([F.linear(x.float(), block.float()) for block in blocks], -1)  # float32 (..., out)
         return (y if bias is None else y + bias).to(x.dtype)
@@ -130,8 +134,7 @@ def own_products(device: torch.device, dtype: torch.dtype):
     A context for inference in which layers of this dtype multiply by `linear` without knowing it, if they are on a CPU
     on which PyTorch's own products of it are slow.
     """
-    is_wanted = dtype == torch.bfloat16 and device.type == "cpu" and not cpu_supports_bf16()
-    return _OwnProducts() if FunctionMode is not None and is_wanted else nullcontext()
+    return _OwnProducts() if FunctionMode is not None and _is_slow(device, dtype) else nullcontext()
 
 
 # --- Matrices in 4 and 8 bits ---------------------------------------------------------------------------------------
@@ -170,8 +173,7 @@ def gptq_linear(
 
 
 def gptq_linear_reference(x, qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, bias=None):
-    is_slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_supports_bf16()
-    rows = x.float() if is_slow else x
+    rows = x.float() if _is_slow(x.device, x.dtype) else x
     blocks = gptq_blocks(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset, dtype=rows.dtype)
     parts = [rows @ weight for _, weight in blocks]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
