@@ -152,7 +152,7 @@ ENVIRONMENT: dict[str, str] = {}  # when all tests are imported and none has beg
 def python() -> tuple[str, ...]:
     """
     The beginning of a command that runs a program: Python itself, or what gives the program a process that has imported
-    torch and transformers, see warm.py. For programs that look at their memory, or at what imports do, take
+    torch and transformers, see warm.py. For programs that look at what imports do, or at all of their memory, take
     `sys.executable`.
     """
     if sys.platform != "linux" or not hasattr(socket, "send_fds") or TRITON_DEVICE == "cuda":  # which does not fork

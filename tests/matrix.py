@@ -4,6 +4,7 @@ Run the test suite with other releases of transformers, and with other versions 
     python tests/matrix.py                   every release in RELEASES, with the Python and the torch that run this: the
                                              files of ACCEPTANCE
     python tests/matrix.py 4.32.0 4.57.6     all but LEFT_OUT with these, printing the table only
+    python tests/matrix.py 4.37.2 --core     CORE with these, as quickly as may be
     python tests/matrix.py newest            with the newest release that the package index has
     python tests/matrix.py newest-torch      with the newest PyTorch that it has; downloads several GB
     python tests/matrix.py --others          OTHERS, the whole suite: other Pythons and PyTorches; downloads several GB
@@ -69,6 +70,8 @@ ACCEPTANCE = tuple(
         *("generation", "chat", "qwen_generation_utils", "tokenization_qwen", "releases"),
     )
 )
+# What some releases run at every merge: what every release must pass, checkpoints by all routes, 4 and 8 bits.
+CORE = (*ACCEPTANCE, "tests/test_loading.py", "tests/test_quantization.py", "-m", "not more")
 # What chosen releases need not run again. Files that use nothing of transformers, which test_code.py holds them to;
 INDEPENDENT = ("check_kernels", "cpp_kernels", "demo_facts", "triton_kernels")
 # what is for the release of requirements.txt: tuning, evaluation, graphs, export, estimates, questions, deployment, the
@@ -218,13 +221,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run the test suite with several releases of transformers.")
     parser.add_argument("releases", nargs="*", help="numbers, newest or newest-torch; default: all")
     parser.add_argument("--unlisted", action="store_true", help="only if it is not listed here, and so tested anyway")
+    parser.add_argument("--core", action="store_true", help="of the tests only those that releases between others run")
     parser.add_argument("--others", action="store_true", help="other versions of Python and torch instead")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     arguments = parser.parse_args()
     if {"newest", "newest-torch"} & set(arguments.releases):
         sys.exit(run_newest(arguments.releases[0], arguments.unlisted))
     names = OTHERS if arguments.others else [(release,) for release in arguments.releases or RELEASES]
+    if arguments.core and not arguments.releases:
+        parser.error("--core is for releases that are named")
     files = () if arguments.others else LEFT_OUT if arguments.releases else ACCEPTANCE
+    files = CORE if arguments.core else files
     results = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for result in tqdm(pool.map(lambda name: test(name, files, arguments.jobs), names), total=len(names)):

@@ -8,7 +8,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from conftest import (
     compat,
     lacks,
     modeling_qwen,
+    python,
     qwen_loading,
     random_ids,
     run,
@@ -389,7 +389,7 @@ def test_a_bf16_checkpoint_never_passes_through_float32(tmp_path, arguments):
     script = tmp_path / "measure.py"
     script.write_text(MEASURE)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, tmp_path, repr(arguments)],
+        [*python(), "-W", "ignore", script, tmp_path, repr(arguments)],
         capture_output=True, text=True, timeout=600, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

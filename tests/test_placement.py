@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
-from conftest import CODE, ROOT, compat, modeling_qwen, random_ids, static_cache, tiny_config, tiny_model
+from conftest import CODE, ROOT, compat, modeling_qwen, python, random_ids, static_cache, tiny_config, tiny_model
 from test_loading import MEASURE, sparse_safetensors
 from torch.utils._pytree import tree_flatten
 from transformers import GenerationConfig
@@ -274,7 +273,7 @@ def test_files_are_loaded_one_after_another(tmp_path):
     script = tmp_path / "measure.py"
     script.write_text(MEASURE)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, tmp_path, repr({"bf16": True})],
+        [*python(), "-W", "ignore", script, tmp_path, repr({"bf16": True})],
         capture_output=True, text=True, timeout=600, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -10,12 +10,23 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CODE, ROOT, compat, modeling_qwen, random_ids, run, sampled, tiny_config, tiny_model, transformers
+from conftest import (
+    CODE,
+    ROOT,
+    compat,
+    modeling_qwen,
+    python,
+    random_ids,
+    run,
+    sampled,
+    tiny_config,
+    tiny_model,
+    transformers,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -727,7 +738,7 @@ def test_loading_takes_little_more_than_the_file(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "measure.py").write_text(MEASURE)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", tmp_path / "measure.py", tmp_path],
+        [*python(), "-W", "ignore", tmp_path / "measure.py", tmp_path],
         capture_output=True, text=True, timeout=600, env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

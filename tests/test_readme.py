@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CODE, PIPELINES_TAKE_MESSAGES, ROOT
+from conftest import CODE, PIPELINES_TAKE_MESSAGES, ROOT, python
 
 PAGES = ("README.md", "README_CN.md")
 
@@ -56,7 +56,7 @@ def test_the_python_snippets_run_in_order_and_print_what_is_said(page, capsys, m
 
 def test_quickstart(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "quickstart.py"],
+        [*python(), ROOT / "examples" / "quickstart.py"],
         cwd=tmp_path,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
