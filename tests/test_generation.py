@@ -133,7 +133,7 @@ def test_sampling_follows_the_distribution(settings):
     """20,000 draws of the next token against the definitions of the settings, by the chi-square test."""
     stats = pytest.importorskip("scipy.stats")
     model = tiny_model(vocab_size=48, num_hidden_layers=1, initializer_range=0.12, **NTK_LOGN)
-    ids = random_ids(1, 4, vocab_size=48)
+    ids = random_ids(1, 7, vocab_size=48)
     torch.manual_seed(0)
     samples = model.generate(
         ids,
@@ -145,7 +145,7 @@ def test_sampling_follows_the_distribution(settings):
         pad_token_id=0,
         eos_token_id=None,
     )
-    assert samples.shape == (20_000, 5)
+    assert samples.shape == (20_000, 8)
     with torch.no_grad():
         logits = model(ids).logits[0, -1].double()
     seen = ids[0].unique()  # Keskar et al. 2019: divided, or multiplied where negative, by the penalty
