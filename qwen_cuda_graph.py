@@ -345,7 +345,7 @@ class _Part:
                 self.input = torch.zeros(B * T, config.hidden_size, dtype=dtype, device=device)
             self.positions = torch.zeros(B, T, dtype=torch.int64, device=device)
             self.starts = torch.zeros(B, dtype=torch.int64, device=device)
-            self.inverse_frequencies = torch.zeros(B, rotary.dim // 2, device=device)
+            self.inverse_frequencies = torch.zeros(B, rotary.dim // 2, dtype=torch.float32, device=device)
             size = _kernels().HEADER + self._slots * (end - first)
             self._table = torch.zeros(size, dtype=torch.int64, device=device)
             self._base = torch.zeros(1, dtype=dtype if bits >= 16 else torch.uint8, device=device)
@@ -377,7 +377,7 @@ class _Part:
         base, size = self._base.data_ptr(), self._base.element_size()
         slots = [t.shape[2] for t in storages[:1]] + [(t.data_ptr() - base) // size for t in storages]
         if slots != self._slots_of_bind:
-            self._table[1 : 1 + len(slots)].copy_(torch.tensor(slots, dtype=torch.int64))
+            self._table[1 : 1 + len(slots)].copy_(torch.tensor(slots, dtype=torch.int64, device="cpu"))
             self._slots_of_bind = slots
         self._table[:1].fill_(length)
         # From another GPU these are copies by the driver, which the streams of both wait for, and the host does not.
@@ -949,8 +949,9 @@ class _Reading:
 
     def __init__(self, like: torch.Tensor, with_tokens: bool):
         """like: int64 (B), on the GPU."""
-        self._left = torch.zeros((), dtype=torch.int64, pin_memory=like.is_cuda)
-        self._tokens = torch.zeros(len(like), dtype=torch.int64, pin_memory=like.is_cuda) if with_tokens else None
+        on_host = {"dtype": torch.int64, "device": "cpu", "pin_memory": like.is_cuda}
+        self._left = torch.zeros((), **on_host)
+        self._tokens = torch.zeros(len(like), **on_host) if with_tokens else None
         self._event = torch.cuda.Event() if like.is_cuda else None
 
     def begin(self, unfinished: torch.Tensor, tokens: torch.Tensor, drawn: torch.Tensor | None) -> None:

@@ -912,3 +912,37 @@ def test_a_graph_serves_several_generations():
     graph = graphs._FREE[model][1][0][1].parts[0].graph
     generate(model, padded(300)[0])
     assert [part.graph for _, steps in graphs._FREE[model][1] for part in steps.parts] == [graph]
+
+
+@needs_loop
+@pytest.mark.parametrize(("lengths", "bits"), [((21, 7), 16), ((21, 7), 8), ((21,), 4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_precision_of_the_program_changes_nothing(lengths, bits, dtype, steps_taken):
+    """Angles of rounded frequencies would be wrong, the more the longer the prompt."""
+    ids, mask = padded(*lengths)
+    settings = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+    model, other = small_model(), small_model()
+    expected = generate(model, ids, mask, **settings, past_key_values=CACHES[bits]())
+    torch.set_default_dtype(dtype)
+    try:
+        found = generate(other, ids, mask, **settings, past_key_values=CACHES[bits]())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.sequences, expected.sequences)
+    near(torch.stack(found.logits), torch.stack(expected.logits))
+    assert steps_taken[0] == 4
+
+
+def test_the_default_device_of_the_program_changes_nothing(model):
+    """What the host reads is on the host, where only tensors of the CPU can be pinned."""
+    unfinished = torch.tensor([1, 0], device=DEVICE)
+    with torch.device("meta"):
+        reading = graphs._Reading(unfinished, with_tokens=True)
+        reading.begin(unfinished, unfinished + 5, None)
+        is_end, tokens = reading.end()
+    assert not is_end
+    assert tokens.tolist() == [6, 5]
+    ids, mask = padded(9, 12)
+    expected = generate(model, ids, mask, max_new_tokens=3)
+    with torch.device(DEVICE):
+        assert torch.equal(generate(model, ids, mask, max_new_tokens=3), expected)
