@@ -192,6 +192,9 @@ def is_plain(model) -> bool:
     if not (
         all(type(module) is nn.Linear or _has_codes(module) for module in linears)
         and type(network.wte) is nn.Embedding
+        and network.wte.max_norm is None
+        and type(network.rotary_emb).__name__ == "RotaryEmbedding"
+        and type(network.rotary_emb).__module__ == type(network).__module__
         and all(map(is_untouched, (model, network, network.rotary_emb)))
     ):
         return False
@@ -247,7 +250,10 @@ def takes(model, cache, rows: int) -> bool:
 
 
 class _Places:
-    """Where a model has its weights: modules by their parents, and the addresses of parameters and buffers."""
+    """
+    Where a model has its weights: modules by their parents, and the addresses of parameters and buffers. Its signature
+    has the settings that a graph is captured with, too.
+    """
 
     def __init__(self, model):
         transformer = model.transformer
@@ -260,7 +266,9 @@ class _Places:
         of_modules = [tensors for m in modules for tensors in (m._parameters, m._buffers)]
         self._tensors = [(tensors, name) for tensors in of_modules for name, t in tensors.items() if t is not None]
         tensors = [local_tensor(tensors[name]) for tensors, name in self._tensors]
-        settings = [norm.eps for norm in _norms(model)]
+        config, rotary = model.config, transformer.rotary_emb
+        settings = [config.use_logn_attn, config.seq_length, rotary.dim, rotary.base]
+        settings += [norm.eps for norm in _norms(model)] + [block.attn.scaling for block in transformer.h]
         quantised = [m for m in _linears(model) if type(m) is QuantizedLinear]
         settings += [(m.format, m.group_size, m.is_ordered, m.arrangement) for m in quantised]
         self.signature = [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.device) for t in tensors], settings
