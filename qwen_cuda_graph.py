@@ -431,7 +431,10 @@ class _Part:
     def _compute(self, model) -> torch.Tensor:
         kernels, config, transformer = _kernels(), self._config, model.transformer
         B, T = self.positions.shape
-        with torch.cuda.device_of(self.input), torch.inference_mode():
+        # Autocast would have the products of a library in another precision, and copies of matrices that end with it,
+        # which a graph would go on reading.
+        precise = torch.autocast(self.input.device.type, enabled=False)
+        with torch.cuda.device_of(self.input), torch.inference_mode(), precise:
             angles = self.positions[:, :, None].float() * self.inverse_frequencies[:, None]  # (B, T, rotated / 2)
             cos, sin, scale = angles.cos(), angles.sin(), None
             if config.use_logn_attn:

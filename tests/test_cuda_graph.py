@@ -985,3 +985,23 @@ def test_changed_settings_are_never_those_of_before(edit):
     ours, theirs = (run(copy.deepcopy(model), ids, **settings) for run in (generate, ordinary))
     near(torch.stack(ours.logits), torch.stack(theirs.logits))
     near(torch.stack(generate(model, ids, **settings).logits), torch.stack(theirs.logits))
+
+
+@needs_loop
+def test_autocast_does_not_reach_the_graph(monkeypatch, steps_taken):
+    """Products of the library would be rounded, and a graph would keep what ends with it."""
+    monkeypatch.setattr(triton_kernels, "PRODUCT_ROWS", 1)
+    model, (ids, mask) = small_model(), padded(9, 12)
+    results = []
+    with torch.no_grad():
+        for is_rounded in (False, True, False):
+            cache = caches.QWenQuantizedCache(8)  # it may be filled in any precision
+            with Ordinary():
+                model(ids, attention_mask=mask, past_key_values=cache)
+            with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=is_rounded):
+                longer = torch.nn.functional.pad(mask, (0, 1), value=1)
+                results.append(model(ids[:, -1:], attention_mask=longer, past_key_values=cache).logits)
+    assert steps_taken[0] == 3
+    assert results[1].dtype == torch.float32
+    near(results[1], results[0])
+    near(results[2], results[0])
