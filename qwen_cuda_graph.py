@@ -862,6 +862,8 @@ class GraphedGeneration:
         has_ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         pad = settings._pad_token_tensor
         pad = None if pad is None else pad.to(device)
+        vocab_size = self.config.vocab_size
+        pads_with_no_token = has_ends and not 0 <= int(pad) < vocab_size
         max_length = stopping_criteria.max_length
         unfinished = torch.ones(B, dtype=torch.int64, device=device)
         reads = [_Reading(unfinished, streamer is not None) for _ in range(2)]
@@ -926,7 +928,9 @@ class GraphedGeneration:
                     reads.reverse()
                     reads[0].begin(unfinished, tokens, drawn)
                     if max_length is None or input_ids.shape[1] < max_length:
-                        logits = step(tokens[:, None])
+                        # The embedding has no row for such padding; of a row that has ended nothing is wanted.
+                        known_tokens = tokens.clamp(0, vocab_size - 1) if pads_with_no_token else tokens
+                        logits = step(known_tokens[:, None])
                         ahead = True
                     is_end, on_host = reads[0].end()
                     if streamer is not None:

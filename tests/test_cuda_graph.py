@@ -1005,3 +1005,16 @@ def test_autocast_does_not_reach_the_graph(monkeypatch, steps_taken):
     assert results[1].dtype == torch.float32
     near(results[1], results[0])
     near(results[2], results[0])
+
+
+@needs_loop
+@pytest.mark.parametrize("pad", [-1, 5000])
+def test_padding_that_is_no_token(model, pad):
+    """On a GPU an id that the embedding does not have ends the process's use of it."""
+    ids, mask = padded(9, 12)
+    first = generate(model, ids, mask, max_new_tokens=1)[:, -1].tolist()
+    assert first[0] != first[1]
+    settings = {"max_new_tokens": 4, "eos_token_id": first[0]}
+    expected = generate(model, ids, mask, **settings, pad_token_id=0)
+    expected[0, ids.shape[1] + 1 :] = pad
+    assert torch.equal(generate(model, ids, mask, **settings, pad_token_id=pad), expected)
