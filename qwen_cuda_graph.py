@@ -177,13 +177,18 @@ def has_graphs(device: torch.device) -> bool:
     return device.type in DEVICES
 
 
+def _is_captured(model) -> bool:
+    """Whether the caller captures what is computed in a graph of their own, which can't have another captured in it."""
+    return model.transformer.ln_f.weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def is_plain(model) -> bool:
     """
     Whether a step may be computed from the weights alone: matrices of exactly the network's types, in one precision or
-    quantised, every block on one GPU, no hooks, adapters, training or compilation.
+    quantised, every block on one GPU, no hooks, adapters, training, compilation or capture by the caller.
     """
     differentiated = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
-    if model.training or is_compiling() or differentiated:
+    if model.training or is_compiling() or differentiated or _is_captured(model):
         return False
     network = model.transformer
     if type(model).__module__ != type(network).__module__ or not is_as_made(network):

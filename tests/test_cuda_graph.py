@@ -1018,3 +1018,22 @@ def test_padding_that_is_no_token(model, pad):
     expected = generate(model, ids, mask, **settings, pad_token_id=0)
     expected[0, ids.shape[1] + 1 :] = pad
     assert torch.equal(generate(model, ids, mask, **settings, pad_token_id=pad), expected)
+
+
+@needs_gpu
+def test_a_step_in_a_graph_of_the_caller(steps_taken):
+    """Which captures the layers."""
+    model, ids, new = small_model(), random_ids(1, 21).cuda(), random_ids(1, 1).cuda()
+    with torch.no_grad():
+        theirs, ours = caches.QWenCache(), caches.QWenCache()
+        with Ordinary():
+            for cache in (theirs, ours):
+                model(ids, past_key_values=cache)
+            expected = model(new, past_key_values=theirs).logits
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = model(new, past_key_values=ours).logits
+        graph.replay()
+    near(found, expected)
+    assert steps_taken[0] == 0
