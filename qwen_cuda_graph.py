@@ -574,10 +574,14 @@ class GraphedSteps:
         parallelism, whose processes must launch their sums in one order.
         """
 
+        # Behind what fills the buffers: what is in them before is no token.
+        streams = [torch.cuda.current_stream(part.input.device) if part.input.is_cuda else None for part in self.parts]
+
         def get_ready() -> None:
             try:
-                for part in self.parts:
-                    part.get_ready(model)
+                for part, stream in zip(self.parts, streams):
+                    with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+                        part.get_ready(model)
             except Exception as error:  # noqa: BLE001 (the first step meets it again, and raises it)
                 logger.info(f"Kernels of a decoding step could not be compiled beforehand: {error}")
 
