@@ -182,6 +182,12 @@ def _is_captured(model) -> bool:
     return model.transformer.ln_f.weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+@functools.lru_cache(maxsize=None)
+def _allocator_keeps_outputs() -> bool:
+    """Whether what a capture allocated may be freed later: the allocator cudaMallocAsync ends the process then."""
+    return not hasattr(torch.cuda, "get_allocator_backend") or torch.cuda.get_allocator_backend() == "native"
+
+
 def is_plain(model) -> bool:
     """
     Whether a step may be computed from the weights alone: matrices of exactly the network's types, in one precision or
@@ -219,6 +225,7 @@ def is_plain(model) -> bool:
         and all(map(_is_on_one_gpu, stations(model)))
         and (group is None or _is_split_evenly(model, group))
         and _kernels() is not None
+        and (not first.is_cuda or _allocator_keeps_outputs())
         and model.config.kv_channels in GPU_HEAD_SIZES
     )
 
