@@ -357,6 +357,7 @@ class _Part:
         self._slots_of_bind: list[int] | None = None
         self.graph = self.output = None
         self._is_ready = False  # whether its kernels are compiled
+        self._takes_library = False  # whether PyTorch's library of products multiplies
         self.may_stay = self._sum.outlives_graphs
         self.used = None  # an event behind the last step
         with torch.inference_mode(False):
@@ -418,25 +419,31 @@ class _Part:
             self._is_ready = True
 
     def _capture(self, model) -> None:
-        current = torch.cuda.current_stream(self.input.device)
-        stream = torch.cuda.Stream(self.input.device)
-        stream.wait_stream(current)
+        device = self.input.device
+        current, stream = torch.cuda.current_stream(device), _capture_stream(device)
         graph = torch.cuda.CUDAGraph()
         with _CAPTURE, torch.cuda.stream(stream):
-            # Once as it is: the library of products makes its workspace, and kernels are loaded. What it writes to the
-            # cache the replay writes again.
+            stream.wait_stream(current)
+            # Once as it is, so that kernels are loaded. What it writes to the cache the replay writes again.
             self.get_ready(model)
             self._compute(model)
             stream.synchronize()
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                output = self._compute(model)
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # of a capture that has broken off
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        current.wait_stream(stream)
+            # The library's workspace is to be memory of this graph: another one is freed by whoever clears them all, as
+            # torch.compile does for graphs of its own.
+            clear = torch._C._cuda_clearCublasWorkspaces if self._takes_library else lambda: None
+            clear()
+            with _DRAWS:
+                with _random_state_apart(device):
+                    graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    output = self._compute(model)
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):  # of a capture that has broken off
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+            clear()
+            current.wait_stream(stream)
         self.graph, self.output = graph, output
 
     @torch.no_grad()
@@ -470,6 +477,7 @@ class _Part:
                         gate_bias=None if gate is None else _bias(gate),
                         residual=residual,
                     )
+                self._takes_library = True
                 y = _library_product(x, linear, bias)
                 if gate is not None:
                     y *= F.silu(_library_product(x, gate, _bias(gate)))
@@ -631,7 +639,32 @@ class GraphedSteps:
         return x.view(B, self._T, -1)[:, :T].to(input_ids.device)
 
 
+@functools.lru_cache(maxsize=None)
+def _capture_stream(device: torch.device):
+    """One for all graphs: for each that it multiplies on cuBLAS has a workspace of 32 MB, which PyTorch keeps."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _random_state_apart(device: torch.device):
+    """
+    The random numbers of a GPU are another state's while a capture begins. It claims the state that it finds, and until
+    it ends other threads, which may draw tokens or train, can't draw from that.
+    """
+    generator = torch.cuda.default_generators[device.index]
+    if not hasattr(generator, "graphsafe_set_state"):  # PyTorch up to 2.4
+        yield
+        return
+    state = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(state)
+
+
 _CAPTURE = threading.Lock()  # two threads must not capture at once
+_DRAWS = threading.Lock()  # nor draw tokens while another captures
 _LOCK = threading.Lock()  # of _FREE
 _FREE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of every model: signature, and free graphs by kind
 _ENDING: weakref.WeakSet = weakref.WeakSet()  # models whose graphs end with the generation: no use for a step or a few
@@ -934,7 +967,11 @@ class GraphedGeneration:
                         scores += (wanted,)
                     if raw_logits is not None:
                         raw_logits += (last,)
-                    tokens, drawn = draw(wanted) if settings.do_sample else (wanted.argmax(-1), None)
+                    if settings.do_sample:
+                        with _DRAWS:
+                            tokens, drawn = draw(wanted)
+                    else:
+                        tokens, drawn = wanted.argmax(-1), None
                     agree(tokens)
                     if has_ends:
                         tokens = tokens * unfinished + pad * (1 - unfinished)

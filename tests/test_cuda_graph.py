@@ -1037,3 +1037,48 @@ def test_a_step_in_a_graph_of_the_caller(steps_taken):
         graph.replay()
     near(found, expected)
     assert steps_taken[0] == 0
+
+
+@needs_gpu
+@needs_loop
+def test_threads_draw_while_another_captures():
+    """A capture claims the generator's state."""
+    model, stop, errors = small_model(num_hidden_layers=16), threading.Event(), []
+
+    def sampled():
+        generate(model, random_ids(1, 9).cuda(), do_sample=True)
+
+    def draw():
+        try:
+            while not stop.is_set():
+                sampled()
+        except RuntimeError as error:
+            errors.append(error)
+
+    sampled()
+    thread = threading.Thread(target=draw)
+    thread.start()
+    for rows in range(2, 12):
+        generate(model, random_ids(rows, 9).cuda(), max_new_tokens=3)
+    stop.set()
+    thread.join()
+    assert not errors
+
+
+@needs_gpu
+@needs_loop
+def test_the_workspace_of_products_is_the_graphs():
+    """PyTorch keeps one of tens of MB for each stream, and frees them when torch.compile makes graphs."""
+    model = small_model()
+    ids = random_ids(20, 9).cuda()
+    generate(small_model(), ids, max_new_tokens=3)
+    before = torch.cuda.memory_allocated()
+    for rows in range(21, 60):
+        generate(model, random_ids(rows, 9).cuda(), max_new_tokens=3)
+    assert torch.cuda.memory_allocated() - before < (graphs.KEPT_GRAPHS + 1) * 40 * 2**20
+    expected = generate(model, ids)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    assert torch.equal(generate(model, ids), expected)
+    del model
+    assert torch.cuda.memory_allocated() - before < 80 * 2**20
