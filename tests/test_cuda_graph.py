@@ -915,15 +915,14 @@ def test_a_graph_serves_several_generations():
 
 
 @needs_loop
-@pytest.mark.parametrize(("lengths", "bits"), [((21, 7), 16), ((21, 7), 8), ((21,), 4)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_default_precision_of_the_program_changes_nothing(lengths, bits, dtype, steps_taken):
+@pytest.mark.parametrize(("lengths", "bits"), [((21, 7), 16), ((21,), 8)])
+def test_the_default_precision_of_the_program_changes_nothing(lengths, bits, steps_taken):
     """Angles of rounded frequencies would be wrong, the more the longer the prompt."""
     ids, mask = padded(*lengths)
     settings = {"max_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
     model, other = small_model(), small_model()
     expected = generate(model, ids, mask, **settings, past_key_values=CACHES[bits]())
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.bfloat16)
     try:
         found = generate(other, ids, mask, **settings, past_key_values=CACHES[bits]())
     finally:
