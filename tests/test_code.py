@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 from conftest import CODE, ROOT, modeling_qwen, sampled, tiny_config
-from matrix import INDEPENDENT, LEFT_OUT, ONE_RELEASE, interpreter
+from matrix import CORE, INDEPENDENT, LEFT_OUT, ONE_RELEASE, interpreter
 
 MODULES = [name for name in CODE if name.endswith(".py")]
 SOURCES = {name: (ROOT / name).read_text(encoding="utf-8") for name in MODULES}
@@ -227,7 +227,9 @@ def test_what_is_left_out_is_there_and_of_many_cases_one_stays():
     for name in (*INDEPENDENT, *ONE_RELEASE):
         assert f"--ignore=tests/test_{name}.py" in LEFT_OUT
         assert (ROOT / "tests" / f"test_{name}.py").exists()
-    assert LEFT_OUT[-2:] == ("-m", "not more")
+    *files, option, chosen = CORE
+    assert all((ROOT / file).exists() for file in files)
+    assert LEFT_OUT[-2:] == (option, chosen) == ("-m", "not more")
     marking = [path.name for path in (ROOT / "tests").glob("*.py") if "mark.more" in path.read_text(encoding="utf-8")]
     assert sorted(marking) == ["conftest.py", "test_code.py"]
     first, *others = sampled([(1, 2), (3, 4)])
