@@ -4,7 +4,7 @@ Run the test suite with other releases of transformers, and with other versions 
     python tests/matrix.py                   every release in RELEASES, with the Python and the torch that run this: the
                                              files of ACCEPTANCE
     python tests/matrix.py 4.32.0 4.57.6     all but LEFT_OUT with these, printing the table only
-    python tests/matrix.py 4.37.2 --core     CORE with these, as quickly as may be
+    python tests/matrix.py 4.37.2 --core     CORE with these
     python tests/matrix.py newest            with the newest release that the package index has
     python tests/matrix.py newest-torch      with the newest PyTorch that it has; downloads several GB
     python tests/matrix.py --others          OTHERS, the whole suite: other Pythons and PyTorches; downloads several GB
@@ -227,11 +227,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if {"newest", "newest-torch"} & set(arguments.releases):
         sys.exit(run_newest(arguments.releases[0], arguments.unlisted))
-    names = OTHERS if arguments.others else [(release,) for release in arguments.releases or RELEASES]
-    if arguments.core and not arguments.releases:
+    if arguments.core and (arguments.others or not arguments.releases):
         parser.error("--core is for releases that are named")
-    files = () if arguments.others else LEFT_OUT if arguments.releases else ACCEPTANCE
-    files = CORE if arguments.core else files
+    names = OTHERS if arguments.others else [(release,) for release in arguments.releases or RELEASES]
+    files = () if arguments.others else CORE if arguments.core else LEFT_OUT if arguments.releases else ACCEPTANCE
     results = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for result in tqdm(pool.map(lambda name: test(name, files, arguments.jobs), names), total=len(names)):
