@@ -36,6 +36,7 @@ from .qwen_sampling import draw, in_fewer_passes
 from .transformers_compat import (
     CACHE,
     GenerateDecoderOnlyOutput,
+    forget_workspaces,
     is_compiling,
     is_only_moved,
     local_tensor,
@@ -430,8 +431,8 @@ class _Part:
             stream.synchronize()
             # The library's workspace is to be memory of this graph: another one is freed by whoever clears them all, as
             # torch.compile does for graphs of its own.
-            clear = torch._C._cuda_clearCublasWorkspaces if self._takes_library else lambda: None
-            clear()
+            if self._takes_library:
+                forget_workspaces()
             with _DRAWS:
                 with _random_state_apart(device):
                     graph.capture_begin(capture_error_mode="thread_local")
@@ -442,7 +443,8 @@ class _Part:
                         graph.capture_end()
                     raise
                 graph.capture_end()
-            clear()
+            if self._takes_library:
+                forget_workspaces()
             current.wait_stream(stream)
         self.graph, self.output = graph, output
 

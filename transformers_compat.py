@@ -183,6 +183,13 @@ def is_differentiating_forward() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def forget_workspaces() -> None:
+    """PyTorch gives cuBLAS memory for each thread and stream, and keeps it: the next product asks for other memory."""
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:  # torch 1 lacks it, whose compiler makes no graphs that would free the memory
+        clear()
+
+
 # --- Configuration -----------------------------------------------------------------------------------------------
 
 if hasattr(transformers.PretrainedConfig(), "_attn_implementation"):
