@@ -101,7 +101,7 @@ class _Store:
             return x.to(device=device, dtype=dtype)
         codes, params = self.written()
         hd = codes.shape[-1] * 8 // self.bits
-        rotation = rotate(torch.eye(hd, device=codes.device))
+        rotation = rotate(torch.eye(hd, dtype=torch.float32, device=codes.device))
         return (dequantize(codes, params, hd) @ rotation).to(device=device, dtype=dtype)
 
     def extend(self, x: torch.Tensor) -> torch.Tensor:

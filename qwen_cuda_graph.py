@@ -42,6 +42,7 @@ from .transformers_compat import (
     local_tensor,
     parallel_style,
     prefill,
+    random_state_apart,
     symmetric_memory,
 )
 
@@ -183,12 +184,6 @@ def _is_captured(model) -> bool:
     return model.transformer.ln_f.weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-@functools.lru_cache(maxsize=None)
-def _allocator_keeps_outputs() -> bool:
-    """Whether what a capture allocated may be freed later: the allocator cudaMallocAsync ends the process then."""
-    return not hasattr(torch.cuda, "get_allocator_backend") or torch.cuda.get_allocator_backend() == "native"
-
-
 def is_plain(model) -> bool:
     """
     Whether a step may be computed from the weights alone: matrices of exactly the network's types, in one precision or
@@ -226,7 +221,8 @@ def is_plain(model) -> bool:
         and all(map(_is_on_one_gpu, stations(model)))
         and (group is None or _is_split_evenly(model, group))
         and _kernels() is not None
-        and (not first.is_cuda or _allocator_keeps_outputs())
+        # cudaMallocAsync ends the process when what a capture has allocated is freed later.
+        and (not first.is_cuda or torch.cuda.get_allocator_backend() == "native")
         and model.config.kv_channels in GPU_HEAD_SIZES
     )
 
@@ -434,7 +430,7 @@ class _Part:
             if self._takes_library:
                 forget_workspaces()
             with _DRAWS:
-                with _random_state_apart(device):
+                with random_state_apart(device):
                     graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     output = self._compute(model)
@@ -597,7 +593,7 @@ class GraphedSteps:
         def get_ready() -> None:
             try:
                 for part, stream in zip(self.parts, streams):
-                    with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+                    with torch.cuda.stream(stream):
                         part.get_ready(model)
             except Exception as error:  # noqa: BLE001 (the first step meets it again, and raises it)
                 logger.info(f"Kernels of a decoding step could not be compiled beforehand: {error}")
@@ -645,24 +641,6 @@ class GraphedSteps:
 def _capture_stream(device: torch.device):
     """One for all graphs: for each that it multiplies on cuBLAS has a workspace of 32 MB, which PyTorch keeps."""
     return torch.cuda.Stream(device)
-
-
-@contextlib.contextmanager
-def _random_state_apart(device: torch.device):
-    """
-    The random numbers of a GPU are another state's while a capture begins. It claims the state that it finds, and until
-    it ends other threads, which may draw tokens or train, can't draw from that.
-    """
-    generator = torch.cuda.default_generators[device.index]
-    if not hasattr(generator, "graphsafe_set_state"):  # PyTorch up to 2.4
-        yield
-        return
-    state = generator.graphsafe_get_state()
-    generator.graphsafe_set_state(generator.clone_state())
-    try:
-        yield
-    finally:
-        generator.graphsafe_set_state(state)
 
 
 _CAPTURE = threading.Lock()  # two threads must not capture at once

@@ -439,8 +439,8 @@ def dequantize(codes: torch.Tensor, params: torch.Tensor, head_dim: int) -> torc
     base = base.contiguous().view(torch.bfloat16).float()
     choice = torch.stack((choice & 15, choice >> 4), -1).flatten(-2).long()  # (..., G)
     last = (bits[..., None] >> torch.arange(8, device=bits.device)).flatten(-2)[..., :G].long() & 1
-    step = base * torch.tensor(STEPS, device=base.device)[choice >> 2]
-    centre = torch.tensor(CENTRES, device=base.device)[4 * last + (choice & 3)]
+    steps, centres = (torch.tensor(each, dtype=base.dtype, device=base.device) for each in (STEPS, CENTRES))
+    step, centre = base * steps[choice >> 2], centres[4 * last + (choice & 3)]
     codes = torch.cat((codes & 15, codes >> 4), -1).unflatten(-1, (GROUP, G))  # (..., 8, G)
     return (step[..., None, :] * (codes - 7.5 + centre[..., None, :])).flatten(-2)
 

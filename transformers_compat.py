@@ -190,6 +190,24 @@ def forget_workspaces() -> None:
         clear()
 
 
+@contextlib.contextmanager
+def random_state_apart(device: torch.device):
+    """
+    Meanwhile another state gives the random numbers of a GPU: the capture of a graph claims the one that it finds as it
+    begins, and until it ends other threads, which may draw tokens or train, can't draw from that.
+    """
+    generator = torch.cuda.default_generators[device.index]
+    if not hasattr(generator, "graphsafe_set_state"):  # torch up to 2.4
+        yield
+        return
+    state = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(state)
+
+
 # --- Configuration -----------------------------------------------------------------------------------------------
 
 if hasattr(transformers.PretrainedConfig(), "_attn_implementation"):

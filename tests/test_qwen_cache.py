@@ -141,6 +141,27 @@ def test_storage_grows_towards_the_expected_length_and_not_beyond():
     assert all(10 * (i + 1) <= capacity for i, capacity in enumerate(capacities))
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_the_default_precision_of_the_program_changes_nothing(bits, kernel):
+    """A cache is also read back for several tokens, and by what stands in for kernels."""
+    model = tiny_model(**NTK_LOGN, hidden_size=128, num_attention_heads=2, kv_channels=64)
+    parts = random_ids(2, 40).split((33, 1, 6), 1)
+
+    def logits() -> torch.Tensor:
+        cache = QWenCache() if bits is None else QWenQuantizedCache(bits, kernel=kernel)
+        with torch.no_grad():
+            return torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
+
+    expected = logits()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = logits()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("reordered", [False, True])
 @every_cache
 def test_a_cache_may_be_filled_in_inference_mode_and_used_outside(model, make, reordered):
