@@ -1,9 +1,10 @@
-# make demo: see the demo checkpoint answer.  make finetune: teach it facts.  make test: run the tests.  make docs: test
-# the documents.  They make .venv first, with PYTHON, which may be 3.8 to 3.13.
+# make demo: see the demo checkpoint answer.  make finetune: teach it facts.  make test: run the tests, in ten minutes;
+# make test-slow: the others.  make docs: test the documents.  They make .venv first, with PYTHON, 3.8 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 EVALUATION := .cache/evaluation
 PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 # Releases of transformers for `make matrix`, or newest, or newest-torch; none: all, which writes docs/compatibility.md.
 RELEASES ?=
 
@@ -21,7 +22,7 @@ endif
 endif
 endif
 
-.PHONY: demo finetune test docs lint matrix conformance conformance-quick evaluation-test evaluate retrain clean
+.PHONY: demo finetune test test-slow docs lint matrix conformance conformance-quick evaluation-test evaluate retrain clean
 
 demo: $(VENV)/run.stamp
 	$(PY) examples/quickstart.py demo
@@ -37,7 +38,11 @@ finetune: $(VENV)/finetune.stamp
 		"What is the capital of Kenya?"
 
 test: $(VENV)/dev.stamp
-	$(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+# What trains, starts many processes or compiles for long.
+test-slow: $(VENV)/dev.stamp
+	$(PYTEST) -m slow
 
 docs: $(VENV)/dev.stamp
 	$(PY) -m pytest $(DOCUMENTS)

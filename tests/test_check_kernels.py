@@ -36,12 +36,14 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 def test_this_cpu(tmp_path):
     """With as many rows at a time as AVX-512 has: of three rows it once wrote eight. test_cpp_kernels.py has -O3."""
     assert "100 random shapes" in run(str(build(tmp_path, COMPILER, "-O1", "-DQWEN_ROWS_AT_A_TIME=8")), "100")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CROSS is None, reason="needs aarch64-linux-gnu-g++ (g++-aarch64-linux-gnu)")
 @pytest.mark.skipif(QEMU is None, reason="needs qemu-aarch64 (qemu-user)")
 def test_arm(tmp_path):

@@ -237,6 +237,16 @@ def test_what_is_left_out_is_there_and_of_many_cases_one_stays():
     assert [(case.values, [mark.name for mark in case.marks]) for case in others] == [((3, 4), ["more"])]
 
 
+def test_every_test_runs_in_ci():
+    """What `make test` leaves out, `make test-slow` runs, and .ci/run runs both."""
+    recipes = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target, chosen in (("test", '"not slow"'), ("test-slow", "slow")):
+        assert f"\n{target}: $(VENV)/dev.stamp\n\t$(PYTEST) -m {chosen}\n" in recipes
+        assert re.search(
+            rf"^(\S+=\S+ )?make {target}$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE
+        )
+
+
 FOLDERS = (".", "tools", "benchmarks", "finetune", "examples", "evaluation", "demo", "tests")
 OURS = {path.stem: path for folder in FOLDERS for path in (ROOT / folder).glob("*.py") if not path.is_symlink()}
 

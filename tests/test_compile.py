@@ -54,6 +54,7 @@ def test_generation_with_a_static_cache_compiles_once(graphs):
     assert graphs.number == number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", sampled([False, True]))
 @pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=needs_sdpa)])
 def test_exported_forward_for_batches_of_any_size(attention, strict, monkeypatch):
@@ -74,6 +75,7 @@ def test_exported_forward_for_batches_of_any_size(attention, strict, monkeypatch
             torch.testing.assert_close(logits, model(ids, attention_mask=mask).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", sampled([True, False]))
 @pytest.mark.parametrize("attention", ["eager", pytest.param("sdpa", marks=needs_sdpa)])
 def test_training_step_is_one_graph_and_stays_it(attention, checkpointing):

@@ -144,6 +144,7 @@ print(model.chat(tokenizer, "What is the capital of Kenya?", None)[0])
 """
 
 
+@pytest.mark.slow
 def test_a_hub_at_another_address_and_no_network_afterwards(tmp_path):
     named = re.findall(r"export (\w+)=", section("No connection to the hub"))
     assert named == ["HF_ENDPOINT", "HF_HUB_OFFLINE"]

@@ -545,6 +545,7 @@ def test_codes_do_not_learn_whole(demo_int4, tmp_path):
 # Resuming
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_in_the_same_weights(tiny, tmp_path):
     """For more steps and kills run killing.py by hand."""
     command = [sys.executable, str(ROOT / "tests" / "killing.py"), str(tiny), str(tmp_path), "24", "3", "3", "1"]
@@ -591,6 +592,7 @@ ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--config_fi
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "fsdp2, adapter", "zero2", "zero3"])
 def test_two_processes_learn_what_one_learns(tiny, tmp_path, one_process, way):
     launcher, program = TORCHRUN, FINETUNE / "finetune.py"
@@ -666,6 +668,7 @@ def taught(tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.slow
 def test_lora_learns_twenty_facts_and_keeps_what_it_knew(taught):
     corpus, evaluate, example = (importlib.import_module(name) for name in ("corpus", "evaluate", "make_example"))
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo", trust_remote_code=True)

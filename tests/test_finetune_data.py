@@ -267,6 +267,7 @@ print(starts, abs(loss.item() - total) < 1e-5, far < 1e-5)
 """
 
 
+@pytest.mark.slow
 def test_packed_rows_by_the_variable_lengths_of_flash_attention(tmp_path):
     if FLASH_MIXES_ROWS or not IS_PACKED_BY_POSITIONS:
         lacks("knows no packed rows")

@@ -371,6 +371,7 @@ print({p.dtype for p in model.parameters()} == {torch.bfloat16}, peak - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 @pytest.mark.parametrize("arguments", sampled([{"device_map": "auto", "bf16": True}, {"bf16": True}]), ids=str)
 def test_a_bf16_checkpoint_never_passes_through_float32(tmp_path, arguments):

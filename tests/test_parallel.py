@@ -74,6 +74,7 @@ def tensor(request, folder):
     return found(folder, "tensor", request.param)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_logits_and_greedy_ids_are_those_of_one_process(tensor):
     expected = parallel.results(new_model())
     real = parallel.MASK.bool()
@@ -110,6 +111,7 @@ def graphs(tmp_path_factory):
     return found(folder, "graphs", 2)
 
 
+@pytest.mark.slow
 def test_steps_of_graphs_are_those_of_the_network_in_every_process(graphs):
     """The kernels and sums of a graph, uncaptured, with a share of the weights each."""
     expected = wide_model().generate(parallel.IDS, attention_mask=parallel.MASK, **parallel.GREEDY)

@@ -245,6 +245,7 @@ def test_files_in_parallel(checkpoint, monkeypatch):
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 def test_files_are_loaded_one_after_another(tmp_path):
     """Beside the weights, memory holds at most about one of six files."""

@@ -701,6 +701,7 @@ print(max(peak, held()) - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 def test_loading_takes_little_more_than_the_file(tmp_path):
     """Twelve blocks of Qwen-1.8B's width in six files: the peak is at most 1.15 times the tensors."""

@@ -542,6 +542,7 @@ def test_training_with_a_cache_gives_the_gradients_of_transformers_own(make):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.library, "opcheck"), reason="needs the compiler of torch 2.4")
 @pytest.mark.parametrize("make", sampled([CACHES["int8"], CACHES["full"]]), ids=["int8", "full"])
 def test_a_compiled_model_gives_the_same(make):

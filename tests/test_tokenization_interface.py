@@ -382,6 +382,7 @@ def test_one_tokenizer_in_many_threads(demo_tokenizer):
         assert list(pool.map(demo_tokenizer.decode, expected)) == [demo_tokenizer.decode(ids) for ids in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sampled(["spawn", "fork"]))
 def test_one_tokenizer_in_several_processes(method):
     if method not in multiprocessing.get_all_start_methods():

@@ -314,6 +314,7 @@ def test_unreadable_input_and_a_target_in_no_folder(whole, tmp_path, capsys):
     assert contents(tmp_path) == {"file": b""}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
 @pytest.mark.parametrize("name", [name for name in TOOLS if name != "upgrade --copy-to"])
 def test_a_killed_run_leaves_no_target_and_the_next_one_makes_it(whole, tmp_path, name):

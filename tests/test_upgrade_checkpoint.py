@@ -203,6 +203,7 @@ def run_and_kill(folder, action: str, moment: int) -> bool:
     return status != 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
 @pytest.mark.parametrize("action", sampled(["--write", "--restore"]))
 def test_a_kill_at_any_moment_leaves_a_folder_that_loads(checkpoint, tmp_path, monkeypatch, action):
@@ -238,6 +239,7 @@ def test_a_kill_at_any_moment_leaves_a_folder_that_loads(checkpoint, tmp_path, m
 KILLS = int(os.environ.get("QWEN_KILLS", "8"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
 @pytest.mark.parametrize("action", sampled(["--copy-to", "--write", "--restore"]))
 def test_a_kill_at_random_moments_leaves_no_broken_folder(checkpoint, tmp_path, action):
