@@ -46,7 +46,10 @@ if TYPE_CHECKING:  # whoever copies this file, copies what it names: these stand
     from .qwen_ops import decode_blocks  # noqa: F401
     from .qwen_quantization import Int8Linear  # noqa: F401
     from .qwen_sampling import draw  # noqa: F401
+    from .triton_attention import attend  # noqa: F401
     from .triton_kernels import register  # noqa: F401
+    from .triton_launch import kernel  # noqa: F401
+    from .triton_products import product  # noqa: F401
 
 __all__ = [
     "QWenCache",

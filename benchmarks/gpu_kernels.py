@@ -24,13 +24,16 @@ import torch
 from gpu import SIZES, Table
 from kv_cache import modeling
 
-kernels = importlib.import_module(modeling.__name__.rpartition(".")[0] + ".triton_kernels")
+triton_attention, triton_products = (
+    importlib.import_module(f"{modeling.__name__.rpartition('.')[0]}.triton_{name}")
+    for name in ("attention", "products")
+)
 LAUNCH = ("N", "num_warps", "STAGES", "programs")
 POOL = 2**30  # bytes that the copies of a weight take at least
 
 
 def launches(rows: int):
-    """Sensible entries of `triton_kernels.PRODUCT`."""
+    """Sensible entries of `triton_products.PRODUCT`."""
     if rows == 1:
         found = [(2, 1024, 1, 2), (2, 1024, 2, 1), (2, 1024, 2, 2), (2, 1024, 2, 3), (4, 1024, 2, 1), (4, 1024, 4, 2)]
         found += [(2, 512, 1, 2), (2, 512, 1, 3), (4, 512, 2, 2), (1, 1024, 1, 3), (2, 2048, 4, 2), (2, 2048, 2, 2)]
@@ -41,8 +44,8 @@ def launches(rows: int):
 
 
 def attention_launches(bits: int):
-    """Sensible entries of `triton_kernels.TUNING`."""
-    usual = kernels.TUNING[bits]
+    """Sensible entries of `triton_attention.TUNING`."""
+    usual = triton_attention.TUNING[bits]
     for n, warps, stages, programs in itertools.product((16, 32, 64), (1, 2, 4), (1, 2, 3), (8, 16)):
         if 16 <= n // warps <= 64 and (bits == 16 or (stages > 1 and n > 16)):
             yield {**usual, "N": n, "num_warps": warps, "STAGES": stages, "programs": programs}
@@ -96,8 +99,8 @@ def product(shape, rows: int, copies: int):
     norm, bias, stream = torch.ones(K, **kind), torch.randn(N, **kind), torch.randn(rows, N, **kind)
 
     def ours(i, tuning=None):
-        y = kernels.rms_norm(x, norm, 1e-6) if normed and rows > 1 else x
-        kernels.product(
+        y = triton_products.rms_norm(x, norm, 1e-6) if normed and rows > 1 else x
+        triton_products.product(
             y,
             weights[i],
             bias if biased else None,
@@ -139,7 +142,7 @@ def products(sizes, rows, tune: bool, bandwidth: float) -> None:
 
 
 def gptq_launches(rows: int):
-    """Sensible launches of `triton_kernels.GPTQ_ROW`, or of `GPTQ_ROWS`."""
+    """Sensible launches of `triton_products.GPTQ_ROW`, or of `GPTQ_ROWS`."""
     if rows == 1:
         found = []
         for n, slots, warps, registers in itertools.product(
@@ -155,7 +158,7 @@ def gptq_launches(rows: int):
 
 
 def int8_launches(rows: int):
-    """Sensible launches of `triton_kernels.INT8_ROW`, or of `INT8_ROWS`."""
+    """Sensible launches of `triton_products.INT8_ROW`, or of `INT8_ROWS`."""
     if rows == 1:
         sizes = itertools.product((2, 4, 8, 16), (64, 128, 256, 512, 1024), (1, 2, 4, 8))
         found = [launch for launch in sizes if 128 <= launch[0] * launch[1] // launch[2] <= 1024]  # 4 to 32 a thread
@@ -188,8 +191,8 @@ def quantised_product(shape, rows: int, copies: int, bits: int | None):
     norm, bias, stream = torch.ones(K, **kind), torch.randn(N, **kind), torch.randn(rows, N, **kind)
 
     def ours(i, tuning=None):
-        y = kernels.rms_norm(x, norm, 1e-6) if normed and rows > 1 else x
-        return (kernels.gptq_product if bits else kernels.int8_product)(
+        y = triton_products.rms_norm(x, norm, 1e-6) if normed and rows > 1 else x
+        return (triton_products.gptq_product if bits else triton_products.int8_product)(
             y,
             matrices[i],
             bias if biased else None,
@@ -203,9 +206,9 @@ def quantised_product(shape, rows: int, copies: int, bits: int | None):
     def cublas(i):
         for j in (i, copies + i) if gated else (i,):
             if bits:
-                x @ kernels.gptq_dequantize(*matrices[j], torch.bfloat16)
+                x @ triton_products.gptq_dequantize(*matrices[j], torch.bfloat16)
             else:
-                kernels.linear_reference(x, matrices[j][0], None, matrices[j][1])
+                triton_products.linear_reference(x, matrices[j][0], None, matrices[j][1])
 
     return ours, cublas, sum(t.nbytes for m in matrices for t in m[:3] if torch.is_tensor(t)) // copies
 
@@ -237,7 +240,7 @@ def attention(sizes, rows, tune: bool, bandwidth: float) -> None:
     for size, bits, B, S in itertools.product(sizes, (16, 8, 4), rows, (128, 2048, 8192, 32000)):
         hidden, _, heads, _, _ = SIZES[size]
         hd = hidden // heads
-        widths = [2 * hd] if bits == 16 else kernels.quantized_sizes(hd, bits)
+        widths = [2 * hd] if bits == 16 else triton_attention.quantized_sizes(hd, bits)
         read = 2 * B * heads * S * sum(widths)
         copies = max(1, min(8, POOL // (4 * read)))
         if read * copies > 2**34:
@@ -268,8 +271,8 @@ def attention(sizes, rows, tune: bool, bandwidth: float) -> None:
         slots = len(stores[0])
 
         def run(i, launch=None):
-            place = base, bits, lengths, kernels.HEADER + slots * i  # noqa: B023
-            kernels.attend(x, *place, starts, hd**-0.5, launch, rotation)  # noqa: B023
+            place = base, bits, lengths, triton_attention.HEADER + slots * i  # noqa: B023
+            triton_attention.attend(x, *place, starts, hd**-0.5, launch, rotation)  # noqa: B023
 
         took = microseconds(run, copies)
         best = []

@@ -3,7 +3,7 @@ Caches of keys and values: memory, speed of attention, time of a whole decoding 
 
     python benchmarks/kv_cache.py                   on the CPU, shapes of Qwen-1.8B
     python benchmarks/kv_cache.py --device cuda     on a GPU, heads of Qwen-72B (64 of 128), 32k tokens
-    python benchmarks/kv_cache.py --device cuda --tune    what to launch on this GPU, for TUNING of triton_kernels.py
+    python benchmarks/kv_cache.py --device cuda --tune    what to launch on this GPU, for TUNING of triton_attention.py
 
 Everything of a group runs once a round, in turn, for `--rounds` rounds; times are medians. The keys and values are
 larger than any cache of the processor. On a GPU kernels are timed as CUDA graphs, without the host; "call" is with it.
@@ -151,7 +151,7 @@ def attention(device: str, rounds: int) -> None:
 
 def tune(rounds: int) -> None:
     """The fastest ways to launch the attention kernels, over 32k tokens of 64 heads at batch 1 and 16."""
-    triton_kernels = importlib.import_module("qwen.triton_kernels")
+    triton_attention = importlib.import_module("qwen.triton_attention")
     for bits in (4, 8, 16):
         inputs, found = [], ([], [])
         for B in (1, 16):
@@ -165,11 +165,11 @@ def tune(rounds: int) -> None:
         for (N, warps), stages, registers, programs in tqdm(list(choices), leave=False, disable=None):
             setting = {"N": N, "num_warps": warps, "STAGES": stages, "programs": programs, "DOT": bits < 16}
             setting["maxnreg"] = registers
-            triton_kernels.TUNING[bits] = setting
+            triton_attention.TUNING[bits] = setting
             for (q, stored), speeds in zip(inputs, found):
                 try:
                     replay = as_graph(functools.partial(attend, q, *stored))
-                except triton_kernels.triton.runtime.errors.TritonError as error:  # too much shared memory
+                except triton_attention.triton.runtime.errors.TritonError as error:  # too much shared memory
                     tqdm.write(f"{setting}: {error}")
                     break
                 seconds = medians({"": replay}, rounds, "cuda")[""]

@@ -128,14 +128,15 @@ def static_cache(config, length: int, batch_size: int = 1, dtype=torch.float32):
     return StaticCache(config=config, max_cache_len=length, device="cpu", dtype=dtype, **size)
 
 
-def in_large_programs(monkeypatch, triton_kernels) -> None:
+def in_large_programs(monkeypatch) -> None:
     """Launches for the interpreter of Triton, where the number of operations counts and not their size."""
-    for entry in triton_kernels.TUNING.values():
+    attention, products = (importlib.import_module(f"qwen.triton_{name}") for name in ("attention", "products"))
+    for entry in attention.TUNING.values():
         monkeypatch.setitem(entry, "N", 64)
-    launches = [launch for of_size in triton_kernels.GPTQ_ROW.values() for launch in of_size.values()]
-    for entry in (*triton_kernels.PRODUCT.values(), *launches):
+    launches = [launch for of_size in products.GPTQ_ROW.values() for launch in of_size.values()]
+    for entry in (*products.PRODUCT.values(), *launches):
         monkeypatch.setitem(entry, "BN", 64)
-    monkeypatch.setitem(triton_kernels._FLOAT32, "BN", 256)
+    monkeypatch.setitem(products._FLOAT32, "BN", 256)
 
 
 def random_ids(*shape: int, seed: int = 0, vocab_size: int = TINY["vocab_size"]) -> torch.Tensor:

@@ -100,12 +100,13 @@ def graphs(path: str, folder: str) -> dict:
     """Steps as a graph computes them, in Triton's interpreter, and those of the network."""
     model = load(path, tp_plan="auto")
     home = type(model).__module__.rpartition(".")[0]
-    steps, caches, kernels = (
-        importlib.import_module(f"{home}.{name}") for name in ("qwen_cuda_graph", "qwen_cache", "triton_kernels")
+    steps, caches, attention, products = (
+        importlib.import_module(f"{home}.{name}")
+        for name in ("qwen_cuda_graph", "qwen_cache", "triton_attention", "triton_products")
     )
-    for entry in kernels.PRODUCT.values():  # few large programs are faster there
+    for entry in products.PRODUCT.values():  # few large programs are faster there
         entry["BN"] = 64
-    for entry in kernels.TUNING.values():
+    for entry in attention.TUNING.values():
         entry["programs"] = 2
     taken, step = [], steps.GraphedSteps.step
 

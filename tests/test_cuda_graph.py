@@ -45,8 +45,8 @@ CACHES = {
 def on_any_device(monkeypatch):
     monkeypatch.setattr(graphs, "DEVICES", ("cuda", "cpu"))
     if DEVICE == "cpu":
-        in_large_programs(monkeypatch, triton_kernels)
-        for entry in triton_kernels.TUNING.values():
+        in_large_programs(monkeypatch)
+        for entry in importlib.import_module("qwen.triton_attention").TUNING.values():
             monkeypatch.setitem(entry, "programs", 2)
 
 

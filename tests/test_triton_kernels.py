@@ -20,17 +20,19 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
 if kernels.library() is None:
     pytest.skip("needs torch 2.1", allow_module_level=True)
-triton_kernels = importlib.import_module("qwen.triton_kernels")
+triton_attention, triton_kernels, triton_launch, triton_products = (
+    importlib.import_module(f"qwen.triton_{name}") for name in ("attention", "kernels", "launch", "products")
+)
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs an NVIDIA GPU")
 
 
 @pytest.fixture(autouse=True)
 def few_large_programs(monkeypatch):
     if DEVICE == "cpu":
-        in_large_programs(monkeypatch, triton_kernels)
+        in_large_programs(monkeypatch)
 
 
-HEADS = [(bits, hd) for bits in (8, 4) for hd in triton_kernels.GPU_HEAD_SIZES]
+HEADS = [(bits, hd) for bits in (8, 4) for hd in triton_attention.GPU_HEAD_SIZES]
 # B, nh, T, S, mask: keys shared out unevenly, more queries than keys in a block, padding, rows that see nothing
 CASES = [
     (1, 2, 1, 1, None),
@@ -64,7 +66,7 @@ def test_codes_are_those_of_the_reference(bits, hd):
         ours, theirs = empty_store(1, 2, 12, hd, bits), empty_store(1, 2, 12, hd, bits)
         new = x[:, :, :T].to(dtype)
         ours = on_device(*ours)
-        triton_kernels.quantize_append(*ours, new.to(DEVICE), 4)
+        triton_attention.quantize_append(*ours, new.to(DEVICE), 4)
         kernels.quantize_append_reference(*theirs, new, 4)
         for a, b in zip(ours, theirs):
             assert torch.equal(a.cpu(), b)
@@ -86,7 +88,7 @@ def test_quantised_attention(bits, hd):
             if dtype == torch.bfloat16 and DEVICE == "cpu" and hd != 64:  # the interpreter is slow
                 continue
             query = q.to(dtype)
-            y = triton_kernels.quantized_decode_attention(query.to(DEVICE), *on_gpu, mask, hd**-0.5, causal)
+            y = triton_attention.quantized_decode_attention(query.to(DEVICE), *on_gpu, mask, hd**-0.5, causal)
             assert y.dtype == dtype
             close(y, expected if dtype == torch.float32 else attention_of(query, stored, mask, causal, hd), share)
             if mask is not None:
@@ -100,7 +102,7 @@ def attention_of(q, stored, mask, causal, hd):
     return attention(q, restored(stored[:2], hd), restored(stored[2:], hd), mask)
 
 
-@pytest.mark.parametrize("hd", triton_kernels.GPU_HEAD_SIZES)
+@pytest.mark.parametrize("hd", triton_attention.GPU_HEAD_SIZES)
 def test_attention_over_floats(hd):
     torch.manual_seed(0)
     for B, nh, T, S, kind in CASES:
@@ -110,7 +112,7 @@ def test_attention_over_floats(hd):
         checked = None if checked is None else checked.to(DEVICE)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             k, v = (in_storage(torch.randn(B, nh, S, hd).to(dtype)) for _ in range(2))
-            y = triton_kernels.decode_attention(q.to(DEVICE), *on_device(k, v), checked, hd**-0.5, causal)
+            y = triton_attention.decode_attention(q.to(DEVICE), *on_device(k, v), checked, hd**-0.5, causal)
             close(y, attention(q, k, v, mask), 1e-5)
 
 
@@ -124,7 +126,7 @@ def test_a_long_cache_is_shared_out(bits):
     for mask in (None, torch.arange(S)[None] >= 3 * S // 5, torch.zeros(1, S, dtype=torch.bool)):
         checked, causal = kernels._check_mask(mask)
         checked = None if checked is None else checked.to(DEVICE)
-        y = triton_kernels.quantized_decode_attention(q.to(DEVICE), *on_device(*stored), checked, hd**-0.5, causal)
+        y = triton_attention.quantized_decode_attention(q.to(DEVICE), *on_device(*stored), checked, hd**-0.5, causal)
         close(y, attention(q, restored(stored[:2], hd), restored(stored[2:], hd), mask), 1e-5)
 
 
@@ -133,20 +135,20 @@ def test_attention_over_nothing(bits):
     k = torch.randn(1, 2, 0, 64, device=DEVICE)
     q = torch.randn(1, 2, 1, 64, device=DEVICE)
     if bits == 16:
-        y = triton_kernels.decode_attention(q, k, k, None, 1.0, True)
+        y = triton_attention.decode_attention(q, k, k, None, 1.0, True)
     else:
         stored = on_device(*empty_store(1, 2, 0, 64, bits))
-        y = triton_kernels.quantized_decode_attention(q, *stored, *stored, None, 1.0, True)
+        y = triton_attention.quantized_decode_attention(q, *stored, *stored, None, 1.0, True)
     assert y.shape == (1, 1, 2, 64)
     assert not y.any()
-    assert triton_kernels.decode_attention(q[:0], k[:0], k[:0], None, 1.0, True).shape == (0, 1, 2, 64)
+    assert triton_attention.decode_attention(q[:0], k[:0], k[:0], None, 1.0, True).shape == (0, 1, 2, 64)
 
 
 def test_large_scores_do_not_overflow():
     q = torch.full((1, 1, 1, 32), 100.0)
     k = torch.linspace(-3, 3, 70)[:, None].expand(70, 32)[None, None].contiguous() * 100
     v = torch.randn(1, 1, 70, 32)
-    y = triton_kernels.decode_attention(*(t.to(DEVICE) for t in (q, k, v)), None, 32**-0.5, True)
+    y = triton_attention.decode_attention(*(t.to(DEVICE) for t in (q, k, v)), None, 32**-0.5, True)
     torch.testing.assert_close(y[0, 0, 0].cpu(), v[0, 0, -1])
 
 
@@ -154,9 +156,9 @@ def test_heads_of_other_sizes_run_the_reference():
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 2, 1, 80), torch.randn(1, 2, 9, 80), torch.randn(1, 2, 9, 80)
     stored = [t.to(DEVICE) for t in empty_store(1, 2, 9, 80, 8) + empty_store(1, 2, 9, 80, 8)]
-    triton_kernels.quantize_append(*stored[:2], k.to(DEVICE), 0)
-    triton_kernels.quantize_append(*stored[2:], v.to(DEVICE), 0)
-    y = triton_kernels.quantized_decode_attention(q.to(DEVICE), *stored, None, 80**-0.5, True)
+    triton_attention.quantize_append(*stored[:2], k.to(DEVICE), 0)
+    triton_attention.quantize_append(*stored[2:], v.to(DEVICE), 0)
+    y = triton_attention.quantized_decode_attention(q.to(DEVICE), *stored, None, 80**-0.5, True)
     expected = attention(q, k, v)
     assert (y.cpu() - expected).norm() < 0.02 * expected.norm()
 
@@ -206,7 +208,7 @@ def gptq(shape, seed=0):
 
 
 def test_which_matrices_have_kernels():
-    without = {name for name in SHAPES if not triton_kernels.takes_gptq(*gptq(name)[0])}
+    without = {name for name in SHAPES if not triton_products.takes_gptq(*gptq(name)[0])}
     assert without == {"groups that fill no integer", "any order", "any order, int8"}
 
 
@@ -228,7 +230,7 @@ def test_products_with_matrices_of_gptq(shape, dtype, rows, tuning):
 
     def product(*tensors, **settings):
         settings = {name: s.to(DEVICE) if torch.is_tensor(s) else s for name, s in settings.items()}
-        return triton_kernels.gptq_product(
+        return triton_products.gptq_product(
             x.to(DEVICE), matrix, *(t.to(DEVICE) for t in tensors), **settings, tuning=tuning
         )
 
@@ -251,7 +253,7 @@ def test_one_row_at_the_ends_of_its_numbers(bits):
     matrix = (words.to(DEVICE), zeros.to(DEVICE), scales.to(DEVICE), None, bits, K, 0)
 
     def product(x):
-        return triton_kernels.gptq_product(x[None].to(DEVICE), matrix)[0].cpu()
+        return triton_products.gptq_product(x[None].to(DEVICE), matrix)[0].cpu()
 
     for sign in (1, -1):
         x = torch.full((K,), sign * 2.0, dtype=torch.float16)
@@ -275,7 +277,7 @@ def test_one_row_at_the_ends_of_its_numbers(bits):
 def test_dequantised_matrices_of_gptq(dtype, shape):
     """Equal, also of a block of outputs, which is a view."""
     matrix, _ = gptq(shape)
-    found = triton_kernels.gptq_dequantize(*matrix, dtype)
+    found = triton_products.gptq_dequantize(*matrix, dtype)
     expected = kernels.gptq_dequantize_reference(*matrix, dtype)
     if DEVICE == "cpu" and dtype == torch.bfloat16:  # the interpreter cuts digits off
         assert (found.double() - expected.double()).abs().max() <= 2.0**-7 * expected.abs().max()
@@ -283,18 +285,18 @@ def test_dequantised_matrices_of_gptq(dtype, shape):
     assert torch.equal(found, expected)
     n = 32 // matrix[4]
     some = matrix[0][:, n : 3 * n], matrix[1][:, 1:3], matrix[2][:, n : 3 * n], *matrix[3:]
-    assert torch.equal(triton_kernels.gptq_dequantize(*some, dtype), expected[:, n : 3 * n])
+    assert torch.equal(triton_products.gptq_dequantize(*some, dtype), expected[:, n : 3 * n])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rows", [0, 2, 70])
 def test_linear_with_matrices_of_gptq(shape, rows, monkeypatch):
     """Any matrix and any number of rows, by a kernel or by dequantising."""
-    monkeypatch.setattr(kernels, "gptq_dequantize", triton_kernels.gptq_dequantize)
+    monkeypatch.setattr(kernels, "gptq_dequantize", triton_products.gptq_dequantize)
     matrix, weight = gptq(shape)
     x = torch.randn(rows, 2 * weight.shape[0], generator=torch.Generator().manual_seed(0))[:, ::2]
     bias = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(1))
-    y = triton_kernels.gptq_linear(x.to(DEVICE)[None], *matrix, bias.to(DEVICE))
+    y = triton_products.gptq_linear(x.to(DEVICE)[None], *matrix, bias.to(DEVICE))
     assert y.shape == (1, rows, weight.shape[1])
     if rows:
         close(y[0], x.double() @ weight + bias.double(), 2e-6)
@@ -329,7 +331,7 @@ def test_products_with_int8(K, N, rows, dtype):
 
     def near(expected, *tensors, **settings):
         settings = {name: s.to(DEVICE) if torch.is_tensor(s) else s for name, s in settings.items()}
-        found = triton_kernels.int8_product(x.to(DEVICE), matrix, *(t.to(DEVICE) for t in tensors), **settings)
+        found = triton_products.int8_product(x.to(DEVICE), matrix, *(t.to(DEVICE) for t in tensors), **settings)
         assert found.dtype == dtype
         assert (found.cpu().double() - expected).norm() <= share * expected.norm()
 
@@ -346,13 +348,13 @@ def test_products_with_int8(K, N, rows, dtype):
 @pytest.mark.parametrize("rows", [0, 2, 70])
 def test_linear_with_int8(rows, dtype, monkeypatch):
     """Any number of rows, by a kernel or by blocks of the weight; sums that leave float16 before they are scaled."""
-    monkeypatch.setattr(triton_kernels, "GPU_BLOCK_WEIGHTS", 1000)
+    monkeypatch.setattr(triton_products, "GPU_BLOCK_WEIGHTS", 1000)
     (codes, scale), weight = int8_matrix(70, 96, 0)
     weight, scale = weight * 1e-3, scale * 1e-3
     x = torch.randn(rows, 192, generator=torch.Generator().manual_seed(0))[:, ::2].to(dtype) * 300
     for bias in (None, torch.randn(70, generator=torch.Generator().manual_seed(1)).to(dtype)):
         on_gpu = None if bias is None else bias.to(DEVICE)
-        y = triton_kernels.linear(x.to(DEVICE)[None], codes, on_gpu, scale)
+        y = triton_products.linear(x.to(DEVICE)[None], codes, on_gpu, scale)
         assert y.shape == (1, rows, 70)
         assert y.dtype == dtype
         if rows:
@@ -440,13 +442,13 @@ class Jitted:
 @pytest.fixture
 def on_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(triton_kernels, "_done_once", list)
-    monkeypatch.setattr(triton_kernels.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(triton_launch, "_done_once", list)
+    monkeypatch.setattr(triton_launch.os, "cpu_count", lambda: 4)
 
 
 def test_kernels_are_compiled_together_and_not_launched(on_no_gpu):
     meeting = threading.Barrier(4)
-    first, second = (triton_kernels._Kernel(Jitted(meeting)) for _ in range(2))
+    first, second = (triton_launch.Kernel(Jitted(meeting)) for _ in range(2))
     x, half = torch.ones(3), torch.ones(3).half()
 
     def compute():
@@ -456,7 +458,7 @@ def test_kernels_are_compiled_together_and_not_launched(on_no_gpu):
         first[(3,)](x, 17, 6, BN=8)
         second[(4,)](x, 16, 6, BN=8)
 
-    triton_kernels.compile_together(compute, "a GPU")
+    triton_launch.compile_together(compute, "a GPU")
     assert len(first.compiled) == 3
     assert len(second.compiled) == 1
     assert first.launched == second.launched == []
@@ -473,32 +475,32 @@ def test_what_every_kernel_needs_is_done_once_before(on_no_gpu, monkeypatch):
         meeting.wait(10)
         done.append(len(kernel.compiled))
 
-    kernel = triton_kernels._Kernel(Jitted())
-    monkeypatch.setattr(triton_kernels, "_done_once", lambda: [once, once])
-    triton_kernels.compile_together(lambda: [kernel[(1,)](torch.ones(1), K, 6) for K in (16, 17)], "a GPU")
+    kernel = triton_launch.Kernel(Jitted())
+    monkeypatch.setattr(triton_launch, "_done_once", lambda: [once, once])
+    triton_launch.compile_together(lambda: [kernel[(1,)](torch.ones(1), K, 6) for K in (16, 17)], "a GPU")
     assert done == [0, 0]
     assert len(kernel.compiled) == 2
 
 
 def test_the_hash_of_triton_is_found():
-    key = triton_kernels._done_once()[1]
-    assert key().startswith(triton_kernels.triton.__version__)
+    key = triton_launch._done_once()[1]
+    assert key().startswith(triton_launch.triton.__version__)
     assert key() is key()  # Triton keeps it
 
 
 def test_kernels_that_do_not_compile_say_so_and_others_are_launched_again(on_no_gpu, monkeypatch):
-    kernel = triton_kernels._Kernel(Jitted())
+    kernel = triton_launch.Kernel(Jitted())
     monkeypatch.setattr(Jitted, "warmup", lambda self, *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        triton_kernels.compile_together(lambda: kernel[(1,)](torch.ones(1), 16, 6), "a GPU")
+        triton_launch.compile_together(lambda: kernel[(1,)](torch.ones(1), 16, 6), "a GPU")
     with pytest.raises(KeyError, match="broken"):
-        triton_kernels.compile_together(lambda: {}["broken"], "a GPU")
+        triton_launch.compile_together(lambda: {}["broken"], "a GPU")
     kernel[(1,)](16)
     assert kernel.launched == [((1,), (16,), {})]
 
 
 def test_one_thread_compiles_where_triton_takes_no_more(on_no_gpu, monkeypatch):
     monkeypatch.delattr(Jitted, "_hash_lock")
-    kernel = triton_kernels._Kernel(Jitted())
-    triton_kernels.compile_together(lambda: kernel[(1,)](torch.ones(1), 16, 6), "a GPU")
+    kernel = triton_launch.Kernel(Jitted())
+    triton_launch.compile_together(lambda: kernel[(1,)](torch.ones(1), 16, 6), "a GPU")
     assert kernel.compiled == kernel.launched == []
