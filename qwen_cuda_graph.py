@@ -294,7 +294,7 @@ class _Places:
 
 
 def _weight(linear):
-    """As `product`, `gptq_product` or `int8_product` of triton_kernels.py takes it."""
+    """As `product`, `gptq_product` or `int8_product` of triton_products.py takes it."""
     return linear.tensors() if _has_codes(linear) else local_tensor(linear.weight)
 
 
@@ -338,7 +338,7 @@ class _Part:
 
     Buffers that it reads: `input`, token ids, int64 (B, T), or the hidden states (B * T, hidden) of the part before;
     `positions` int64 (B, T); `starts` int64 (B), the first key of a row that is not padding; `inverse_frequencies`
-    float32 (B, rotated / 2); and a table of lengths and addresses (triton_kernels.py).
+    float32 (B, rotated / 2); and a table of lengths and addresses (triton_attention.py).
     """
 
     def __init__(self, model, device: torch.device, place: slice, B: int, T: int, bits: int):

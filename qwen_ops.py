@@ -29,7 +29,7 @@ from .transformers_compat import rms_norm as fused_rms_norm
 logger = logging.get_logger("transformers.models.qwen.qwen_ops")
 
 MAX_ROWS = 8  # of `linear`; from there on PyTorch's matrix product is faster
-GPU_HEAD_SIZES = (32, 64, 128, 256)  # widths of a head that triton_kernels.py takes; others run the references there
+GPU_HEAD_SIZES = (32, 64, 128, 256)  # widths of a head that triton_attention.py takes; others run the references
 
 _FLOATS = (torch.float32, torch.bfloat16)
 

@@ -669,7 +669,7 @@ def quantized_decode_attention(q, k_codes, k_params, v_codes, v_params, mask, sc
     return _attend(q, k_codes, k_params, v_codes, v_params, bits, mask, scaling, causal)
 
 
-# --- A decoding step -------------------------------------------------------------------------------------------------
+# --- A decoding step ---------------------------------------------------------------------------------------------
 
 
 @kernel(do_not_specialize=["T", "slot"])

@@ -14,7 +14,7 @@ import torch
 triton = importlib.import_module("triton")
 tl = importlib.import_module("triton.language")
 
-# --- Launches --------------------------------------------------------------------------------------------------------
+# --- Launches ----------------------------------------------------------------------------------------------------
 
 _THREAD = threading.local()  # `.noted`: the launches that `compile_together` collects in it
 
@@ -102,7 +102,7 @@ def known_options(launch: dict, cuda: bool) -> dict:
     return launch if PTX.value and cuda else {name: x for name, x in launch.items() if name != "maxnreg"}
 
 
-# --- Numbers ---------------------------------------------------------------------------------------------------------
+# --- Numbers -----------------------------------------------------------------------------------------------------
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 from .qwen_ops import GPU_BLOCK_WEIGHTS, gptq_blocks, linear_reference
 from .triton_launch import PTX, kernel, known_options, multiprocessors, rsqrt, shared_memory, tl, triton
 
-# --- Products of floats ----------------------------------------------------------------------------------------------
+# --- Products of floats ------------------------------------------------------------------------------------------
 
 # How products are launched of one row, with and without a gate, and of several: outputs of a program, inputs at a time,
 # warps, blocks read ahead. Measured on an H100 with benchmarks/gpu_kernels.py --tune. One row is multiplied element by
