@@ -367,6 +367,14 @@ class QuantizedLinear(_Quantized):
             destination[f"{prefix}qweight"] = self._codes_as_in_the_file()
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
+        """As inherited; the groups of the inputs may come in another order, those that there are not are an error."""
+        groups = state_dict.get(f"{prefix}g_idx")
+        if groups is not None and not groups.is_meta:
+            try:
+                self._check_groups(groups)
+            except ValueError as error:
+                args[-1].append(f"{prefix}{error}. The state is damaged, or of another model.")
+                return
         was_sorted = self.order is not None
         if was_sorted:
             self.qweight = nn.Parameter(self._codes_as_in_the_file(), requires_grad=False)
@@ -375,6 +383,8 @@ class QuantizedLinear(_Quantized):
         if was_sorted:
             self.set_order()
             self.sort_inputs()
+        elif groups is not None:
+            self._see_order()
 
     def set_order(self) -> None:
         """
@@ -387,10 +397,21 @@ class QuantizedLinear(_Quantized):
             return
         if not bool(torch.isfinite(self.scales).all()):
             raise ValueError("some of its scales are not finite")
-        self.is_ordered = bool((self.g_idx == self._ordered_groups()).all())
-        low, high = int(self.g_idx.min()), int(self.g_idx.max())
+        self._check_groups(self.g_idx)
+        self._see_order()
+
+    def _check_groups(self, g_idx: torch.Tensor) -> None:
+        """Raise ValueError if g_idx names groups that there are not: kernels would read what lies elsewhere."""
+        low, high = int(g_idx.min()), int(g_idx.max())
         if low < 0 or high >= self.scales.shape[0]:
             raise ValueError(f"g_idx names the groups {low} to {high}, but there are {self.scales.shape[0]}")
+
+    def _see_order(self) -> None:
+        if "meta" in (self.codes.device.type, self.g_idx.device.type):  # the rest of it is read later
+            return
+        self.is_ordered = bool((self.g_idx == self._ordered_groups()).all())
+        if not self.is_ordered and not self.codes.is_contiguous():  # kernels would copy them at every call
+            self.qweight = nn.Parameter(self.codes.detach().contiguous(), requires_grad=False)
 
     def derive_groups(self) -> None:
         """Fill in a g_idx that the checkpoint left out."""

@@ -407,6 +407,32 @@ def test_a_state_dict_of_the_caller_stays_as_it_is(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_may_have_its_inputs_in_another_order(assign):
+    ids, kind = random_ids(1, 5), {"bits": 4, "group_size": 32}
+    with torch.no_grad():
+        one, other = (with_codes(tiny_model(i, **WIDE), desc_act=bool(i), **kind) for i in range(2))
+        for module in matrices(one).values():
+            module.put_side_by_side()
+        states = [{name: t.clone() for name, t in model.state_dict().items()} for model in (one, other)]
+        expected = [model(ids).logits for model in (one, other)]
+        for i in (1, 0):
+            one.load_state_dict(states[i], assign=assign)
+            assert all(module.is_ordered == (i == 0) for module in matrices(one).values())
+            torch.testing.assert_close(one(ids).logits, expected[i])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_dict_does_not_bring_groups_that_there_are_not(strict):
+    """Whose scales and zeros the kernels would read far behind those of the matrix."""
+    model = with_codes(tiny_model(), desc_act=True)
+    state = {name: t + 10**8 if name.endswith("w1.g_idx") else t for name, t in model.state_dict().items()}
+    before = model.transformer.h[0].mlp.w1.g_idx.clone()
+    with pytest.raises(RuntimeError, match=r"h\.0\.mlp\.w1\.g_idx names the groups 100000000 to .*, but there are 2"):
+        model.load_state_dict(state, strict=strict)
+    assert torch.equal(model.transformer.h[0].mlp.w1.g_idx, before)
+
+
 def test_groups_of_several_sizes_stay_as_they_are():
     format = quantization.check_quantization_config({"quant_method": "gptq", "bits": 4, "group_size": 32})
     module = quantization.QuantizedLinear(64, 8, format)
