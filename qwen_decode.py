@@ -252,10 +252,14 @@ def _weights(network, like: torch.Tensor) -> list | None:
 
 
 def _stores_for(network, cache, like: torch.Tensor) -> bool:
-    """Whether the cache has stored keys and values of this network, where its weights are."""
+    """Whether the cache has stored keys and values of this network's heads, where its weights are."""
     stored = [layer.keys.tensors[0] for layer in cache.layers]
     return len(stored) == len(network.h) and all(
-        t.device == like.device and (cache.bits is not None or t.dtype == like.dtype) for t in stored
+        t.device == like.device
+        and (cache.bits is not None or t.dtype == like.dtype)
+        # Kernels take the number of heads from here: another model's, of as many numbers together, would pass.
+        and 3 * t.shape[1] * block.attn.head_dim == block.attn.c_attn.out_features
+        for t, block in zip(stored, network.h)
     )
 
 

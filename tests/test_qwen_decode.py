@@ -392,6 +392,15 @@ def test_derivatives_in_forward_mode_are_not_lost():
     torch.testing.assert_close(derivative, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("make", [QWenCache, QWenQuantizedCache])
+def test_the_cache_of_a_model_with_other_heads_is_refused(make):
+    """As many numbers together are not the same heads."""
+    model, other = tiny_model(**PLAIN), tiny_model(num_attention_heads=2, kv_channels=32, **PLAIN)
+    cache = filled(other, make, random_ids(1, 9))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"holds 1 rows of 2 heads, the new tokens are \(1, 4\)"):
+        model(random_ids(1, 1), past_key_values=cache)
+
+
 @pytest.mark.parametrize("change", ["in place", "exchanged", "another dtype"])
 def test_weights_that_change_between_steps_are_the_new_ones(change):
     model = tiny_model(**PLAIN)
