@@ -62,7 +62,7 @@ class _Store:
         if self.length and self.tensors[0].shape[:2] != x.shape[:2]:
             rows, heads = self.tensors[0].shape[:2]
             raise ValueError(f"This cache holds {rows} rows of {heads} heads, the new tokens are {tuple(x.shape[:2])}.")
-        if self.tensors and self.tensors[0].shape[:2] == x.shape[:2]:
+        if self.length:
             self.grow(needed)
             return
         if self.bits is None:
@@ -70,7 +70,14 @@ class _Store:
         else:
             widths, dtype = quantized_sizes(x.shape[-1], self.bits), torch.uint8
         with torch.inference_mode(False):  # the cache may be filled inside and used outside of it
-            self.tensors = [torch.empty(*x.shape[:2], 0, n, dtype=dtype, device=x.device) for n in widths]
+            like_x = [torch.empty(*x.shape[:2], 0, n, dtype=dtype, device=x.device) for n in widths]
+
+        def kind(t: torch.Tensor) -> tuple:
+            return (*t.shape[:2], t.shape[3], t.dtype, t.device)
+
+        # Storage that was emptied may be another model's, or of another precision.
+        if list(map(kind, self.tensors)) != list(map(kind, like_x)):
+            self.tensors = like_x
         self.grow(needed)
 
     def grow(self, needed: int) -> None:

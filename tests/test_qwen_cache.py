@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, lacks, needs_prefill_in_chunks, needs_sdpa, random_ids, run, sampled, tiny_config, tiny_model
-from qwen.transformers_compat import DynamicCache
+from qwen.transformers_compat import DynamicCache, crop_cache
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 kernels = importlib.import_module("qwen.qwen_ops")
@@ -582,3 +582,19 @@ def test_the_source_comes_with_a_saved_model(model, checkpoint, tmp_path):
     for name, environment in (("native", {}), ("switched off", {"QWEN_NATIVE_KERNELS": "0"})):
         found = run(code, tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"), **environment)
         assert found == f"{expected}|{native and name == 'native'}"
+
+
+@pytest.mark.parametrize("make", [QWenCache, QWenQuantizedCache])
+@pytest.mark.parametrize("change", ["precision", "width"])
+def test_an_emptied_cache_is_a_new_one_for_another_model(make, change):
+    model, ids = tiny_model(), random_ids(1, 12)
+    other = copy.deepcopy(model).bfloat16() if change == "precision" else tiny_model(kv_channels=32)
+    cache, new = make(), make()
+    with torch.no_grad():
+        other(ids, past_key_values=cache)
+        crop_cache(cache, 0)
+        for each in (cache, new):
+            model(ids, past_key_values=each)
+    for found, expected in zip(cache.storages(), new.storages()):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found[:, :, :12], expected[:, :, :12])
