@@ -52,12 +52,13 @@ class PaddedRows:
     """
 
     def __init__(self, spans: list, T: int, device):
-        lengths = torch.tensor([end - start for start, end in spans])
-        places = torch.cat([torch.arange(start, end) + row * T for row, (start, end) in enumerate(spans)])
+        host = torch.device("cpu")  # whatever the program's default device is
+        lengths = torch.tensor([end - start for start, end in spans], device=host)
+        each = [torch.arange(start, end, device=host) + row * T for row, (start, end) in enumerate(spans)]
         self.spans = spans
         self.shape = len(spans), T
         self.lengths = lengths.tolist()
-        self._tensors = {torch.device("cpu"): (places, F.pad(lengths.cumsum(0), (1, 0)).int())}
+        self._tensors = {host: (torch.cat(each), F.pad(lengths.cumsum(0), (1, 0)).int())}
         self.to(device)
 
     @classmethod

@@ -240,7 +240,7 @@ def _weights(network, like: torch.Tensor) -> list | None:
         attn, mlp = block.attn, block.mlp
         norms = [block.ln_1.weight, block.ln_2.weight]
         matrices = [_matrix(m, like) for m in (attn.c_attn, attn.c_proj, mlp.w1, mlp.w2, mlp.c_proj)]
-        if None in matrices or not all(_is_weight(norm, like) for norm in norms):
+        if None in matrices or not all(_is_weight(norm, like) and norm.is_contiguous() for norm in norms):
             return None
         if not block.ln_1.eps == block.ln_2.eps == network.ln_f.eps:
             return None

@@ -97,6 +97,21 @@ def test_rows_equal_the_row_alone(model, seen, side, ntk):
     torch.testing.assert_close(last, logits[:, -1:], rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(not hasattr(torch, "set_default_device"), reason="torch 1 has no default device")
+@torch.no_grad()
+def test_the_default_device_of_the_program_is_not_where_rows_are_counted(model, seen):
+    """It may be a GPU, of a program with a model on the CPU."""
+    ids, mask = padded("left")
+    expected = model(ids, attention_mask=mask).logits
+    torch.set_default_device("meta")
+    try:
+        found = model(ids, attention_mask=mask).logits
+    finally:
+        torch.set_default_device(None)
+    assert seen[0] == (1, sum(LENGTHS))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("cache", CACHES)
 def test_generated_ids_equal_those_of_the_row_alone(model, seen, cache):
     ids, mask = padded("left")

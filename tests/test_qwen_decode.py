@@ -236,6 +236,9 @@ NOT_PLAIN = {
     "a patched forward": patch,
     "another activation": lambda m: setattr(m.transformer.h[0].mlp, "act", nn.GELU()),
     "a parametrization": lambda m: nn.utils.parametrizations.spectral_norm(m.transformer.h[0].mlp.w1),
+    "a norm of numbers that lie apart": lambda m: setattr(
+        m.transformer.h[1].ln_1, "weight", nn.Parameter(torch.ones(m.config.hidden_size, 2)[:, 0], requires_grad=False)
+    ),
     "a weight of another precision": lambda m: m.transformer.h[0].mlp.w1.bfloat16(),
     "a subclass of tensors": lambda m: setattr(
         m.lm_head, "weight", nn.Parameter(m.lm_head.weight.detach().as_subclass(Subclass), requires_grad=False)
