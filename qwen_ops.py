@@ -23,7 +23,15 @@ from transformers.utils import logging
 
 from .cpp_kernels import NAMESPACE, is_loaded, library, load
 from .cpp_kernels import implementation as cpu_implementation
-from .transformers_compat import HAS_SDPA, INT8_ROWS, FunctionMode, addcmul, cpu_supports_bf16, int8_product
+from .transformers_compat import (
+    HAS_SDPA,
+    INT8_ROWS,
+    FunctionMode,
+    addcmul,
+    cpu_supports_bf16,
+    int8_product,
+    is_differentiating_forward,
+)
 from .transformers_compat import rms_norm as fused_rms_norm
 
 logger = logging.get_logger("transformers.models.qwen.qwen_ops")
@@ -40,6 +48,9 @@ def _floats(x: torch.Tensor) -> tuple:
 
 
 def _differentiated(*tensors: torch.Tensor | None) -> bool:
+    """Whether derivatives may be wanted, in forward mode too: kernels give none."""
+    if is_differentiating_forward():
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

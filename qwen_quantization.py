@@ -40,6 +40,7 @@ from .qwen_ops import (
 from .transformers_compat import (
     REPORTS_MISMATCHES,
     is_compiling,
+    is_differentiating_forward,
     keep_offloaded_dtypes,
     keeping_dtypes,
     quantization_methods,
@@ -271,7 +272,7 @@ class QuantizedLinear(_Quantized):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in), any floating dtype. Returns (..., out) in the same."""
-        if torch.is_grad_enabled() and x.requires_grad and not is_compiling():
+        if torch.is_grad_enabled() and x.requires_grad and not is_compiling() and not is_differentiating_forward():
             y = _FrozenProduct.apply(self.arranged(x), *self.tensors())
             return y if self.bias is None else y + self.bias
         return self.product(x, self.bias)

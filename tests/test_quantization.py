@@ -19,6 +19,7 @@ from conftest import (
     ROOT,
     compat,
     modeling_qwen,
+    needs_sdpa,
     python,
     random_ids,
     run,
@@ -936,6 +937,26 @@ def test_gradients_go_through_the_weight_to_the_inputs(tmp_path, kind):
     held = [p for name, p in model.named_parameters() if name.endswith(PARTS)]
     assert held
     assert all(p.grad is None for p in held)
+
+
+@needs_sdpa
+@pytest.mark.parametrize("kind", ["gptq", "gptq, any order", "int8"])
+def test_derivatives_in_forward_mode_and_of_functions_go_through_the_weight(kind):
+    """`torch.func`: kernels know nothing of them, and would give none."""
+    torch.manual_seed(0)
+    module = nn.Linear(64, 32, bias=False)
+    if kind == "int8":
+        module = quantization.Int8Linear.rounded(module, torch.float32)
+    else:
+        model = with_codes(tiny_model(), desc_act="order" in kind)
+        module = model.transformer.h[0].mlp.w1
+    with torch.no_grad():
+        weight = module(torch.eye(64)) - module(torch.zeros(1, 64))  # (in, out)
+    x, tangent = torch.randn(2, 3, 64)
+    _, derivative = torch.func.jvp(module, (x,), (tangent,))
+    torch.testing.assert_close(derivative, tangent @ weight, rtol=1e-4, atol=1e-4)
+    gradient = torch.func.grad(lambda x: module(x).sum())(x)
+    torch.testing.assert_close(gradient, weight.sum(1).expand(3, -1), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_where_only_biases_learn(published):
