@@ -72,12 +72,14 @@ class QWenPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
-        """As inherited; raises ValueError for a model with an output layer in int8."""
+        """As inherited; raises ValueError for a model with an output layer in int8 or of GPTQ."""
         asked = (new_num_tokens, *args[:1], kwargs.get("pad_to_multiple_of"))
-        if (self.config.int8_weights or self.config.int8_lm_head) and any(n is not None for n in asked):
+        has_codes = getattr(self.get_output_embeddings(), "HOLDS_CODES", False)
+        is_int8 = self.config.int8_weights or self.config.int8_lm_head
+        if (is_int8 or has_codes) and any(n is not None for n in asked):
             raise ValueError(
-                "A model with int8 weights can't get other embeddings: resize the model that it was made from, before "
-                "tools/quantize_weights.py or int8_lm_head."
+                f"A model with {'int8 weights' if is_int8 else 'a quantised output layer'} can't get other embeddings: "
+                f"resize the model that it was made from, before tools/quantize_weights.py or int8_lm_head."
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 

@@ -423,6 +423,15 @@ def test_a_state_dict_may_have_its_inputs_in_another_order(assign):
             torch.testing.assert_close(one(ids).logits, expected[i])
 
 
+def test_the_embeddings_of_a_quantised_output_layer_are_not_resized():
+    """Nor one of them alone."""
+    model = with_codes(tiny_model(), lm_head=True)
+    with pytest.raises(ValueError, match=r"a quantised output layer can't get other embeddings: resize"):
+        model.resize_token_embeddings(340)
+    assert model.get_input_embeddings().num_embeddings == 320
+    assert with_codes(tiny_model()).resize_token_embeddings(340).num_embeddings == 340
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_state_dict_does_not_bring_groups_that_there_are_not(strict):
     """Whose scales and zeros the kernels would read far behind those of the matrix."""
