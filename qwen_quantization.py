@@ -23,6 +23,7 @@ import dataclasses
 import json
 import os
 import re
+import weakref
 
 import torch
 from torch import nn
@@ -169,6 +170,10 @@ class _NoWeight(nn.Parameter):
         return f"no weight, but {self.dtype} codes for {tuple(self.shape)} on {self.device}"
 
 
+# The weight that each module has given last: saving a model that is offloaded takes two of the same `id` for one.
+_OFFLOADED = weakref.WeakKeyDictionary()
+
+
 class _Quantized(nn.Linear):
     """An `nn.Linear`, which adapters look for, with codes for a weight. Its scales keep their precision in a cast."""
 
@@ -184,7 +189,10 @@ class _Quantized(nn.Linear):
         codes = self.codes.detach()
         if codes.shape != (self.out_features, self.in_features):  # packed
             codes = codes[:1, :1].expand(self.out_features, self.in_features)
-        return codes.as_subclass(_NoWeight)
+        stand_in = codes.as_subclass(_NoWeight)
+        if codes.is_meta:
+            _OFFLOADED[self] = stand_in
+        return stand_in
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name != "weight":
@@ -206,10 +214,14 @@ class _Quantized(nn.Linear):
     def _apply(self, fn, *args, **kwargs):
         scales = getattr(self, self.SCALES)
 
-        def keep_scales(tensor):  # integers are moved, not cast
-            return fn(tensor.detach().view(torch.int16)).view(tensor.dtype) if tensor is scales else fn(tensor)
+        def keep(tensor):  # integers are moved, not cast
+            whole = tensor.detach().view(torch.int16) if tensor is scales else tensor
+            moved = fn(whole)
+            if moved.dtype != whole.dtype and not whole.is_floating_point():  # `type` casts those, too
+                moved = whole.to(moved.device)
+            return moved.view(tensor.dtype) if tensor is scales else moved
 
-        return super()._apply(keep_scales, *args, **kwargs)
+        return super()._apply(keep, *args, **kwargs)
 
 
 class QuantizedLinear(_Quantized):
@@ -844,6 +856,14 @@ def check_tensors(model, info: dict, source, are_given: bool = False) -> None:
         )
     missing = set(info["missing_keys"])
     keep_offloaded_dtypes(model, ("qweight", "qzeros", "scales", "g_idx", "weight_scale"))
+    for name, module in model.named_modules():
+        if not isinstance(module, Int8Linear) or module.weight_scale.is_meta:
+            continue
+        is_missing = any(f".{key}".endswith(f".{name}.weight_scale") for key in missing)
+        if not is_missing and not bool(torch.isfinite(module.weight_scale).all()):
+            raise RuntimeError(
+                f"The checkpoint {source} is damaged: {name}: some of its scales are not finite. Copy it again."
+            )
     matrices = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     # Sorting codes, or putting them side by side, takes a minute for the largest models.
     for name, module in logging.tqdm(matrices, desc="Preparing codes", leave=False, delay=2, disable=None):

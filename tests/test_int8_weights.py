@@ -238,6 +238,20 @@ def test_a_matrix_that_is_not_finite_is_not_rounded(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
+def test_scales_that_are_not_finite_are_named(checkpoints, tmp_path):
+    shutil.copytree(checkpoints[1] / "int8", tmp_path / "int8")
+    name = "transformer.h.1.mlp.w1.weight_scale"
+    places = json.loads((tmp_path / "int8" / "model.safetensors.index.json").read_text())
+    file = tmp_path / "int8" / places["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][3] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(
+        RuntimeError, match=r"int8 is damaged: transformer.h.1.mlp.w1: some of its scales are not finite"
+    ):
+        QWenLMHeadModel.from_pretrained(tmp_path / "int8")
+
+
 @pytest.mark.parametrize("name", ["lm_head.weight", "transformer.h.1.mlp.w1.weight", "lm_head.weight_scale"])
 def test_a_tensor_that_the_checkpoint_lacks_is_missed(checkpoints, tmp_path, name):
     shutil.copytree(checkpoints[1] / "int8", tmp_path / "int8")
@@ -397,6 +411,29 @@ def test_codes_that_are_offloaded(int8, tmp_path):
         ):
             assert offloaded.lm_head.weight.device.type == "meta"
             assert torch.equal(offloaded(ids).logits, expected)
+
+
+def test_a_model_that_is_partly_on_a_disk_is_saved(checkpoints, int8, tmp_path):
+    """Its weights there are not one and the same."""
+    pytest.importorskip("accelerate")
+    places = {"transformer.wte": "cpu", "transformer.rotary_emb": "cpu", "transformer.drop": "cpu"}
+    places.update({f"transformer.h.{i}": "disk" if i else "cpu" for i in range(3)})
+    places.update({"transformer.ln_f": "cpu", "lm_head": "disk"})
+    model = QWenLMHeadModel.from_pretrained(
+        checkpoints[1] / "int8", fp32=True, device_map=places, offload_folder=str(tmp_path / "offloaded")
+    )
+    model.save_pretrained(tmp_path / "saved")
+    again = QWenLMHeadModel.from_pretrained(tmp_path / "saved", fp32=True)
+    for name, tensor in int8.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+
+
+def test_a_cast_of_everything_leaves_codes_and_scales_alone(int8):
+    before = [*codes_of(int8), int8.lm_head.weight_scale.clone()]
+    int8.type(torch.float16)
+    assert int8.dtype == torch.float16
+    assert int8.lm_head.weight_scale.dtype == torch.float32
+    assert all(map(torch.equal, [*codes_of(int8), int8.lm_head.weight_scale], before))
 
 
 # --- The tool -----------------------------------------------------------------------------------------------------
