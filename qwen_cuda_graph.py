@@ -91,7 +91,24 @@ def _has_no_hooks(module: nn.Module) -> bool:
     """Whether the class's forward is the one it was written with, and PyTorch calls nothing around a module's."""
     kind = type(module)
     is_hooked = module._forward_hooks or module._forward_pre_hooks or _hooks_of_all[0] or _hooks_of_all[1]
-    return not is_hooked and kind.forward.__module__ == kind.__module__
+    return not is_hooked and _is_of(kind.__module__, kind.forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_of(home: str, forward) -> bool:
+    """
+    Whether a function was written in the module `home`. What functools.wraps says it is may be somebody else's; around
+    a function there may be ours and transformers' decorators.
+    """
+    if getattr(forward, "__module__", None) != home:
+        return False
+    package = home.rpartition(".")[0]
+    while hasattr(forward, "__wrapped__"):
+        place = getattr(forward, "__globals__", {}).get("__name__", "")
+        if place.partition(".")[0] != "transformers" and (not package or place.rpartition(".")[0] != package):
+            return False
+        forward = forward.__wrapped__
+    return getattr(forward, "__globals__", {"__name__": home})["__name__"] == home
 
 
 _hooks_of_all = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
