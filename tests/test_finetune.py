@@ -246,6 +246,8 @@ def test_merging_in_shards_into_another_precision(tiny, tmp_path):
     ("change", "message"),
     [
         ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', by which peft changes the base too"),
+        ({"init_lora_weights": "olora"}, "'olora', by which"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"base_model_name_or_path": "nowhere"}, "no folder nowhere"),
         ({"quantized": True}, "full precision"),

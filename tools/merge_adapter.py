@@ -46,6 +46,8 @@ NOT_PLAIN = (
     *("use_dora", "use_bdlora", "use_qalora", "lora_bias", "fan_in_fan_out", "alpha_pattern", "layer_replication"),
     *("target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "velora_config"),
 )
+# Ways to begin by which peft takes something out of the base: what was trained is added to another matrix.
+CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 BY_PEFT = "Merge it with peft: PeftModel.from_pretrained(...).merge_and_unload()."
 
 
@@ -58,6 +60,9 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     special = [name for name in NOT_PLAIN if config.get(name)]
     if special:
         raise Problem(f"{folder} has {special[0]}={config[special[0]]!r}, which is not plain LoRA. {BY_PEFT}")
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(CHANGING_THE_BASE):
+        raise Problem(f"{folder} has init_lora_weights={begun!r}, by which peft changes the base too. {BY_PEFT}")
     if (folder / "adapter_model.safetensors").exists():
         tensors = load_file(folder / "adapter_model.safetensors")
     elif (folder / "adapter_model.bin").exists():
