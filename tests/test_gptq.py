@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import CODE, ROOT, modeling_qwen, run, tiny_model, tokenization_qwen
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "tools"))
 gptq = importlib.import_module("gptq")
@@ -190,6 +190,49 @@ def test_a_stopped_run_goes_on_and_ends_the_same(source, tmp_path, monkeypatch):
         before, after = load_file(file), load_file(tmp_path / "small" / file.name)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_was_made_of_other_weights_is_not_gone_on_with(source, tmp_path, monkeypatch):
+    """Another checkpoint in the same folder, such as one tuned anew: its files have the same names and sizes."""
+    folder = tmp_path / "tuned"
+    shutil.copytree(source, folder)
+    original = gptq.quantize_block
+
+    def stop_in_the_second(model, block, settings, hidden, device, dtype):
+        if list(tmp_path.glob("quantizing_*/model-00002-*")):
+            raise KeyboardInterrupt
+        return original(model, block, settings, hidden, device, dtype)
+
+    monkeypatch.setattr(gptq, "quantize_block", stop_in_the_second)
+    text = ("--calibration", str(source.parent / "text.txt"))
+    with pytest.raises(KeyboardInterrupt):
+        tool.main([str(folder), str(tmp_path / "small"), "--bits", "4", *SMALL, *text])
+    monkeypatch.undo()
+    for file in folder.glob("*.safetensors"):
+        weights = {name: tensor * 1.5 if "c_proj" in name else tensor for name, tensor in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+    for target in ("small", "at_once"):
+        assert tool.main([str(folder), str(tmp_path / target), "--bits", "4", *SMALL, *text]) == 0
+    for file in (tmp_path / "at_once").glob("*.safetensors"):
+        before, after = load_file(file), load_file(tmp_path / "small" / file.name)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_two_runs_with_one_target(source, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("fcntl")
+    original, codes = gptq.finish, []
+
+    def finish(*arguments):
+        if not codes:
+            codes.append(None)
+            codes.append(quantised(source, tmp_path / "small", "--bits", "4", "--method", "rtn"))
+        original(*arguments)
+
+    monkeypatch.setattr(gptq, "finish", finish)
+    assert quantised(source, tmp_path / "small", "--bits", "4", "--method", "rtn") == 0
+    assert codes == [None, 2]
+    assert "Another run is making" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
 def test_it_refuses(source, tmp_path, capsys):

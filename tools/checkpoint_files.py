@@ -267,7 +267,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     # Code is loaded from it, for which older releases of transformers want a name without points.
     partial = target.parent / f"partial_{hashlib.sha256(target.name.encode()).hexdigest()[:16]}"
     partial.mkdir(exist_ok=True)
-    with _only_run(partial, target):
+    with only_run(partial, target):
         for left in partial.iterdir():
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
@@ -279,18 +279,18 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _only_run(folder: Path, target: Path) -> Iterator[None]:
-    """Problem if another process holds this folder; the system lets go of what a killed one held."""
+def only_run(partial: Path, target: Path) -> Iterator[None]:
+    """Problem if another process holds this folder or file; the system lets go of what a killed one held."""
     if importlib.util.find_spec("fcntl") is None:  # Windows
         yield
         return
     fcntl = importlib.import_module("fcntl")
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(partial, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Problem(f"Another run is making {target}, in {folder}. Wait for it.") from None
+            raise Problem(f"Another run is making {target}, in {partial}. Wait for it.") from None
         except OSError:  # a file system without locks
             pass
         yield

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from checkpoint_files import (
     check_folder,
     copy_companions,
     full_precision_config,
+    only_run,
     weight_names,
     write_file,
 )
@@ -350,7 +351,9 @@ def make(
     settings = {"bits": bits, "method": method, "group_size": group_size, "sym": sym, "desc_act": desc_act}
     settings["lm_head"] = lm_head
     weights = Weights(source)
-    stamp = {name: (source / name).stat().st_size for name in sorted(set(weights.places.values()))}
+    # A checkpoint that was made anew in this folder has files of the same sizes, and other blocks.
+    stats = {name: (source / name).stat() for name in sorted(set(weights.places.values()))}
+    stamp: dict = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     if calibration is not None:
         if not calibration.is_file():
             raise Problem(f"There is no calibration text {calibration}.")
@@ -369,11 +372,16 @@ def make(
     layers = qwen.num_hidden_layers
     files = [f"model-{i + 1:05}-of-{layers + 1:05}.safetensors" for i in range(layers + 1)]
 
-    with torch.no_grad():
+    def begin() -> list[torch.Tensor]:
+        return first_hidden(source, weights, calibration, samples, length) if method == "gptq" else []
+
+    with torch.no_grad(), ExitStack() as held:
+        first = None if partial.exists() else begin()  # a wrong calibration text leaves no folder
+        partial.mkdir(parents=True, exist_ok=True)
+        held.enter_context(only_run(partial, target))
         done, hidden = resume(partial, files[1:])
         if hidden is None:
-            hidden = first_hidden(source, weights, calibration, samples, length) if method == "gptq" else []
-        partial.mkdir(parents=True, exist_ok=True)  # not before: a wrong calibration text leaves nothing
+            hidden = begin() if first is None else first
         if done:
             print(f"{done} of {layers} blocks are there from an earlier run, in {partial}")
         for index in tqdm(range(layers), desc="blocks", unit="block", initial=done, disable=None):
@@ -394,10 +402,10 @@ def make(
                 head = quantize_head(model, weights, settings, hidden, device)
             except ValueError as error:
                 raise Problem(f"lm_head: {error}") from None
-    rest = ["transformer.wte.weight", "transformer.ln_f.weight", *(() if lm_head else ("lm_head.weight",))]
-    save({**{name: half(name, weights[name]) for name in rest}, **head}, partial / files[0])
-    finish(source, partial, config, settings, files)
-    partial.rename(target)
+        rest = ["transformer.wte.weight", "transformer.ln_f.weight", *(() if lm_head else ("lm_head.weight",))]
+        save({**{name: half(name, weights[name]) for name in rest}, **head}, partial / files[0])
+        finish(source, partial, config, settings, files)
+        partial.rename(target)
     size = sum((target / name).stat().st_size for name in files)
     print(f"{target}: {layers * 5 + lm_head} matrices in {bits} bits, {size / 1e9:.2f} GB")
 
