@@ -579,6 +579,10 @@ def large(state):
     state["lm_head.weight"][3, 5] = 7e4
 
 
+def damaged(state):
+    state["transformer.wte.weight"][3, 5] = torch.nan
+
+
 @needs_gguf
 @pytest.mark.parametrize(
     ("weights", "config", "options", "message"),
@@ -587,6 +591,7 @@ def large(state):
         (without_bias, {}, [], r"h\.1\.attn\.c_attn\.bias is missing"),
         (lambda state: state.update(more=torch.ones(1)), {}, [], "1 weights have no place in the model, such as more"),
         (large, {}, ["--type", "f16"], "lm_head.weight has values that float16 can't hold"),
+        (damaged, {}, ["--type", "q8_0"], "wte.weight has values that q8_0 can't hold"),
         (lambda state: None, {"hidden_size": 32, "kv_channels": 8}, [], r"is \(4096, 64\), where config.json says"),
         (lambda state: None, {"kv_channels": 8}, [], "4 heads of 8 channels are not hidden_size"),
         (lambda state: None, {"scale_attn_weights": False}, [], "scale_attn_weights"),

@@ -253,6 +253,7 @@ def test_merging_in_shards_into_another_precision(tiny, tmp_path):
         ({"quantized": True}, "full precision"),
         ({"module": "h.7"}, "have no place"),
         ({"rows": 3}, "in the adapter"),
+        ({"lora_alpha": float("nan")}, "mlp.w1.weight would hold numbers that are not finite"),
         ({"without": "lora_B.weight"}, "mlp.w1.lora_A.weight, but not transformer.h.0.mlp.w1.lora_B.weight"),
         ({"without": "lora_A.weight"}, "mlp.w1.lora_B.weight, which is not plain LoRA"),
         ({"with": "lora_magnitude_vector"}, "mlp.w1.lora_magnitude_vector, which is not plain LoRA"),

@@ -74,6 +74,16 @@ def test_what_cannot_be_quantised():
         gptq.quantize(torch.randn(16, 64), 4, hessian=torch.full((64, 64), torch.nan))
 
 
+@pytest.mark.parametrize("hessian", [None, torch.eye(64)])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_a_damaged_matrix_is_not_quantised(wrong, sym, hessian):
+    weight = torch.randn(16, 64)
+    weight[3, 40] = wrong
+    with pytest.raises(ValueError, match="a matrix holds numbers that are not finite"):
+        gptq.quantize(weight, 4, 32, sym=sym, hessian=hessian)
+
+
 # --- Whole checkpoints --------------------------------------------------------------------------------------------
 
 SMALL = ("--samples", "6", "--length", "24", "--group-size", "32", "--device", "cpu")

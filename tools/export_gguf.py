@@ -151,6 +151,8 @@ class Checkpoint:
 def stored(name: str, weight: torch.Tensor, type: str) -> np.ndarray:
     """Weights in a type of GGUF that is asked for; Problem for values that it can't hold."""
     if type == "Q8_0":
+        if not float(weight.abs().amax()) <= 127 * torch.finfo(torch.float16).max:
+            raise Problem(f"{name} has values that q8_0 can't hold. Take --type bf16 or f32.")
         return gguf.quants.quantize(weight.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
     result = weight.to(DTYPES[type]).contiguous()
     if type == "F16" and not bool(torch.isfinite(result).all()):

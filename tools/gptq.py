@@ -89,7 +89,7 @@ def quantize(
     hessian: float32 (in, in), the sum of x x^T over inputs x; None rounds each weight to the nearest. desc_act: inputs
     in the order of their weight in the Hessian. damp: share of its mean diagonal that is added to the diagonal.
 
-    Raises ValueError for a matrix that can't be packed, or a Hessian that is not finite.
+    Raises ValueError for a matrix that can't be packed, or one or a Hessian that is not finite, or beyond float16.
     """
     out, width = weight.shape
     n = 32 // bits
@@ -134,6 +134,8 @@ def quantize(
             errors[:, i - first] = (w[:, i] - scale * (codes[:, i] - zero)) / inverse[i, i]
             w[:, i:last] -= errors[:, i - first, None] * inverse[i, i:last]
         w[:, last:] -= errors @ inverse[first:last, last:]
+    if not bool(torch.isfinite(w).all() & torch.isfinite(scales).all()):
+        raise ValueError("a matrix holds numbers that are not finite, or steps that float16 can't hold.")
     place = torch.argsort(order)
     g_idx = (torch.arange(width, device=w.device) // group_size)[place]
     return {

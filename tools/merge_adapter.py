@@ -110,7 +110,10 @@ def merged(name: str, weight: torch.Tensor, new: torch.Tensor | None, added: tup
     if wrong:
         raise Problem(f"{name} is {wrong[0]} in the adapter and {tuple(weight.shape)} in the base.")
     weight = (weight if new is None else new).float()
-    return weight if added is None else weight + scale * (b.float() @ a.float())
+    weight = weight if added is None else weight + scale * (b.float() @ a.float())
+    if not bool(torch.isfinite(weight).all()):
+        raise Problem(f"{name} would hold numbers that are not finite: the training diverged, or a file is damaged.")
+    return weight
 
 
 def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | None = None) -> None:
