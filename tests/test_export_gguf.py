@@ -658,6 +658,25 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, capsys, monkeypatch):
 
 
 @needs_gguf
+def test_two_runs_with_one_target(source, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("fcntl")
+    stored, codes = tool.stored, []
+
+    def during(name, weight, type):
+        if not codes:
+            codes.append(None)
+            codes.append(tool.main([str(source), str(tmp_path / "model.gguf"), "--type", "q8_0"]))
+        return stored(name, weight, type)
+
+    monkeypatch.setattr(tool, "stored", during)
+    assert tool.main([str(source), str(tmp_path / "model.gguf")]) == 0
+    assert codes == [None, 2]
+    assert "Another run is making" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    assert set(types_of(tmp_path / "model.gguf").values()) == {"F32"}
+
+
+@needs_gguf
 def test_as_a_command_after_a_run_that_was_killed(tmp_path):
     (tmp_path / ".model.gguf.new").write_text("left by a killed run")
     command = [*python(), ROOT / "tools" / "export_gguf.py", DEMO, tmp_path / "model.gguf"]

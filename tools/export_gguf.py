@@ -41,7 +41,16 @@ from typing import Callable, Iterator
 import numpy as np
 import torch
 from byte_pairs import byte_alphabet, recovered_pairs
-from checkpoint_files import CONFIG, Problem, check_folder, exit_status, precision, read_json, weight_names
+from checkpoint_files import (
+    CONFIG,
+    Problem,
+    check_folder,
+    exit_status,
+    only_run,
+    precision,
+    read_json,
+    weight_names,
+)
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -419,15 +428,17 @@ def new_file(target: Path) -> Iterator[Path]:
         raise Problem(f"{target} exists. Name a file that does not exist yet.")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.new")
-    try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except BaseException:
-        with contextlib.suppress(OSError):  # the error that is on its way says more
-            partial.unlink()
-        raise
+    partial.touch()
+    with only_run(partial, target):
+        try:
+            yield partial
+            with open(partial, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the error that is on its way says more
+                partial.unlink()
+            raise
 
 
 def read_type(text: str) -> str:
