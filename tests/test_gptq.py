@@ -178,6 +178,17 @@ def test_conversations_are_chatml_and_contents_are_text(source):
     assert found[0].count(one.im_end_id) == 3  # not the one that is part of the answer
 
 
+@pytest.mark.parametrize("name", ["lines.jsonl", "lines.json", "list.json"])
+def test_files_of_conversations_are_read_as_for_finetuning(source, tmp_path, name):
+    """With a byte order mark, lines without anything, CR LF, and what str.splitlines takes for the end of a line."""
+    records = [{"text": "a\u2028b\x85c"}, {"conversations": [{"from": "user", "value": "你好"}]}]
+    written = [json.dumps(record, ensure_ascii=False) for record in records]
+    content = f"[{','.join(written)}]" if name == "list.json" else "\r\n \r\n".join(written) + "\r\n"
+    (tmp_path / name).write_bytes(content.encode("utf-8-sig"))
+    found = gptq.calibration_samples(tokenizer(source), tmp_path / name, 128, 2048)
+    assert [tokenizer(source).decode(found[0]), len(found)] == ["a\u2028b\x85c", 2]
+
+
 def test_a_stopped_run_goes_on_and_ends_the_same(source, tmp_path, monkeypatch):
     assert quantised(source, tmp_path / "at_once", "--bits", "4") == 0
     calls, original = [], gptq.quantize_block

@@ -165,7 +165,7 @@ def calibration_samples(tokenizer, path: Path, samples: int, length: int) -> lis
     as for finetuning, {"conversations": [{"from": "user", "value": ...}, {"from": "assistant", "value": ...}]}.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise Problem(f"The calibration text can't be read: {error}") from None
     if path.suffix not in (".json", ".jsonl"):
@@ -174,7 +174,9 @@ def calibration_samples(tokenizer, path: Path, samples: int, length: int) -> lis
         found = [sample for sample in cut if len(sample) == length] or cut[:1]
     else:
         try:
-            entries = json.loads(text) if path.suffix == ".json" else [json.loads(x) for x in text.splitlines() if x]
+            # As finetune/data.py reads them; str.splitlines would also split a text at a U+2028 within.
+            is_list = path.suffix == ".json" and text.lstrip().startswith("[")
+            entries = json.loads(text) if is_list else [json.loads(x) for x in text.split("\n") if x.strip()]
             found = [sample_of(tokenizer, entry)[:length] for entry in entries[:samples]]
         except (ValueError, KeyError, TypeError) as error:
             raise Problem(
