@@ -220,6 +220,11 @@ def test_completions(client):
         ({"extra_body": {"top_k": -1}}, "top_k must be a whole number"),
         ({"extra_body": {"stream": "yes"}}, "stream must be true or false"),
         ({"extra_body": {"generation_config": "{"}}, "generation_config"),
+        ({"logit_bias": {"Nai": 5}}, "logit_bias must be an object of ids of tokens"),
+        ({"logit_bias": {"5": 101}}, "numbers from -100 to 100"),
+        ({"logit_bias": {"5": "5"}}, "numbers from -100 to 100"),
+        ({"logit_bias": {"4096": 5}}, "ids of tokens, below 4096"),
+        ({"extra_body": {"logit_bias": ["5"]}}, "logit_bias must be an object"),
         ({"messages": []}, r"at least one message, found \[\]"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "A role must be one of .*, found 'robot'"),
         ({"messages": [{"role": "system", "content": "x"}]}, "at least one of the role user"),
@@ -258,6 +263,11 @@ def test_errors_of_the_application_are_objects_too(address, client):
         client.chat.completions.create(model="demo", messages=KENYA, extra_body={"colour": 1})
     with pytest.raises(openai.BadRequestError, match="prompt must be one text"):
         client.completions.create(model="demo", prompt=[1, 2])
+    for sent in (b"[" * 100_000, b'{"messages": "\\ud800"}'):  # too deep to be read; half a character
+        request = urllib.request.Request(address + "/v1/chat/completions", data=sent)
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            urllib.request.urlopen(request, timeout=60)
+        assert raised.value.code == 400
 
 
 NAIROBI = "The capital of Kenya is Nairobi."
@@ -283,6 +293,16 @@ def test_stop(client):
     assert (done.choices[0].text, done.choices[0].finish_reason) == (" Nai", "stop")
     # The server goes on with the next one.
     assert ask(None).choices[0].message.content == NAIROBI
+
+
+def test_bias_of_tokens(client, demo_tokenizer):
+    """OpenAI's clients send whole numbers."""
+    (token,) = demo_tokenizer.encode("Sorry")
+    for bias, answer in (({}, "The capital of Kenya is Nairobi."), ({str(token): 100}, "SorrySorry")):
+        found = client.chat.completions.create(
+            model="demo", messages=KENYA, temperature=0, max_tokens=2 if bias else 20, logit_bias=bias
+        )
+        assert found.choices[0].message.content == answer
 
 
 def test_how_the_answer_is_chosen(client):
@@ -403,6 +423,12 @@ def test_a_text_ends_before_the_stop_that_is_complete_first(serve, text, stop, s
     places = [(text.find(one) + len(one), text.find(one)) for one in stop if one in text]  # end and beginning
     assert seen == (text[: min(places)[1]] if places else text)
     assert until.ended == bool(places)
+
+
+def test_a_stop_that_is_longer_than_any_answer_costs_nothing(serve):
+    until, begin = serve.Until(["a" * 10**6]), time.perf_counter()
+    assert until.feed("b") == "b"
+    assert time.perf_counter() - begin < 1
 
 
 def test_arguments_of_the_server(serve):

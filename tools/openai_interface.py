@@ -75,9 +75,20 @@ def check_fields(request: dict) -> None:
         raise BadRequest(f"stream must be true or false, found {request['stream']!r}.")
 
 
+def token_biases(given, tokens: int) -> dict[tuple[int], float]:
+    """The "sequence_bias" of `generate` for a "logit_bias": numbers by ids of tokens, of which there are `tokens`."""
+    found = {} if given is None else given
+    biases = found.values() if isinstance(found, dict) else [None]
+    numbers = all(type(bias) in (int, float) and abs(bias) <= 100 for bias in biases)
+    if not numbers or not all(re.fullmatch("[0-9]{1,9}", key) and int(key) < tokens for key in found):
+        text = f"logit_bias must be an object of ids of tokens, below {tokens}, with numbers from -100 to 100"
+        raise BadRequest(f"{text}, found {repr(given)[:80]}.")
+    return {(int(key),): float(bias) for key, bias in found.items()}
+
+
 def check_messages(messages) -> None:
     if not isinstance(messages, list) or not messages:
-        raise BadRequest(f"messages must be a list with at least one message, found {str(messages)[:80]}.")
+        raise BadRequest(f"messages must be a list with at least one message, found {repr(messages)[:80]}.")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRequest(f"A message must be an object with a role and a content, found {str(message)[:80]}.")
@@ -112,7 +123,7 @@ class Until:
         text = self._held + piece
         found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
         self.ended = self.ended or bool(found)
-        begins = (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        begins = (n for stop in self._stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
         certain = min(found)[1] if found else len(text) - max(begins, default=0)
         self._held = "" if found else text[certain:]
         return text[:certain]

@@ -52,6 +52,7 @@ from openai_interface import (
     error_object,
     plain_text,
     responses,
+    token_biases,
 )
 from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -115,14 +116,14 @@ class Requests:
 
     async def checked(self, scope, receive):
         """The same request for the application, in our words; BadRequest if something is wrong with it."""
-        body = b""
+        parts = []
         while (message := await receive())["type"] == "http.request":
-            body += message.get("body", b"")
+            parts.append(message.get("body", b""))
             if not message.get("more_body"):
                 break
         request = None
-        with contextlib.suppress(ValueError):
-            request = json.loads(body)
+        with contextlib.suppress(ValueError, RecursionError):
+            request = json.loads(b"".join(parts))
         if not isinstance(request, dict):
             raise BadRequest("The request must be a JSON object.")
         request["model"] = self.known(request.get("model", self.path))
@@ -193,11 +194,14 @@ def read_completion(body: dict, model, tokenizer):
 
 def generation_config(handler, body: dict, model, length: int, batching: bool):
     """The settings of `generate` for a request whose prompt has `length` tokens."""
-    ours = {"stop": None, "temperature": None}
+    ours = {"stop": None, "temperature": None, "logit_bias": None}
     try:
         config = handler._build_generation_config({**body, **ours}, model.generation_config, use_cb=batching)
     except (ValueError, TypeError) as error:
-        raise BadRequest(f"generation_config or logit_bias can't be read: {error}") from None
+        raise BadRequest(f"generation_config can't be read: {error}") from None
+    biases = token_biases(body.get("logit_bias"), model.config.vocab_size)
+    if biases:
+        config.sequence_bias = biases
     temperature = body.get("temperature")
     if temperature is not None:
         config.do_sample = temperature >= 0.01  # the published server takes less for greedy decoding
