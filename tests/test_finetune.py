@@ -235,6 +235,9 @@ def test_merging_in_shards_into_another_precision(tiny, tmp_path):
     save_file({"lm_head.weight": torch.zeros(1)}, tmp_path / "base" / "stray.safetensors")
     arguments = [str(tmp_path / "adapter"), str(tmp_path / "merged"), "--base", str(tmp_path / "base")]
     assert merge_adapter.main([*arguments, "--dtype", "bf16"]) == 0
+    shutil.copy(tiny / "model.safetensors", tmp_path / "base")  # beside it the index says nothing
+    assert merge_adapter.main([arguments[0], str(tmp_path / "whole"), *arguments[2:]]) == 0
+    assert not (tmp_path / "whole" / "model.safetensors.index.json").exists()
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 2
     assert not (tmp_path / "merged" / "stray.safetensors").exists()
     merged, adapted = loaded(tmp_path / "merged"), loaded(str(tmp_path / "adapter"))
@@ -278,6 +281,14 @@ def test_merging_refuses_what_it_would_do_wrongly(tiny, tmp_path, capsys, change
     assert merge_adapter.main([str(adapter), str(tmp_path / "merged")]) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 half of it"])
+def test_a_damaged_adapter_of_the_published_script_is_named(tmp_path, capsys, content):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (tmp_path / "adapter_model.bin").write_bytes(content)
+    assert merge_adapter.main([str(tmp_path), str(tmp_path / "merged")]) == 2
+    assert "adapter_model.bin can't be read" in capsys.readouterr().err
 
 
 # Arguments and data

@@ -146,6 +146,9 @@ def test_what_else_is_refused(words, tmp_path, capsys):
         assert extend.main([str(vocabulary), str(words), str(output), *options]) == 2
         assert message in capsys.readouterr().err
         assert list(tmp_path.glob("*extra*")) == []
+    with pytest.raises(SystemExit):
+        extend.main([str(DEMO), str(words), str(output), "--max-tokens", "-1"])
+    assert "--max-tokens must be at least 0" in capsys.readouterr().err
     output.write_text("")
     assert extend.main([str(DEMO), str(words), str(output)]) == 2
     assert "exists, and embeddings may have been trained" in capsys.readouterr().err

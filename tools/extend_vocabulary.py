@@ -160,6 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--max-tokens", type=int, help="learn at most so many, such as the spare embeddings of the model"
     )
     args = parser.parse_args(arguments)
+    if args.max_tokens is not None and args.max_tokens < 0:
+        parser.error(f"--max-tokens must be at least 0, found {args.max_tokens}")
     return exit_status(extend, args.vocabulary, args.words, args.output, args.start_id, args.max_tokens)
 
 

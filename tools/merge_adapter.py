@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import re
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -48,6 +50,8 @@ NOT_PLAIN = (
 )
 # Ways to begin by which peft takes something out of the base: what was trained is added to another matrix.
 CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What torch.load raises, by where a file is damaged or what else it holds.
+DAMAGED = (pickle.UnpicklingError, struct.error, EOFError, RuntimeError, LookupError, TypeError, ValueError)
 BY_PEFT = "Merge it with peft: PeftModel.from_pretrained(...).merge_and_unload()."
 
 
@@ -66,7 +70,12 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if (folder / "adapter_model.safetensors").exists():
         tensors = load_file(folder / "adapter_model.safetensors")
     elif (folder / "adapter_model.bin").exists():
-        tensors = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
+        try:
+            tensors = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
+            tensors = {name: tensors[name] for name in tensors}
+        except DAMAGED as error:
+            kind = type(error).__name__
+            raise Problem(f"{folder}/adapter_model.bin can't be read ({kind}). Copy it again.") from None
     else:
         raise Problem(f"{folder} has no adapter_model.safetensors. Is the training that wrote it over?")
     return config, {
@@ -150,7 +159,7 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
                     written[name] = weight.to(kind).contiguous()
             save_file(written, partial / file, metadata={"format": "pt"})
             size += sum(tensor.numel() * tensor.element_size() for tensor in written.values())
-        if (base / INDEX).exists():
+        if list(files) != ["model.safetensors"]:  # beside which an index would name other files
             index = {**read_json(base / INDEX), "metadata": {"total_size": size}}
             write_file(partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
         try_loading(partial)
