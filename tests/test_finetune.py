@@ -253,6 +253,7 @@ def test_merging_in_shards_into_another_precision(tiny, tmp_path):
         ({"init_lora_weights": "olora"}, "'olora', by which"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"base_model_name_or_path": "nowhere"}, "no folder nowhere"),
+        ({"lora_alpha": "16"}, "lora_alpha='16', not a number"),
         ({"quantized": True}, "full precision"),
         ({"module": "h.7"}, "have no place"),
         ({"rows": 3}, "in the adapter"),
@@ -289,6 +290,12 @@ def test_a_damaged_adapter_of_the_published_script_is_named(tmp_path, capsys, co
     (tmp_path / "adapter_model.bin").write_bytes(content)
     assert merge_adapter.main([str(tmp_path), str(tmp_path / "merged")]) == 2
     assert "adapter_model.bin can't be read" in capsys.readouterr().err
+
+
+def test_factors_of_two_ranks_are_no_matrix():
+    factors = {"h.lora_A.weight": torch.ones(4, 8), "h.lora_B.weight": torch.ones(8, 2)}
+    with pytest.raises(merge_adapter.Problem, match=r"are \(4, 8\) and \(8, 2\), which are no factors of one matrix"):
+        merge_adapter.changes({"lora_alpha": 16}, factors)
 
 
 # Arguments and data

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CODE, ROOT, modeling_qwen, run, tiny_model, tokenization_qwen
+from conftest import CODE, ROOT, modeling_qwen, random_ids, run, tiny_model, tokenization_qwen
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -263,6 +263,7 @@ def test_it_refuses(source, tmp_path, capsys):
     (tmp_path / "tied").mkdir()
     (tmp_path / "tied" / "config.json").write_text('{"tie_word_embeddings": true}')
     (tmp_path / "bad.json").write_text("[{}]")
+    (tmp_path / "texts.json").write_text('[{"text": ["a", "b"]}]')
     (tmp_path / "empty.txt").write_text("")
     text = source.parent / "text.txt"
     for folder, target, arguments, message in (
@@ -270,6 +271,15 @@ def test_it_refuses(source, tmp_path, capsys):
         (source, "new", ["--bits", "4", "--calibration", str(tmp_path / "none.txt")], "no calibration text"),
         (source, "new", ["--bits", "4", "--calibration", str(tmp_path / "bad.json")], "not a list of texts"),
         (source, "new", ["--bits", "4", "--calibration", str(tmp_path / "empty.txt")], "has no text"),
+        (source, "new", ["--bits", "4", "--calibration", str(tmp_path / "texts.json")], "a text is a list"),
+        (source, "new", ["--bits", "4", "--method", "rtn", "--device", "fast"], "--device fast: "),
+        (
+            source,
+            "new",
+            ["--bits", "4", "--method", "rtn", "--device", "meta"],
+            "--device meta: blocks are quantised on",
+        ),
+        (tmp_path / "tied", "new", [], "is its embedding, which int8 does not go with"),
         (source, "new", ["--bits", "4", "--method", "rtn", "--desc-act"], "--desc-act"),
         (tmp_path / "tied", "new", ["--bits", "4", "--calibration", str(text), "--lm-head"], "is its embedding"),
         (source, "taken", ["--bits", "4", "--calibration", str(text)], "taken exists"),
@@ -282,11 +292,26 @@ def test_it_refuses(source, tmp_path, capsys):
             "empty.txt",
             "quantised",
             "taken",
+            "texts.json",
             "tied",
         ]
     for arguments in (["--desc-act"], ["--bits", "3"], ["--bits", "4", "--group-size", "0"]):
         with pytest.raises(SystemExit):
             tool.main([str(source), str(tmp_path / "new"), *arguments])
+
+
+def test_an_output_layer_that_is_the_embedding_stays_it(source, tmp_path):
+    model = tiny_model(vocab_size=4096, no_bias=False, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "tied")
+    for name in ("qwen.tiktoken", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(ROOT / "demo" / name, tmp_path / "tied")
+    arguments = ["--bits", "8", "--method", "rtn", "--group-size", "32"]
+    assert tool.main([str(tmp_path / "tied"), str(tmp_path / "small"), *arguments]) == 0
+    small = modeling_qwen.QWenLMHeadModel.from_pretrained(tmp_path / "small", fp32=True)
+    assert small.lm_head.weight is small.transformer.wte.weight
+    with torch.no_grad():
+        found, expected = (m(random_ids(1, 9)).logits for m in (small.eval(), model))
+    assert 0 < (found - expected).norm() < 0.05 * expected.norm()
 
 
 def test_it_loads_as_a_user_loads_it(source, tmp_path):

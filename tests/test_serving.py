@@ -452,6 +452,15 @@ def test_packages_that_are_missing_are_named(serve, monkeypatch):
         serve.main()
 
 
+def test_help_is_no_failure(serve, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--help"])
+    serve.main()
+    assert "python tools/serve.py CHECKPOINT" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["serve.py"])
+    with pytest.raises(SystemExit, match=r"python tools/serve\.py CHECKPOINT"):
+        serve.main()
+
+
 def test_a_folder_that_is_no_checkpoint_is_told_in_a_line(serve, monkeypatch):
     has_cli = sys.version_info >= (3, 10) and importlib.util.find_spec("transformers.cli")
     if not has_cli or not importlib.util.find_spec("transformers.cli.serving"):

@@ -121,6 +121,25 @@ def test_an_adapter_is_not_quantised(folders, capsys, options):
     assert "adapter is an adapter, not a checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors"])
+def test_a_weight_file_that_is_cut_off_is_named(whole, tmp_path, capsys, name):
+    """By all that read it."""
+    merge_adapter, export = map(importlib.import_module, ("merge_adapter", "export_gguf"))
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    shutil.copytree(whole, base)
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "lora_alpha": 8, "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"lm_head.weight": torch.ones(1)}, adapter / "adapter_model.safetensors")
+    file = next(folder / name for folder in (adapter, base) if (folder / name).exists())
+    file.write_bytes(file.read_bytes()[:40])
+    programs = [merge_adapter] if "adapter" in name else [merge_adapter, export, quantize]
+    for program in programs:
+        assert program.main([str(adapter if program is merge_adapter else base), str(tmp_path / "made")]) == 2
+        assert f"{name} is damaged (" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
 # --- Which weights ------------------------------------------------------------------------------------------------
 
 

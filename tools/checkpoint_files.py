@@ -166,6 +166,14 @@ def full_precision_config(folder: Path, where: str = "") -> dict:
     return config
 
 
+def open_weights(path: Path):
+    """A file of safetensors as `safe_open` gives it; Problem, which names the file, if it is damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise Problem(f"The weight file {path.name} is damaged ({error}). Copy it again.") from None
+
+
 def weight_names(folder: Path) -> dict[str, list[str]]:
     """The safetensors files of a checkpoint, each with the names of its weights; Problem for other files."""
     names = {}
@@ -175,7 +183,7 @@ def weight_names(folder: Path) -> dict[str, list[str]]:
         if named:
             names[file] = sorted(named)
         else:  # without an index, all that is in it
-            with safe_open(folder / file, framework="pt") as weights:
+            with open_weights(folder / file) as weights:
                 names[file] = list(weights.keys())
     return names
 

@@ -47,11 +47,11 @@ from checkpoint_files import (
     check_folder,
     exit_status,
     only_run,
+    open_weights,
     precision,
     read_json,
     weight_names,
 )
-from safetensors import safe_open
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from upgrade_checkpoint import ROOT
@@ -135,7 +135,7 @@ class Checkpoint:
             raise Problem(f"The weight {name} is missing. Copy the weight files and their index again.")
         file = self.places[name]
         if file not in self.files:
-            self.files[file] = safe_open(self.folder / file, framework="pt")
+            self.files[file] = open_weights(self.folder / file)
         if name not in self.files[file].keys():  # noqa: SIM118 (it has no `in`)
             raise Problem(f"{file} lacks {name}, which the index says is in it. Copy both again.")
         found = self.files[file].get_slice(name)

@@ -23,6 +23,7 @@ from checkpoint_files import (
     copy_companions,
     full_precision_config,
     only_run,
+    open_weights,
     weight_names,
     write_file,
 )
@@ -193,6 +194,8 @@ def sample_of(tokenizer, entry) -> list[int]:
     if isinstance(entry, str):
         return tokenizer(entry)["input_ids"]
     if "text" in entry:
+        if not isinstance(entry["text"], str):
+            raise TypeError(f"a text is a {type(entry['text']).__name__}")
         return tokenizer(entry["text"])["input_ids"]
     start, end, newline = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer("\n")["input_ids"]
     turns = [("system", SYSTEM), *((turn["from"], turn["value"]) for turn in entry["conversations"])]
@@ -214,8 +217,20 @@ class Weights:
         self.places = {name: file for file, names in weight_names(folder).items() for name in names}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(self.folder / self.places[name], framework="pt") as weights:
+        with open_weights(self.folder / self.places[name]) as weights:
             return weights.get_tensor(name)
+
+
+def usable(named: str) -> torch.device:
+    """The device of this name; Problem if there is none, or one on which nothing is quantised."""
+    try:
+        device = torch.device(named)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Problem(f"--device {named}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise Problem(f"--device {named}: blocks are quantised on cpu, or on a GPU as cuda or cuda:1.")
+    return device
 
 
 def half(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -366,7 +381,7 @@ def make(
     # Every run with these settings finds the same folder. It is nothing that loads until it is complete.
     key = json.dumps([str(source.resolve()), target.name, settings, stamp, config], sort_keys=True)
     partial = target.parent / f"quantizing_{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     qwen = QWenConfig.from_dict(config)
     with init_empty_weights():
         model = QWenLMHeadModel(qwen).eval()
@@ -406,7 +421,8 @@ def make(
                 head = quantize_head(model, weights, settings, hidden, device)
             except ValueError as error:
                 raise Problem(f"lm_head: {error}") from None
-        rest = ["transformer.wte.weight", "transformer.ln_f.weight", *(() if lm_head else ("lm_head.weight",))]
+        names = ("transformer.wte.weight", "transformer.ln_f.weight", *(() if lm_head else ("lm_head.weight",)))
+        rest = [name for name in names if name in weights.places]  # an embedding may be the output layer, too
         save({**{name: half(name, weights[name]) for name in rest}, **head}, partial / files[0])
         finish(source, partial, config, settings, files)
         partial.rename(target)

@@ -32,12 +32,13 @@ from checkpoint_files import (
     exit_status,
     full_precision_config,
     new_folder,
+    open_weights,
     precision,
     read_json,
     weight_names,
     write_file,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from upgrade_checkpoint import planned, try_loading
@@ -68,7 +69,10 @@ def read_adapter(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if isinstance(begun, str) and begun.lower().startswith(CHANGING_THE_BASE):
         raise Problem(f"{folder} has init_lora_weights={begun!r}, by which peft changes the base too. {BY_PEFT}")
     if (folder / "adapter_model.safetensors").exists():
-        tensors = load_file(folder / "adapter_model.safetensors")
+        try:
+            tensors = load_file(folder / "adapter_model.safetensors")
+        except SafetensorError as error:
+            raise Problem(f"{folder}/adapter_model.safetensors is damaged ({error}). Copy it again.") from None
     elif (folder / "adapter_model.bin").exists():
         try:
             tensors = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
@@ -91,14 +95,20 @@ def changes(config: dict, tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
     """
     changed = {name: (tensor, None) for name, tensor in tensors.items() if ".lora_" not in name}
     factors = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    alpha = config.get("lora_alpha")
+    if factors and type(alpha) not in (int, float):
+        raise Problem(f"The adapter's {ADAPTER} has lora_alpha={alpha!r}, not a number. Copy it again.")
     for suffix in (".lora_A.weight", ".lora_embedding_A"):
         for name in [name for name in factors if name.endswith(suffix)]:
             module, other = name[: -len(suffix)], name.replace(suffix, suffix.replace("_A", "_B"))
             if other not in factors:
                 raise Problem(f"The adapter has {name}, but not {other}. Copy it again.")
             a, b = factors.pop(name), factors.pop(other)
+            if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+                shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
+                raise Problem(f"{name} and {other} are {shapes}, which are no factors of one matrix. Copy it again.")
             rank = a.shape[0]
-            scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+            scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
             # peft saves the weight of an adapted embedding or head too.
             new, _ = changed.get(f"{module}.weight", (None, None))
             # An embedding (vocabulary, width) is used turned round: its factors are (rank, vocabulary), (width, rank).
@@ -127,7 +137,7 @@ def merged(name: str, weight: torch.Tensor, new: torch.Tensor | None, added: tup
 
 def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | None = None) -> None:
     config, tensors = read_adapter(adapter)
-    base = Path(config["base_model_name_or_path"] or "") if base is None else base
+    base = Path(config.get("base_model_name_or_path") or "") if base is None else base
     if not base.is_dir() or base == Path():
         raise Problem(f"There is no folder {base}, the adapter's base. Name it with --base.")
     check_folder(base)
@@ -150,7 +160,7 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
         size = 0
         for file, names in tqdm(files.items(), desc="weight files", unit="file", disable=None):
             written = {}
-            with safe_open(base / file, framework="pt") as weights:
+            with open_weights(base / file) as weights:
                 for name in names:
                     weight = weights.get_tensor(name)
                     kind = weight.dtype if dtype is None or not weight.is_floating_point() else DTYPES[dtype]

@@ -39,11 +39,11 @@ from checkpoint_files import (
     exit_status,
     full_precision_config,
     new_folder,
+    open_weights,
     weight_files,
     write_file,
 )
 from gptq import make as make_gptq
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,7 +56,7 @@ round_to_int8 = get_class_from_dynamic_module("qwen_quantization.round_to_int8",
 def quantize_file(source: Path, target: Path, names: set[str]) -> dict[str, int]:
     """Write one weight file, the matrices in `names` quantised; returns the bytes of each tensor written."""
     tensors = {}
-    with safe_open(source, framework="pt") as weights:
+    with open_weights(source) as weights:
         for name in tqdm(weights.keys(), desc=source.name, unit="tensor", leave=False, disable=None):
             tensors[name] = weights.get_tensor(name)
             if name in names:
@@ -81,6 +81,10 @@ def make(source: Path, target: Path) -> None:
     if target.exists():
         raise Problem(f"{target} exists. Name a folder that does not exist yet.")
     config = full_precision_config(source)
+    if config.get("tie_word_embeddings"):
+        raise Problem(
+            "The output layer of this checkpoint is its embedding, which int8 does not go with. Take --bits 8."
+        )
     files = [source / name for name in weight_files(source)]
     if not all(file.suffix == ".safetensors" for file in files):
         raise Problem(f"{source} has no .safetensors. Load it and call save_pretrained, which writes them.")

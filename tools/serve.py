@@ -404,6 +404,9 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     if given is None:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(__doc__)
+            return
         sys.exit(__doc__)
     if importlib.util.find_spec("transformers.cli") is None:
         sys.exit("This needs transformers 5: the release here has no command `transformers serve`.")

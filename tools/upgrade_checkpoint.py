@@ -34,13 +34,13 @@ from checkpoint_files import (
     check_file_names,
     exit_status,
     new_folder,
+    open_weights,
     read_json,
     staged,
     weight_files,
     with_value,
     write_file,
 )
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -75,11 +75,8 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...] | None]:
     place = {name: file for file, names in files.items() for name in names}
     shapes: dict[str, tuple[int, ...] | None] = {}
     for file, names in tqdm(files.items(), desc="weight headers", unit="file", disable=len(files) < 2):
-        try:
-            with safe_open(folder / file, framework="pt") as weights:
-                found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise Problem(f"The weight file {file} is damaged ({error}). Copy it again.") from None
+        with open_weights(folder / file) as weights:
+            found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         if names - found.keys():
             raise Problem(f"{file} lacks {sorted(names - found.keys())[0]}, which the index says is in it.")
         for name in found:  # of two, the file that happens to be read last would win
@@ -105,6 +102,9 @@ def check_weights(folder: Path) -> str:
     if not found:
         return "weights: in pytorch_model.bin, which is not opened"
     ours = {name for name in found if name.startswith(("transformer.", "lm_head."))}
+    if config.tie_word_embeddings:  # the embedding is the output layer; it may be stored for both
+        expected.pop("lm_head.weight", None)
+        ours.discard("lm_head.weight")
     computed = re.compile("|".join(model_class._keys_to_ignore_on_load_unexpected))
     for names, what in (
         (expected.keys() - ours, "are missing"),
