@@ -70,8 +70,9 @@ ACCEPTANCE = tuple(
         *("generation", "chat", "qwen_generation_utils", "tokenization_qwen", "releases"),
     )
 )
+FEW = "not more and not slow"
 # What some releases run at every merge: what every release must pass, checkpoints by all routes, 4 and 8 bits.
-CORE = (*ACCEPTANCE, "tests/test_loading.py", "tests/test_quantization.py", "-m", "not more")
+CORE = (*ACCEPTANCE, "tests/test_loading.py", "tests/test_quantization.py", "-m", FEW)
 # What chosen releases need not run again. Files that use nothing of transformers, which test_code.py holds them to;
 INDEPENDENT = ("check_kernels", "cpp_kernels", "demo_facts", "triton_kernels")
 # what is for the release of requirements.txt: tuning, evaluation, graphs, export, estimates, questions, deployment, the
@@ -80,8 +81,8 @@ ONE_RELEASE = (
     *("code", "cuda_graph", "deployment", "estimate_memory", "evaluation", "export_gguf", "faq", "finetune"),
     *("finetune_data", "gptq", "lm_eval", "tokenization_docs", "tokenization_growth", "tool_files"),
 )
-# and of tests with many cases of one kind all but the first, see `sampled` in conftest.py.
-LEFT_OUT = (*(f"--ignore=tests/test_{name}.py" for name in (*INDEPENDENT, *ONE_RELEASE)), "-m", "not more")
+# what is slow; and of tests with many cases of one kind all but the first, see `sampled` in conftest.py.
+LEFT_OUT = (*(f"--ignore=tests/test_{name}.py" for name in (*INDEPENDENT, *ONE_RELEASE)), "-m", FEW)
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -232,7 +232,7 @@ def test_what_is_left_out_is_there_and_of_many_cases_one_stays():
         assert (ROOT / "tests" / f"test_{name}.py").exists()
     *files, option, chosen = CORE
     assert all((ROOT / file).exists() for file in files)
-    assert LEFT_OUT[-2:] == (option, chosen) == ("-m", "not more")
+    assert LEFT_OUT[-2:] == (option, chosen) == ("-m", "not more and not slow")
     marking = [path.name for path in (ROOT / "tests").glob("*.py") if "mark.more" in path.read_text(encoding="utf-8")]
     assert sorted(marking) == ["conftest.py", "test_code.py"]
     first, *others = sampled([(1, 2), (3, 4)])
