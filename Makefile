@@ -1,5 +1,5 @@
-# make demo: see the demo checkpoint answer.  make finetune: teach it facts.  make test: run the tests, in ten minutes;
-# make test-slow: the others.  make docs: test the documents.  They make .venv first, with PYTHON, 3.8 to 3.13.
+# make demo: see the demo checkpoint answer.  make finetune: teach it facts.  make test: run the tests;  make test-slow:
+# those that take long.  make docs: test the documents.  They make .venv first, with PYTHON, which may be 3.8 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 EVALUATION := .cache/evaluation
