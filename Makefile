@@ -40,7 +40,7 @@ finetune: $(VENV)/finetune.stamp
 test: $(VENV)/dev.stamp
 	$(PYTEST) -m "not slow"
 
-# What trains, starts many processes or compiles for long.
+# What takes long: it trains, starts many processes, compiles, or computes GPU kernels on the CPU.
 test-slow: $(VENV)/dev.stamp
 	$(PYTEST) -m slow
 

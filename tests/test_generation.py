@@ -115,6 +115,7 @@ def test_beams_in_a_padded_batch_equal_single_prompts(model):
         assert output[70:].tolist() == alone[0, row.shape[1] :].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     sampled(

@@ -72,6 +72,7 @@ def test_codes_are_those_of_the_reference(bits, hd):
             assert torch.equal(a.cpu(), b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "hd"), HEADS)
 def test_quantised_attention(bits, hd):
     torch.manual_seed(0)
@@ -212,6 +213,7 @@ def test_which_matrices_have_kernels():
     assert without == {"groups that fill no integer", "any order", "any order, int8"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "dtype", "rows", "tuning"), PRODUCTS, ids=str)
 def test_products_with_matrices_of_gptq(shape, dtype, rows, tuning):
     """With everything that a step asks for, against float64."""

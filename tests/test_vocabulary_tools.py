@@ -219,6 +219,7 @@ def ours_and_fast(request, tmp_path_factory):
     return ours, PreTrainedTokenizerFast.from_pretrained(folder / "fast")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", sampled(range(20)))
 def test_the_fast_tokenizer_gives_the_same_ids(ours_and_fast, batch):
     """Of the texts that tests/test_tokenization_qwen.py uses; the library `tokenizers` takes no lone surrogates."""
