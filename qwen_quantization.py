@@ -382,7 +382,9 @@ class QuantizedLinear(_Quantized):
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
         """As inherited; the groups of the inputs may come in another order, those that there are not are an error."""
         groups = state_dict.get(f"{prefix}g_idx")
-        if groups is not None and not groups.is_meta:
+        # from_pretrained of some releases fills an empty module one tensor at a time; there `check_tensors` says it.
+        is_whole = f"{prefix}qweight" in state_dict or not self.g_idx.is_meta
+        if groups is not None and not groups.is_meta and is_whole:
             try:
                 self._check_groups(groups)
             except ValueError as error:
