@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from accelerate import init_empty_weights
-from conftest import CODE, ROOT, compat, modeling_qwen, random_ids, run, tiny_config, tiny_model
+from conftest import CODE, ROOT, compat, lacks, modeling_qwen, random_ids, run, tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -416,6 +416,8 @@ def test_codes_that_are_offloaded(int8, tmp_path):
 def test_a_model_that_is_partly_on_a_disk_is_saved(checkpoints, int8, tmp_path):
     """Its weights there are not one and the same."""
     pytest.importorskip("accelerate")
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        lacks("saves no buffers that lie on a disk, as int8's scales do")
     places = {"transformer.wte": "cpu", "transformer.rotary_emb": "cpu", "transformer.drop": "cpu"}
     places.update({f"transformer.h.{i}": "disk" if i else "cpu" for i in range(3)})
     places.update({"transformer.ln_f": "cpu", "lm_head": "disk"})
