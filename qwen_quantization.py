@@ -383,7 +383,7 @@ class QuantizedLinear(_Quantized):
         """As inherited; the groups of the inputs may come in another order, those that there are not are an error."""
         groups = state_dict.get(f"{prefix}g_idx")
         # from_pretrained of some releases fills an empty module one tensor at a time; there `check_tensors` says it.
-        is_whole = f"{prefix}qweight" in state_dict or not self.g_idx.is_meta
+        is_whole = f"{prefix}qweight" in state_dict or not (self.g_idx is None or self.g_idx.is_meta)
         if groups is not None and not groups.is_meta and is_whole:
             try:
                 self._check_groups(groups)
@@ -422,7 +422,7 @@ class QuantizedLinear(_Quantized):
             raise ValueError(f"g_idx names the groups {low} to {high}, but there are {self.scales.shape[0]}")
 
     def _see_order(self) -> None:
-        if "meta" in (self.codes.device.type, self.g_idx.device.type):  # the rest of it is read later
+        if self.g_idx is None or self.codes.is_meta or self.g_idx.is_meta:  # the rest of it is read later
             return
         self.is_ordered = bool((self.g_idx == self._ordered_groups()).all())
         if not self.is_ordered and not self.codes.is_contiguous():  # kernels would copy them at every call
