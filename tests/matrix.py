@@ -70,7 +70,7 @@ ACCEPTANCE = tuple(
         *("generation", "chat", "qwen_generation_utils", "tokenization_qwen", "releases"),
     )
 )
-FEW = "not more and not slow"
+FEW = "not more and not slow"  # of many cases of one kind the first, see `sampled` in conftest.py
 # What some releases run at every merge: what every release must pass, checkpoints by all routes, 4 and 8 bits.
 CORE = (*ACCEPTANCE, "tests/test_loading.py", "tests/test_quantization.py", "-m", FEW)
 # What chosen releases need not run again. Files that use nothing of transformers, which test_code.py holds them to;
@@ -81,7 +81,7 @@ ONE_RELEASE = (
     *("code", "cuda_graph", "deployment", "estimate_memory", "evaluation", "export_gguf", "faq", "finetune"),
     *("finetune_data", "gptq", "lm_eval", "tokenization_docs", "tokenization_growth", "tool_files"),
 )
-# what is slow; and of tests with many cases of one kind all but the first, see `sampled` in conftest.py.
+# what is slow, and most cases of one kind.
 LEFT_OUT = (*(f"--ignore=tests/test_{name}.py" for name in (*INDEPENDENT, *ONE_RELEASE)), "-m", FEW)
 
 
