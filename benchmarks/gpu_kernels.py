@@ -217,8 +217,6 @@ def quantised_products(sizes, rows, bits, tune: bool, bandwidth: float) -> None:
     table = Table("quantised", "size", "bits", "rows", "ours µs", "of the bandwidth", "dequantised, cuBLAS µs", "best")
     cases = [(m, b) for b in bits for m in rows]
     for size, (m, b), shape in ((s, c, x) for s in sizes for c in cases for x in shapes(s)):
-        if b and shape[0] == "lm_head":
-            continue
         copies = max(2, POOL // 2 // (shape[1] * shape[2] * (2 if shape[4] else 1) * (b or 8) // 8))
         ours, cublas, size_read = quantised_product(shape, m, copies, b)
         best = []
