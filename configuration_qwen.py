@@ -229,6 +229,11 @@ class QWenConfig(PretrainedConfig):
         self.softmax_in_fp32 = softmax_in_fp32
         self.int8_weights = int8_weights
         self.int8_lm_head = int8_lm_head
+        # Before transformers meets them.
+        named_dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"))
+        method = kwargs.get("quantization_config")
+        if method is not None and not isinstance(method, dict) and not hasattr(method, "to_dict"):
+            raise ValueError(f"config.quantization_config must be an object {{...}}, found {method!r}.")
         tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         super().__init__(tie_word_embeddings=tie_word_embeddings, **tokens, **kwargs)
         self.check()

@@ -1363,11 +1363,11 @@ def pop_dtype(kwargs: dict):
 
 
 def named_dtype(dtype):
-    """The torch.dtype of this name, or what is none; ValueError for another name, where transformers reads it, too."""
-    if not isinstance(dtype, str) or dtype == "auto":
+    """The torch.dtype of this name, or what names none; ValueError for anything else."""
+    if dtype is None or dtype == "auto" or isinstance(dtype, (torch.dtype, dict)):  # dict: of parts of a model
         return dtype
-    named = getattr(torch, dtype, None)
-    if not isinstance(named, torch.dtype):
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    if named is None or not isinstance(named, torch.dtype):
         raise ValueError(f"dtype={dtype!r} is not a torch data type; pass for example dtype='bfloat16', or bf16=True.")
     return named
 

@@ -140,6 +140,50 @@ def test_a_weight_file_that_is_cut_off_is_named(whole, tmp_path, capsys, name):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", "[1]", "tokenizer_config.json holds list, not an object"),
+        ("tokenizer_config.json", None, "tokenizer_config.json is missing"),
+        ("qwen.tiktoken", None, "There is no vocabulary"),
+        ("config.json", {"quantization_config": [1]}, r"must be an object \{...\}, found \[1\]|is quantised already"),
+        ("config.json", {"torch_dtype": "float17"}, "config.json: dtype='float17' is not a torch data type"),
+        ("config.json", {"torch_dtype": 5}, "config.json: dtype=5 is not a torch data type"),
+        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id must be the id of a token .*, found 'x'"),
+    ],
+)
+def test_damaged_settings_are_named_before_weights_are_computed(
+    whole, tmp_path, capsys, monkeypatch, name, content, message
+):
+    """By all that need them; nothing is left."""
+    source = tmp_path / "source"
+    shutil.copytree(whole, source)
+    if isinstance(content, dict):
+        old = json.loads((source / name).read_text())
+        content = json.dumps({key: value for key, value in old.items() if key != "dtype"} | content)
+    (source / name).unlink()
+    if content is not None:
+        (source / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    gptq, gguf = map(importlib.import_module, ("gptq", "export_gguf"))
+    called = []
+    monkeypatch.setattr(quantize, "round_to_int8", called.append)
+    monkeypatch.setattr(gptq, "quantize_block", called.append)
+    need_it = {
+        "qwen.tiktoken": (upgrade, quantize, export, gguf),
+        "tokenizer_config.json": (upgrade, quantize) if content is None else (upgrade, quantize, export, gguf),
+        "config.json": (upgrade, quantize, gguf),
+        "generation_config.json": (gguf,),
+    }
+    for program in need_it[name]:
+        arguments = ["source", *(["--copy-to"] if program is upgrade else []), "made"]
+        for options in ([], ["--bits", "4", "--method", "rtn"]) if program is quantize else ([],):
+            assert program.main([*arguments, *options]) == 2
+            assert re.search(message, capsys.readouterr().err)
+    assert not called
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 # --- Which weights ------------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,7 @@ from checkpoint_files import Problem, exit_status, new_folder, write_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from upgrade_checkpoint import ROOT
+from upgrade_checkpoint import ROOT, load_tokenizer
 
 QWenTokenizer = get_class_from_dynamic_module("tokenization_qwen.QWenTokenizer", str(ROOT))
 tokenization_qwen = sys.modules[QWenTokenizer.__module__]
@@ -130,10 +130,7 @@ def export(checkpoint: Path, output: Path) -> None:
     if not (checkpoint / "qwen.tiktoken").exists():
         raise Problem(f"There is no vocabulary {checkpoint / 'qwen.tiktoken'}.")
     with new_folder(output) as folder:
-        try:
-            tokenizer = QWenTokenizer.from_pretrained(checkpoint)
-        except ValueError as error:
-            raise Problem(str(error)) from None
+        tokenizer = load_tokenizer(checkpoint)
         files = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": tokenizer_config(tokenizer)}
         for name, content in files.items():
             write_file(folder / name, json.dumps(content, ensure_ascii=False, indent=1).encode())

@@ -54,7 +54,7 @@ from checkpoint_files import (
 )
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from upgrade_checkpoint import ROOT
+from upgrade_checkpoint import ROOT, load_tokenizer
 
 gguf = importlib.import_module("gguf") if importlib.util.find_spec("gguf") is not None else None
 
@@ -409,7 +409,10 @@ def describe(writer, checkpoint: Checkpoint, tokenizer, matrices: Counter) -> No
     path = checkpoint.folder / "generation_config.json"
     settings = read_json(path) if path.exists() else {}
     ends = settings.get("eos_token_id") or tokenizer.eos_token_id
-    writer.add_eos_token_id(ends[0] if isinstance(ends, list) else ends)
+    end = ends[0] if isinstance(ends, list) else ends
+    if not isinstance(end, int) or not 0 <= end < config.vocab_size:
+        raise Problem(f"{path.name}: eos_token_id must be the id of a token or a list of ids, found {ends!r}.")
+    writer.add_eos_token_id(end)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_bos_token_id(tokenizer.eod_id)  # else it would be 11
     writer.add_add_bos_token(False)
@@ -451,10 +454,7 @@ def export(source: Path, target: Path, type: str | None) -> None:
         raise Problem("This tool needs the package gguf: python -m pip install gguf")
     checkpoint = Checkpoint(source)
     check_config(checkpoint.config)
-    try:
-        tokenizer = QWenTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise Problem(str(error)) from None
+    tokenizer = load_tokenizer(source)
     planned = list(tensors(checkpoint, type and type.upper()))
     matrices = Counter(tensor.type for tensor in planned if tensor.name.startswith("blk.") and len(tensor.shape) == 2)
     with new_file(target) as partial:

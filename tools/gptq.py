@@ -13,6 +13,7 @@ import hashlib
 import json
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import init_empty_weights
@@ -32,12 +33,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from upgrade_checkpoint import check_weights, planned, try_loading
+from upgrade_checkpoint import ROOT, check_weights, load_tokenizer, planned, try_loading
 
-ROOT = Path(__file__).resolve().parent.parent
 QWenConfig = get_class_from_dynamic_module("configuration_qwen.QWenConfig", str(ROOT))
 QWenLMHeadModel = get_class_from_dynamic_module("modeling_qwen.QWenLMHeadModel", str(ROOT))
-QWenTokenizer = get_class_from_dynamic_module("tokenization_qwen.QWenTokenizer", str(ROOT))
 
 # The matrices of a block in the order of its computation; those of a line have one input.
 STAGES = (("attn.c_attn",), ("attn.c_proj",), ("mlp.w1", "mlp.w2"), ("mlp.c_proj",))
@@ -394,6 +393,8 @@ def make(
     def begin() -> list[torch.Tensor]:
         return first_hidden(source, weights, calibration, samples, length) if method == "gptq" else []
 
+    with TemporaryDirectory() as trial:  # what is wrong beside the weights is found before hours of work
+        make_loadable(source, Path(trial), config, settings)
     with torch.no_grad(), ExitStack() as held:
         first = None if partial.exists() else begin()  # a wrong calibration text leaves no folder
         partial.mkdir(parents=True, exist_ok=True)
@@ -432,7 +433,7 @@ def make(
 
 def first_hidden(source: Path, weights: Weights, calibration: Path, samples: int, length: int) -> list[torch.Tensor]:
     """The embeddings of the calibration text, float16 (T, hidden) for each sample."""
-    tokenizer = QWenTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     embedding = weights["transformer.wte.weight"]
     dtype = torch.float16 if embedding.dtype != torch.bfloat16 else torch.bfloat16
     dtype = torch.float32 if embedding.dtype == torch.float32 else dtype
@@ -464,7 +465,14 @@ def finish(source: Path, partial: Path, config: dict, settings: dict, files: lis
         total += (partial / file).stat().st_size
     index = {"metadata": {"total_size": total}, "weight_map": places}
     write_file(partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-    copy_companions(source, partial)
+    make_loadable(source, partial, config, settings)
+    for path in partial.glob("hidden-*.safetensors"):  # last, so that a run that is stopped before goes on from them
+        path.unlink()
+
+
+def make_loadable(source: Path, folder: Path, config: dict, settings: dict) -> None:
+    """Configuration, tokenizer, generation settings and code into a folder; Problem if it then does not load."""
+    copy_companions(source, folder)
     config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     config.update(bf16=False, fp16=False, fp32=False, torch_dtype="float16")
     config["quantization_config"] = {
@@ -479,9 +487,7 @@ def finish(source: Path, partial: Path, config: dict, settings: dict, files: lis
         "checkpoint_format": "gptq",
         **({"lm_head": True} if settings["lm_head"] else {}),
     }
-    write_file(partial / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    for name, content in planned(partial).items():
-        write_file(partial / name, content)
-    try_loading(partial)
-    for path in partial.glob("hidden-*.safetensors"):  # last, so that a run that is stopped before goes on from them
-        path.unlink()
+    write_file(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    for name, content in planned(folder).items():
+        write_file(folder / name, content)
+    try_loading(folder)

@@ -157,6 +157,7 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
             write_file(partial / "config.json", (json.dumps(base_config, indent=2) + "\n").encode())
         for name, content in planned(partial).items():
             write_file(partial / name, content)
+        try_loading(partial)
         size = 0
         for file, names in tqdm(files.items(), desc="weight files", unit="file", disable=None):
             written = {}
@@ -172,7 +173,6 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
         if list(files) != ["model.safetensors"]:  # beside which an index would name other files
             index = {**read_json(base / INDEX), "metadata": {"total_size": size}}
             write_file(partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-        try_loading(partial)
     print(f"{target}: {len(changed)} weights of {base} changed, {size / 1e9:.2f} GB")
 
 

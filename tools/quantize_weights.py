@@ -95,6 +95,7 @@ def make(source: Path, target: Path) -> None:
         write_file(partial / "config.json", (json.dumps({**config, "int8_weights": True}, indent=2) + "\n").encode())
         for name, content in planned(partial).items():
             write_file(partial / name, content)
+        try_loading(partial)
         names = int8_names(partial)
         sizes, places = {}, {}
         for file in tqdm(files, desc="weight files", unit="file", disable=None):
@@ -104,7 +105,6 @@ def make(source: Path, target: Path) -> None:
         if [file.name for file in files] != ["model.safetensors"]:
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
             write_file(partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-        try_loading(partial)
     before = sum(file.stat().st_size for file in files)
     print(f"{target}: {len(names)} matrices in int8, {before / 1e9:.2f} GB became {sum(sizes.values()) / 1e9:.2f}")
     advice = advice_about_name(target)

@@ -131,6 +131,17 @@ def load_vocabulary(folder: Path) -> dict[bytes, int]:
         raise Problem(str(error)) from None
 
 
+def load_tokenizer(folder: Path):
+    """Our tokenizer with the vocabulary and the settings in a folder; Problem if they are missing or damaged."""
+    if (folder / "tokenizer_config.json").exists():
+        read_json(folder / "tokenizer_config.json")
+    tokenizer_class = get_class_from_dynamic_module("tokenization_qwen.QWenTokenizer", str(ROOT))
+    try:
+        return tokenizer_class.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise Problem(str(error)) from None
+
+
 def check_vocabulary(folder: Path) -> str:
     """A line about the vocabulary; Problem if it is damaged or larger than the model's."""
     size, rows = len(load_vocabulary(folder)) + 208, read_json(folder / "config.json").get("vocab_size", 0)
@@ -334,8 +345,7 @@ def try_loading(folder: Path) -> None:
     except Exception as error:
         hint = advice_about_name(folder)
         raise Problem(
-            f"The folder does not load ({type(error).__name__}: {error}). --restore undoes a --write."
-            + (f" Perhaps {hint}." if hint else "")
+            f"The folder does not load ({type(error).__name__}: {error})." + (f" Perhaps {hint}." if hint else "")
         ) from error
     count = sum(p.numel() for p in model.parameters())
     print(f"loads: {type(model).__name__} with {count / 1e9:.2f} billion parameters, {len(tokenizer)} tokens")
@@ -362,7 +372,10 @@ def upgrade(args: argparse.Namespace) -> int:
         write(folder, plan)
     else:
         print("everything is up to date")
-    try_loading(folder)
+    try:
+        try_loading(folder)
+    except Problem as problem:
+        raise Problem(f"{problem} --restore undoes a --write.") from problem
     return 0
 
 
