@@ -141,6 +141,7 @@ def test_what_else_is_refused(words, tmp_path, capsys):
         (damaged, [], "damaged or truncated"),
         (tmp_path / "none.tiktoken", [], "There is no vocabulary file"),
         (DEMO, ["--start-id", "4000"], "4000 is taken; ids are free from 4096 on"),
+        (DEMO, ["--start-id", str(10**30)], "is more than an id can be: take 4096"),
         (DEMO, ["--max-tokens", "0"], "nothing to learn"),
     ):
         assert extend.main([str(vocabulary), str(words), str(output), *options]) == 2

@@ -133,6 +133,8 @@ def extend(vocabulary: Path, words_file: Path, output: Path, start: int | None, 
     start = len(tokenizer) if start is None else start
     if start < len(tokenizer):
         raise Problem(f"--start-id {start} is taken; ids are free from {len(tokenizer)} on.")
+    if start >= 2**31:
+        raise Problem(f"--start-id {start} is more than an id can be: take {len(tokenizer)}, the first that is free.")
     words = choose(read_words(words_file), tokenizer.mergeable_ranks)
     learned = learn(words, tokenizer.mergeable_ranks, max_tokens)
     if not learned:
