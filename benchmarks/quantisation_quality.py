@@ -119,7 +119,7 @@ def compare(source: Path, ways: dict, ids: torch.Tensor, labels: torch.Tensor) -
 def demo(folder: Path, samples: int) -> None:
     source = folder / "demo"
     shutil.copytree(ROOT / "demo", source)
-    tokenizer = gptq.QWenTokenizer.from_pretrained(source)
+    tokenizer = gptq.load_tokenizer(source)
     ids, labels = held_out_text(tokenizer, 512)
     corpus = importlib.import_module("corpus")  # held_out_text has put its folder on the path
     texts, draw = [], Random(7)
@@ -153,7 +153,7 @@ def random(folder: Path, size: str, layers: int | None, samples: int, length: in
     del model
     for name in ("qwen.tiktoken", "tokenizer_config.json"):
         shutil.copy(ROOT / "demo" / name, source)
-    tokenizer = gptq.QWenTokenizer.from_pretrained(source)
+    tokenizer = gptq.load_tokenizer(source)
     calibration, text = (ROOT / "docs" / name for name in ("faq.md", "chat.md"))
     ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"))["input_ids"][: 2 * length]).view(2, length)
     print(f"\n{size}, {config.num_hidden_layers} layers; {samples} x {length} tokens of calibration text")

@@ -3,8 +3,8 @@ Run the test suite with other releases of transformers, and with other versions 
 
     python tests/matrix.py                   every release in RELEASES, with the Python and the torch that run this: the
                                              files of ACCEPTANCE
-    python tests/matrix.py 4.32.0 4.57.6     all but LEFT_OUT with these, printing the table only
-    python tests/matrix.py 4.37.2 --core     CORE with these
+    python tests/matrix.py 4.32.0 4.57.6     all but LEFT_OUT with these, printing the table only;
+                          --core 4.37.2      CORE with these, beside them
     python tests/matrix.py newest            with the newest release that the package index has
     python tests/matrix.py newest-torch      with the newest PyTorch that it has; downloads several GB
     python tests/matrix.py --others          OTHERS, the whole suite: other Pythons and PyTorches; downloads several GB
@@ -222,19 +222,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run the test suite with several releases of transformers.")
     parser.add_argument("releases", nargs="*", help="numbers, newest or newest-torch; default: all")
     parser.add_argument("--unlisted", action="store_true", help="only if it is not listed here, and so tested anyway")
-    parser.add_argument("--core", action="store_true", help="of the tests only those that releases between others run")
+    parser.add_argument("--core", nargs="+", default=[], metavar="RELEASE", help="releases that run fewer tests")
     parser.add_argument("--others", action="store_true", help="other versions of Python and torch instead")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     arguments = parser.parse_args()
     if {"newest", "newest-torch"} & set(arguments.releases):
         sys.exit(run_newest(arguments.releases[0], arguments.unlisted))
     if arguments.core and (arguments.others or not arguments.releases):
-        parser.error("--core is for releases that are named")
+        parser.error("--core goes with releases that are named")
     names = OTHERS if arguments.others else [(release,) for release in arguments.releases or RELEASES]
-    files = () if arguments.others else CORE if arguments.core else LEFT_OUT if arguments.releases else ACCEPTANCE
+    runs = dict.fromkeys(names, () if arguments.others else LEFT_OUT if arguments.releases else ACCEPTANCE)
+    runs.update({(release,): CORE for release in arguments.core})
     results = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for result in tqdm(pool.map(lambda name: test(name, files, arguments.jobs), names), total=len(names)):
+        for result in tqdm(pool.map(lambda run: test(*run, arguments.jobs), runs.items()), total=len(runs)):
             results.append(result)
             if result.failed:
                 print(f"\n{' '.join(result.name)}\n{result.output}", flush=True)

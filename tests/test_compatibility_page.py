@@ -126,12 +126,15 @@ def test_a_record_is_read_as_it_was_written(files):
 
 @pytest.mark.parametrize(
     ("arguments", "run", "releases"),
-    [([], "releases", matrix.RELEASES), (["newest"], "newest", ("7.0.0",)), (["4.32.0"], None, ())],
+    [([], "releases", matrix.RELEASES), (["newest"], "newest", ("7.0.0",)), (["4.32.0", "--core", "4.37.2"], None, ())],
 )
 def test_a_run_replaces_its_own_rows(files, monkeypatch, arguments, run, releases):
     """`matrix.py` without, and with, arguments, the tests themselves left out."""
 
+    tests = {}
+
     def results(name, files, jobs):
+        tests[name] = files
         return matrix.Result(name, 5, ["test_x"] if name == ("4.33.3",) else [], ["has no a", "has no b"], "output")
 
     monkeypatch.setattr(matrix, "test", results)
@@ -140,6 +143,8 @@ def test_a_run_replaces_its_own_rows(files, monkeypatch, arguments, run, release
     with pytest.raises(SystemExit) as ended:
         matrix.main()
     assert bool(ended.value.code) == ("4.33.3" in releases)
+    if run is None:
+        assert tests == {("4.32.0",): matrix.LEFT_OUT, ("4.37.2",): matrix.CORE}
     found = compatibility_page.read(files[0])
     replaced = {(run, row.transformers) for row in RECORD if row.run == run} | {("suite", r) for r in releases}
     kept = [row for row in RECORD if (row.run, row.transformers) not in replaced]
