@@ -334,7 +334,7 @@ class QWenModel(QWenPreTrainedModel):
             `attentions`; a tuple of those that are not None with `return_dict=False`.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`, no tokens, a mask too short for the cache.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, no tokens, a mask of another shape or dtype.
             IndexError: an id outside the vocabulary (where the device reports it).
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -350,6 +350,8 @@ class QWenModel(QWenPreTrainedModel):
 
         x = self.embed(input_ids, inputs_embeds)  # (B, T, hidden)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if isinstance(attention_mask, torch.Tensor):
+            self.check_mask(attention_mask, *x.shape[:2], past_length)
         cache_position = kwargs.pop("cache_position", None)  # where in the cache the tokens go; `generate` may say it
         if cache_position is None:
             cache_position = torch.arange(x.shape[1], device=x.device) + past_length  # (T,)
@@ -435,6 +437,24 @@ class QWenModel(QWenPreTrainedModel):
                 f"input_ids hold {bad[0].item()}, but this model's vocabulary has the ids 0 to {vocab_size - 1}. "
                 f"Was the text encoded with this checkpoint's tokenizer? After adding tokens call "
                 f"model.resize_token_embeddings(len(tokenizer))."
+            )
+
+    @staticmethod
+    def check_mask(mask: torch.Tensor, B: int, T: int, past_length) -> None:
+        """Raise ValueError, before a cache grows, unless `forward` takes the mask for T new tokens of B rows."""
+        if mask.dim() == 2 and mask.shape[0] in (1, B):
+            return
+        S = past_length + T
+        short = not isinstance(S, torch.Tensor) and mask.shape[-1] < S
+        if mask.dim() != 4 or mask.shape[0] not in (1, B) or mask.shape[2] != T or short:
+            raise ValueError(
+                f"attention_mask must be of shape ({B}, {S}), rows and tokens, those in the cache included, or "
+                f"({B} or 1, heads or 1, {T}, {S}), found {tuple(mask.shape)}."
+            )
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(
+                f"attention_mask of four dimensions must be boolean, True where a token is attended to, or be added to "
+                f"the scores, in floating point, found {mask.dtype}."
             )
 
     @staticmethod

@@ -225,6 +225,23 @@ def test_4d_masks_boolean_and_additive(attention):
         assert (model(ids, attention_mask=window).logits - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        *((torch.ones(shape), r"must be of shape \(2, 8\).*, found") for shape in ((8,), (3, 8), (2, 5, 8))),
+        *((torch.ones(2, 1, *shape), r"\(2 or 1, heads or 1, 5, 8\), found") for shape in ((5, 7), (4, 8))),
+        (torch.ones(3, 1, 5, 8), r"found \(3, 1, 5, 8\)"),
+        (torch.ones(2, 1, 5, 8, dtype=torch.int64), "must be boolean.*found torch.int64"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_named_before_the_cache_grows(mask, message):
+    model, cache = tiny_model(attn_implementation="eager"), DynamicCache()
+    model(random_ids(2, 3), past_key_values=cache)
+    with pytest.raises(ValueError, match=message):
+        model(random_ids(2, 5), past_key_values=cache, attention_mask=mask)
+    assert cache.get_seq_length() == 3
+
+
 def test_inputs_embeds_instead_of_ids():
     model = tiny_model()
     ids = random_ids(2, 40)
