@@ -48,7 +48,8 @@ class _Store:
         x = x.to(self.device or x.device)
         end = self.length + x.shape[2]
         if self.bits is None and not is_plain_inference():
-            self.tensors = [torch.cat((*self.written(), x), dim=2)]
+            before = self.written() if self.length else ()  # what was emptied may be another batch's
+            self.tensors = [torch.cat((*before, x), dim=2)]
         else:
             self._reserve(x, end)
             if self.bits is None:

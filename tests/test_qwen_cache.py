@@ -194,6 +194,9 @@ def test_another_batch_does_not_fit(model):
     cache.crop(-5)
     assert cache.get_seq_length() == 0
     ids = random_ids(3, 5)
+    with torch.enable_grad():
+        learned = model(ids, past_key_values=copy.deepcopy(cache), use_cache=True).logits
+    assert_near(learned, logits(model, [ids], DynamicCache()))
     assert_near(logits(model, [ids], cache), logits(model, [ids], DynamicCache()))
 
 
