@@ -177,7 +177,7 @@ class QWenCache(LayeredCache):
 
     def __init__(self, *, device=None):
         super().__init__()
-        self.device = device
+        self.device = None if device is None else torch.device(device)
         self._expected_length: int | None = None
 
     def _layer(self, layer_idx: int) -> _Layer:

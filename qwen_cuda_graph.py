@@ -260,7 +260,7 @@ def takes(model, cache, rows: int) -> bool:
         and not getattr(cache, "has_no_room_for_graphs", False)
         and all(map(has_graphs, devices))
         and 0 < rows <= MAX_ROWS
-        and (cache.device is None or {torch.device(cache.device)} == set(devices))
+        and (cache.device is None or {cache.device} == set(devices))
         # The cache of another model would have kernels read and write where nothing of it is.
         and len(cache.layers) in (0, len(devices))
         and all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import threading
@@ -184,6 +185,14 @@ def test_a_cache_says_what_it_is():
     assert repr(QWenCache(device="cpu")) == "QWenCache(device='cpu')"
     with pytest.raises(ValueError, match="8 or 4 bits, found bits=3"):
         QWenQuantizedCache(3)
+
+
+def test_the_first_gpu_may_be_named_by_its_number():
+    k = torch.zeros(1, 2, 3, 16)
+    with contextlib.nullcontext() if torch.cuda.is_available() else pytest.raises((RuntimeError, AssertionError)):
+        cache = QWenCache(device=0)
+        cache.update(k, k, 0)
+        assert cache.storages()[0].device == torch.device("cuda", 0)
 
 
 def test_another_batch_does_not_fit(model):
