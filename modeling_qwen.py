@@ -33,6 +33,7 @@ from .transformers_compat import (
     as_cache,
     cache_kwargs,
     can_return_tuple,
+    is_compiling,
     known_arguments,
     rms_norm,
     tensor_parallel_plan,
@@ -350,13 +351,12 @@ class QWenModel(QWenPreTrainedModel):
 
         x = self.embed(input_ids, inputs_embeds)  # (B, T, hidden)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if isinstance(attention_mask, torch.Tensor):
-            self.check_mask(attention_mask, *x.shape[:2], past_length)
         cache_position = kwargs.pop("cache_position", None)  # where in the cache the tokens go; `generate` may say it
         if cache_position is None:
             cache_position = torch.arange(x.shape[1], device=x.device) + past_length  # (T,)
+        self.check_mask(attention_mask, *x.shape[:2], past_length)
         if position_ids is None:
-            position_ids = self.positions(attention_mask, cache_position, past_length)  # (B or 1, T)
+            position_ids = self.positions(attention_mask, cache_position)  # (B or 1, T)
         rows = None  # of a prompt whose padding need not be computed
         if not (output_attentions or output_hidden_states or any(value is not None for value in kwargs.values())):
             rows = rows_to_pack(self, x, attention_mask, past_key_values)
@@ -440,13 +440,20 @@ class QWenModel(QWenPreTrainedModel):
             )
 
     @staticmethod
-    def check_mask(mask: torch.Tensor, B: int, T: int, past_length) -> None:
+    def check_mask(mask, B: int, T: int, past_length) -> None:
         """Raise ValueError, before a cache grows, unless `forward` takes the mask for T new tokens of B rows."""
-        if mask.dim() == 2 and mask.shape[0] in (1, B):
+        if not isinstance(mask, torch.Tensor) or is_compiling():
             return
         S = past_length + T
-        short = not isinstance(S, torch.Tensor) and mask.shape[-1] < S
-        if mask.dim() != 4 or mask.shape[0] not in (1, B) or mask.shape[2] != T or short:
+        is_short = not isinstance(S, torch.Tensor) and mask.shape[-1] < S
+        if mask.dim() == 2 and mask.shape[0] in (1, B):
+            if is_short:
+                raise ValueError(
+                    f"attention_mask has {mask.shape[1]} columns, but there are {past_length} cached and {T} new "
+                    f"tokens; it must cover both."
+                )
+            return
+        if mask.dim() != 4 or mask.shape[0] not in (1, B) or mask.shape[2] != T or is_short:
             raise ValueError(
                 f"attention_mask must be of shape ({B}, {S}), rows and tokens, those in the cache included, or "
                 f"({B} or 1, heads or 1, {T}, {S}), found {tuple(mask.shape)}."
@@ -458,21 +465,15 @@ class QWenModel(QWenPreTrainedModel):
             )
 
     @staticmethod
-    def positions(attention_mask, cache_position: torch.Tensor, past_length) -> torch.Tensor:
+    def positions(attention_mask, cache_position: torch.Tensor) -> torch.Tensor:
         """
         Positions of new tokens counted over the real ones, int64 (B or 1, T).
 
         attention_mask: None, (B, S), or of four dimensions, which says nothing of positions. cache_position: int64
-        (T,). Raises ValueError for a mask (B, S) that does not cover cached and new tokens.
+        (T,).
         """
         if attention_mask is None or attention_mask.dim() != 2:
             return cache_position[None]
-        needed = past_length + cache_position.shape[0]
-        if not isinstance(needed, torch.Tensor) and attention_mask.shape[1] < needed:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns, but there are {past_length} cached and "
-                f"{cache_position.shape[0]} new tokens; it must cover both."
-            )
         counted = attention_mask.long().cumsum(-1) - 1  # (B, S)
         return counted.clamp(min=0)[:, cache_position]  # (B, T)
 

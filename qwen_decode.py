@@ -125,10 +125,11 @@ def _compute(model, call: dict):
         return None
     T, length = new.shape[1], cache.get_seq_length()
     mask, position_ids = call.get("attention_mask"), call.get("position_ids")
+    network.check_mask(mask, *new.shape[:2], length)
     if position_ids is None:
         places = call.get("cache_position")
         places = torch.arange(length, length + T, device=new.device) if places is None else places
-        position_ids = network.positions(mask, places, length)
+        position_ids = network.positions(mask, places)
     has_head = network is not model
     if checked or (has_head and ids is not None and has_graphs(ids.device) and is_plain(model)):
         logits = graphed_step(model, cache, ids, position_ids, mask)

@@ -472,6 +472,8 @@ def test_bad_inputs_are_named():
     model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="has 5 columns, but there are 5 cached and 5 new tokens"):
         model(ids, past_key_values=cache, attention_mask=torch.ones_like(ids))
+    with pytest.raises(ValueError, match="has 5 columns, but there are 5 cached and 5 new tokens"):
+        model(ids, past_key_values=cache, attention_mask=torch.ones_like(ids), position_ids=torch.arange(5, 10)[None])
     with pytest.raises(ValueError, match="must be a transformers Cache, found int"):
         model(ids, past_key_values=5)
     single_layer = types.SimpleNamespace(key_cache=torch.zeros(1), update=None)  # the StaticCache of 4.38 to 4.40

@@ -445,6 +445,9 @@ def test_a_wrong_id_and_a_short_mask_are_the_errors_of_the_network():
             model(torch.tensor([[320]]), past_key_values=cache)
         with pytest.raises(ValueError, match="attention_mask has 1 columns, but there are 9 cached and 1 new"):
             model(torch.tensor([[3]]), past_key_values=cache, attention_mask=torch.ones(1, 1))
+        where = {"attention_mask": torch.ones(1, 2), "position_ids": torch.tensor([[9]])}
+        with pytest.raises(ValueError, match="attention_mask has 2 columns, but there are 9 cached and 1 new"):
+            model(torch.tensor([[3]]), past_key_values=cache, **where)
         assert cache.get_seq_length() == 9
         model(torch.tensor([[3]]), past_key_values=cache)
 
