@@ -54,12 +54,12 @@ def _release() -> str:
 
 # --- PyTorch -----------------------------------------------------------------------------------------------------
 
-# torch up to 1.13 has no fused attention, 2.0 one without a scale
 # PyTorch 1.12 has none that can be entered.
 FunctionMode = getattr(torch.overrides, "TorchFunctionMode", None)
 if not hasattr(FunctionMode, "__enter__"):
     FunctionMode = None
 
+# torch up to 1.13 has no fused attention, 2.0 one without a scale
 HAS_SDPA = "scale=None" in (getattr(getattr(F, "scaled_dot_product_attention", None), "__doc__", None) or "")
 
 
