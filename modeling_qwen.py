@@ -219,7 +219,7 @@ class QWenAttention(nn.Module):
         which this layer's weights (B, nh, T, S) are appended; only the eager function has them. Returns (B, T, hidden).
         """
         B, T, _ = x.shape
-        q, k, v = self.c_attn(x).split((width := self.c_attn.out_features // 3, width, width), dim=-1)
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in (q, k, v))  # (B, nh, T, hd) each
         q, k = (apply_rotary(y, rotation.cos, rotation.sin) for y in (q, k))
         if rotation.query_scale is not None:

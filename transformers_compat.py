@@ -764,10 +764,6 @@ if KEEPS_FUSED_HEADS:
         def __init__(self):
             super().__init__(split_factor=3)
 
-        def install_forward(self, module, mesh):
-            module.out_features //= mesh.size()  # what this process computes: attention splits its output by it
-            return super().install_forward(module, mesh)
-
         def shard_param(self, module, param, mesh):
             _check_heads(module, mesh.size())
             whole = module._parameters[param]
@@ -781,7 +777,6 @@ elif HAS_TENSOR_PARALLEL:
     class _FusedHeads(tensor_parallel.ColwiseParallel):  # up to 5.10
         def prepare_module_tp(self, module, device_mesh, **kwargs):
             _check_heads(module, device_mesh.size())
-            module.out_features //= device_mesh.size()  # what this process computes: attention splits its output by it
             return super().prepare_module_tp(module, device_mesh, **kwargs)
 
         def shard_tensor(self, param, tensor_idx=None, device=None, dtype=None):  # from 5.0
