@@ -59,10 +59,10 @@ def draw(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     A token of each row, int64 (B), drawn with the probabilities `scores.softmax(-1)`, and whether that was possible.
 
-    scores: float32 (B, vocab). It is possible, bool (B), unless a score is not a number or all are infinite; which
-    `torch.multinomial` finds out by looking at everything three times more. The random numbers are used as it uses
-    them, for an exponential race (https://en.wikipedia.org/wiki/Exponential_distribution, "Distribution of the minimum
-    of exponential random variables"): the tokens are the same, unless two are equal to the last bit.
+    scores: float32 (B, vocab). It is possible, bool (B), unless a score is infinity or not a number, or all are
+    -infinity; which `torch.multinomial` finds out by looking at everything three times more. The random numbers are
+    used as it uses them, for an exponential race (https://en.wikipedia.org/wiki/Exponential_distribution, "Distribution
+    of the minimum of exponential random variables"): the tokens are the same, unless two are equal to the last bit.
     """
     weights = (scores - scores.amax(-1, keepdim=True)).exp_()
     best, tokens = weights.div_(torch.empty_like(weights).exponential_()).max(-1)
