@@ -145,10 +145,8 @@ def _compute(model, call: dict):
     weights = weights or _weights(network, like)
     if weights is None or new.device != like.device or not _stores_for(network, cache, like):
         return None
-    if x is not None and (x.dtype != like.dtype or type(x) is not torch.Tensor):
-        return None
     x = network.embed(ids, x)  # (B, T, hidden)
-    if x.dtype != like.dtype:
+    if x.dtype != like.dtype or type(x) is not torch.Tensor:
         return None
     rotation = network.rotation(position_ids, cache, length, call.get("ntk_alpha"))
     mask = None if mask is None else mask[..., : length + T].bool()
