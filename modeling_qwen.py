@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_qwen import QWenConfig
-from .qwen_attention import ALL_ATTENTION_FUNCTIONS, PackedCache, create_causal_mask, rows_to_pack
+from .qwen_attention import ALL_ATTENTION_FUNCTIONS, PackedCache, check_mask, create_causal_mask, rows_to_pack
 from .qwen_cache import QWenCache, QWenQuantizedCache, new_cache, remembered_alpha
 from .qwen_chat import QWenChatMixin
 from .qwen_decode import QWenGenerationMixin, decoding_step
@@ -33,7 +33,6 @@ from .transformers_compat import (
     as_cache,
     cache_kwargs,
     can_return_tuple,
-    is_compiling,
     known_arguments,
     rms_norm,
     tensor_parallel_plan,
@@ -354,7 +353,7 @@ class QWenModel(QWenPreTrainedModel):
         cache_position = kwargs.pop("cache_position", None)  # where in the cache the tokens go; `generate` may say it
         if cache_position is None:
             cache_position = torch.arange(x.shape[1], device=x.device) + past_length  # (T,)
-        self.check_mask(attention_mask, *x.shape[:2], past_length)
+        check_mask(attention_mask, *x.shape[:2], past_length)
         if position_ids is None:
             position_ids = self.positions(attention_mask, cache_position)  # (B or 1, T)
         rows = None  # of a prompt whose padding need not be computed
@@ -437,31 +436,6 @@ class QWenModel(QWenPreTrainedModel):
                 f"input_ids hold {bad[0].item()}, but this model's vocabulary has the ids 0 to {vocab_size - 1}. "
                 f"Was the text encoded with this checkpoint's tokenizer? After adding tokens call "
                 f"model.resize_token_embeddings(len(tokenizer))."
-            )
-
-    @staticmethod
-    def check_mask(mask, B: int, T: int, past_length) -> None:
-        """Raise ValueError, before a cache grows, unless `forward` takes the mask for T new tokens of B rows."""
-        if not isinstance(mask, torch.Tensor) or is_compiling():
-            return
-        S = past_length + T
-        is_short = not isinstance(S, torch.Tensor) and mask.shape[-1] < S
-        if mask.dim() == 2 and mask.shape[0] in (1, B):
-            if is_short:
-                raise ValueError(
-                    f"attention_mask has {mask.shape[1]} columns, but there are {past_length} cached and {T} new "
-                    f"tokens; it must cover both."
-                )
-            return
-        if mask.dim() != 4 or mask.shape[0] not in (1, B) or mask.shape[2] != T or is_short:
-            raise ValueError(
-                f"attention_mask must be of shape ({B}, {S}), rows and tokens, those in the cache included, or "
-                f"({B} or 1, heads or 1, {T}, {S}), found {tuple(mask.shape)}."
-            )
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise ValueError(
-                f"attention_mask of four dimensions must be boolean, True where a token is attended to, or be added to "
-                f"the scores, in floating point, found {mask.dtype}."
             )
 
     @staticmethod

@@ -189,6 +189,31 @@ class AttendingCache:
         return attend, attend
 
 
+def check_mask(mask, B: int, T: int, past_length) -> None:
+    """Raise ValueError, before a cache grows, unless the network takes the mask for T new tokens of B rows."""
+    if not isinstance(mask, torch.Tensor) or is_compiling():
+        return
+    S = past_length + T
+    is_short = not isinstance(S, torch.Tensor) and mask.shape[-1] < S
+    if mask.dim() == 2 and mask.shape[0] in (1, B):
+        if is_short:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns, but there are {past_length} cached and {T} new tokens; "
+                f"it must cover both."
+            )
+        return
+    if mask.dim() != 4 or mask.shape[0] not in (1, B) or mask.shape[2] != T or is_short:
+        raise ValueError(
+            f"attention_mask must be of shape ({B}, {S}), rows and tokens, those in the cache included, or "
+            f"({B} or 1, heads or 1, {T}, {S}), found {tuple(mask.shape)}."
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"attention_mask of four dimensions must be boolean, True where a token is attended to, or be added to "
+            f"the scores, in floating point, found {mask.dtype}."
+        )
+
+
 def create_causal_mask(
     config,
     inputs_embeds: torch.Tensor,

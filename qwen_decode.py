@@ -21,7 +21,7 @@ from torch import nn
 from transformers import LogitsProcessorList
 from transformers.utils import logging
 
-from .qwen_attention import AttendingCache
+from .qwen_attention import AttendingCache, check_mask
 from .qwen_cache import QWenCache, is_plain_inference, quantized_cache
 from .qwen_cuda_graph import GraphedGeneration, graphed_step, has_graphs, is_as_made, is_checked, is_plain, is_untouched
 from .qwen_generation_utils import StopWordsLogitsProcessor
@@ -125,7 +125,7 @@ def _compute(model, call: dict):
         return None
     T, length = new.shape[1], cache.get_seq_length()
     mask, position_ids = call.get("attention_mask"), call.get("position_ids")
-    network.check_mask(mask, *new.shape[:2], length)
+    check_mask(mask, *new.shape[:2], length)
     if position_ids is None:
         places = call.get("cache_position")
         places = torch.arange(length, length + T, device=new.device) if places is None else places
