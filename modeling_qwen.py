@@ -351,6 +351,11 @@ class QWenModel(QWenPreTrainedModel):
         x = self.embed(input_ids, inputs_embeds)  # (B, T, hidden)
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         cache_position = kwargs.pop("cache_position", None)  # where in the cache the tokens go; `generate` may say it
+        # accelerate brings a model's arguments to its main device, where the embedding and the first block need not be.
+        attention_mask, position_ids, past_length, cache_position = (
+            value.to(x.device) if isinstance(value, torch.Tensor) else value
+            for value in (attention_mask, position_ids, past_length, cache_position)
+        )
         if cache_position is None:
             cache_position = torch.arange(x.shape[1], device=x.device) + past_length  # (T,)
         check_mask(attention_mask, *x.shape[:2], past_length)
@@ -473,7 +478,7 @@ class QWenModel(QWenPreTrainedModel):
                     return wanted_alpha.to(position_ids.device)[:, None]
                 return self.prompt_alpha(lengths_so_far(position_ids))
 
-            alpha = remembered_alpha(cache, past_length, of_these_tokens)
+            alpha = remembered_alpha(cache, past_length, of_these_tokens).to(position_ids.device)
         query_scale = None
         if self.config.use_logn_attn and not self.training:
             query_scale = logn_scale(position_ids, self.config.seq_length)[:, None, :, None]  # (B or 1, 1, T, 1)

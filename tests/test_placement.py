@@ -91,19 +91,19 @@ def pretended(monkeypatch):
     return mode
 
 
-def spread(model, mode, devices: int, head: int = -1) -> list[str]:
+def spread(model, mode, devices: int, head: int = -1, embedding: int = 0, main: str | None = None) -> list[str]:
     """
-    Put a model's blocks on so many devices as `device_map` does, norm and head on that of block `head`; the device of
-    every block.
+    Put a model's blocks on so many devices as `device_map` does, norm and head on that of block `head`, the embedding
+    on that of block `embedding`, and what the model is called with on the device `main`; the device of every block.
     """
     number = len(model.transformer.h)
     of_block = [f"cuda:{i * devices // number}" for i in range(number)]
-    first = dict.fromkeys(("transformer.wte", "transformer.drop", "transformer.rotary_emb"), of_block[0])
+    first = dict.fromkeys(("transformer.wte", "transformer.drop", "transformer.rotary_emb"), of_block[embedding])
     device_map = {**first, **{f"transformer.h.{i}": device for i, device in enumerate(of_block)}}
     device_map.update(dict.fromkeys(("transformer.ln_f", "lm_head"), of_block[head]))
     skipped = model._skip_keys_device_placement
     with mode:
-        accelerate.dispatch_model(model, device_map, main_device=of_block[0], skip_keys=skipped)
+        accelerate.dispatch_model(model, device_map, main_device=main or of_block[0], skip_keys=skipped)
     model.hf_device_map = device_map
     return of_block
 
@@ -156,6 +156,28 @@ def test_generation_over_devices(pretended, kind):
     crossed = [shape for shape, source, target in pretended.moves if (source, target) == ("cuda:0", "cuda:1")]
     assert len(crossed) <= 7 * GREEDY["max_new_tokens"]
     assert not any(shape[-2:] == (46, 16) for shape in crossed)  # no keys
+
+
+@pytest.mark.parametrize(("main", "embedding"), [("cuda:1", 0), ("cuda:0", -1), ("cuda:1", -1)])
+def test_main_device_embedding_and_first_block_may_be_three_places(pretended, main, embedding):
+    """accelerate takes for the main device any of a map's, the first of a set."""
+    model = tiny_model(num_hidden_layers=2, **NTK_LOGN)
+    ids = random_ids(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    generated = model.generate(ids, attention_mask=mask, **GREEDY)
+    spread(model, pretended, 2, embedding=embedding, main=main)
+    uncompiled = {"disable_compile": True} if hasattr(GenerationConfig(), "disable_compile") else {}
+    cache, output = static_cache(model.config, 60), None
+    with pretended, torch.no_grad():
+        ids, mask = pretended.put((ids, mask), main)
+        logits = model(ids, attention_mask=mask).logits
+        if hasattr(getattr(cache, "layers", [None])[0], "lazy_initialization"):
+            output = model.generate(ids, attention_mask=mask, past_key_values=cache, **uncompiled, **GREEDY)
+    assert torch.equal(logits, expected)
+    assert output is None or torch.equal(output, generated)
 
 
 @pytest.fixture(scope="module")
