@@ -45,7 +45,7 @@ class _Store:
 
     def append(self, x: torch.Tensor) -> None:
         """x: (B, nh, T, hd)."""
-        x = x.to(self.device or x.device)
+        x = x.to(self.tensors[0].device if self.length else self.device or x.device)
         end = self.length + x.shape[2]
         if self.bits is None and not is_plain_inference():
             before = self.written() if self.length else ()  # what was emptied may be another batch's

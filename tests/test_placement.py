@@ -15,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
 from conftest import CODE, ROOT, compat, modeling_qwen, python, random_ids, static_cache, tiny_config, tiny_model
+from qwen.qwen_cache import QWenCache, QWenQuantizedCache
 from test_loading import MEASURE, sparse_safetensors
 from torch.utils._pytree import tree_flatten
 from transformers import GenerationConfig
@@ -178,6 +179,26 @@ def test_main_device_embedding_and_first_block_may_be_three_places(pretended, ma
             output = model.generate(ids, attention_mask=mask, past_key_values=cache, **uncompiled, **GREEDY)
     assert torch.equal(logits, expected)
     assert output is None or torch.equal(output, generated)
+
+
+@pytest.mark.parametrize("new", [1, 70])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_cache_of_ours_goes_on_where_it_is_when_the_model_has_moved(pretended, bits, new):
+    """In a step, and in a prompt that is too long for one."""
+    model, ids = tiny_model(**NTK_LOGN), random_ids(1, 30 + new)
+
+    def run(*devices):
+        cache = QWenCache() if bits == 16 else QWenQuantizedCache(bits)
+        for device, part in zip(devices, (ids[:, :30], ids[:, 30:])):
+            pretended.put((list(model.parameters()), part), device)
+            logits = model(part, past_key_values=cache).logits
+        return logits, {str(t.device) for t in cache.storages()}
+
+    with torch.no_grad(), pretended:
+        expected, _ = run("cuda:0", "cuda:0")
+        logits, stored = run("cuda:0", "cuda:1")
+        assert (str(logits.device), stored) == ("cuda:1", {"cuda:0"})
+    torch.testing.assert_close(logits, expected)
 
 
 @pytest.fixture(scope="module")
