@@ -57,7 +57,9 @@ def decoding_step(forward):
     names = parameter_names(forward)[1:]
 
     def through_layers(self, *args, **kwargs):
-        with own_products(self.device, self.dtype) if is_plain_inference() else contextlib.nullcontext():
+        like = next(self.parameters(), None)  # there is none in a copy that DataParallel makes
+        takes_own = like is not None and is_plain_inference()
+        with own_products(like.device, like.dtype) if takes_own else contextlib.nullcontext():
             return forward(self, *args, **kwargs)
 
     @functools.wraps(forward)

@@ -526,6 +526,10 @@ class Int8Linear(_Quantized):
     def codes(self) -> torch.Tensor:
         return self._parameters["weight"].detach()  # kernels take no subclasses
 
+    @_Quantized.weight.setter
+    def weight(self, codes: torch.Tensor) -> None:  # of a copy that DataParallel makes, which has no parameters
+        self._parameters["weight"] = codes
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As inherited; codes, int8, may be put in the place of the weight, as loading does."""
         if name != "weight" or param is None or param.dtype != torch.int8 or isinstance(param, _NoWeight):

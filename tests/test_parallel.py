@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import compat, lacks, modeling_qwen, python, random_ids, tiny_config, tiny_model
+from qwen.qwen_quantization import Int8Linear
 from safetensors.torch import load_file
+from test_quantization import with_codes
 from torch import nn
 
 try:
@@ -207,6 +210,26 @@ def test_the_pipeline_plan_cuts_the_network_anywhere():
             x = stages[0](ids, use_cache=False).last_hidden_state
             x = stages[1](inputs_embeds=x, use_cache=False).last_hidden_state
             torch.testing.assert_close(whole.lm_head(x), whole(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["float", "gptq", "int8"])
+def test_a_copy_of_data_parallel_computes_what_the_model_does(kind, monkeypatch):
+    """It has no parameters, but tensors in their places."""
+    model = new_model()
+    if kind == "gptq":
+        model = with_codes(model)
+    elif kind == "int8":
+        for block in model.transformer.h:
+            block.mlp.w1 = Int8Linear.rounded(block.mlp.w1, torch.float32)
+    module = importlib.import_module("torch.nn.parallel.replicate")
+    copied = lambda tensors, *args, **kwargs: [[t.detach() for t in tensors]]  # noqa: E731
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copied)
+    monkeypatch.setattr(module, "_get_device_index", lambda device, *args: device)
+    (copy,) = module.replicate(model, [0])
+    assert not any(p.is_floating_point() for p in copy.parameters())
+    ids = random_ids(2, 40)
+    with torch.no_grad():
+        assert torch.equal(copy(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
 def test_no_module_looks_at_parameters_when_it_is_made(monkeypatch):
