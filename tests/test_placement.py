@@ -184,14 +184,15 @@ def test_main_device_embedding_and_first_block_may_be_three_places(pretended, ma
 @pytest.mark.parametrize("new", [1, 70])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_a_cache_of_ours_goes_on_where_it_is_when_the_model_has_moved(pretended, bits, new):
-    """In a step, and in a prompt that is too long for one."""
+    """In a step, and in a prompt that is too long for one; a mask that 4.57 made would be of no device."""
     model, ids = tiny_model(**NTK_LOGN), random_ids(1, 30 + new)
+    mask = torch.ones(new, 30 + new, dtype=torch.bool).tril(30)[None, None] if new > 1 else None
 
     def run(*devices):
         cache = QWenCache() if bits == 16 else QWenQuantizedCache(bits)
-        for device, part in zip(devices, (ids[:, :30], ids[:, 30:])):
-            pretended.put((list(model.parameters()), part), device)
-            logits = model(part, past_key_values=cache).logits
+        for device, part, seen in zip(devices, (ids[:, :30], ids[:, 30:]), (None, mask)):
+            pretended.put((list(model.parameters()), part, seen), device)
+            logits = model(part, past_key_values=cache, attention_mask=seen).logits
         return logits, {str(t.device) for t in cache.storages()}
 
     with torch.no_grad(), pretended:
