@@ -699,6 +699,11 @@ def to_device_of(module: nn.Module, tensors):
     return importlib.import_module("accelerate.utils").send_to_device(tensors, device)
 
 
+def _moves(hook) -> bool:
+    """Whether this is a hook of accelerate's that moves to a device what a module takes."""
+    return getattr(hook, "execution_device", None) is not None
+
+
 def input_device(model) -> torch.device:
     """Where a model takes its token ids: where its embedding is computed, which accelerate may have moved elsewhere."""
     embedding = model.get_input_embeddings()
@@ -1186,6 +1191,20 @@ class GenerationMixin(transformers.GenerationMixin):
             if "warmup" not in given:
                 kwargs["warmup"] = given.get("persistent_manager", False)
             return super().generate_batch(inputs, *args, **kwargs)
+
+    if hasattr(transformers.GenerationMixin, "init_continuous_batching"):
+
+        @functools.wraps(transformers.GenerationMixin.init_continuous_batching)
+        def init_continuous_batching(self, *args, **kwargs):
+            # Its loop would only log what fails when a block is elsewhere than the keys and values, and return nothing.
+            hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+            devices = {str(torch.device(hook.execution_device)) for hook in hooks if _moves(hook)}
+            if len(devices) > 1:
+                raise ValueError(
+                    f"Continuous batching keeps keys and values on one device, but this model is computed on "
+                    f"{' and '.join(sorted(devices))}. Use generate, tp_plan='auto', or a device_map of one device."
+                )
+            return super().init_continuous_batching(*args, **kwargs)
 
     if IS_NEWER:
 

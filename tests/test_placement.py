@@ -14,11 +14,11 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
-from conftest import CODE, ROOT, compat, modeling_qwen, python, random_ids, static_cache, tiny_config, tiny_model
+from conftest import CODE, ROOT, compat, lacks, modeling_qwen, python, random_ids, static_cache, tiny_config, tiny_model
 from qwen.qwen_cache import QWenCache, QWenQuantizedCache
 from test_loading import MEASURE, sparse_safetensors
 from torch.utils._pytree import tree_flatten
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 CPU = torch.device("cpu")
 TorchFunctionMode = getattr(torch.overrides, "TorchFunctionMode", None)
@@ -200,6 +200,16 @@ def test_a_cache_of_ours_goes_on_where_it_is_when_the_model_has_moved(pretended,
         logits, stored = run("cuda:0", "cuda:1")
         assert (str(logits.device), stored) == ("cuda:1", {"cuda:0"})
     torch.testing.assert_close(logits, expected)
+
+
+def test_continuous_batching_over_devices_is_refused(pretended):
+    """transformers has all keys and values on one; its loop logs the error, and no prompt has an answer."""
+    if not hasattr(GenerationMixin, "init_continuous_batching"):
+        lacks("has no continuous batching")
+    model = tiny_model()
+    spread(model, pretended, 2)
+    with pytest.raises(ValueError, match="one device, but this model is computed on cuda:0 and cuda:1"):
+        model.generate_batch([[1, 2]])
 
 
 @pytest.fixture(scope="module")
