@@ -13,7 +13,7 @@ import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -39,10 +39,14 @@ def read(path: str | Path) -> list:
     """
     The records of a JSON list, or of a file with one JSON object a line.
 
-    Raises DataError, with line and column, for what is not JSON, and for a file without a record; FileNotFoundError.
+    Raises DataError, with its place, for what is not JSON or not UTF-8, and for a file without a record; OSError.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line}: this is not UTF-8 ({error.reason}). Save the file as UTF-8.") from None
     if not text.strip():
         raise DataError(f"{path} is empty. It must hold a JSON list of conversations, or one conversation a line.")
     if text.lstrip()[0] == "[":
@@ -81,16 +85,22 @@ def messages_of(record) -> tuple[list[dict], list]:
     if name is None:
         raise DataError(f'it has neither "conversations" nor "messages", but {_short(sorted(record))}')
     messages = _normalised(record[name])
-    if record.get("system") is not None:
+    system = record.get("system")
+    if system is not None:
         if messages[0]["role"] == "system":
             raise DataError('it has a system prompt twice: under "system" and as the first message')
-        messages = [{"role": "system", "content": record["system"]}, *messages]
-    tools = record.get("tools", record.get("functions")) or []
+        if not isinstance(system, str):
+            raise DataError(f"its system prompt is {_short(system)}, not a text")
+        messages = [{"role": "system", "content": system}, *messages]
+    tools = record.get("tools") or record.get("functions") or []
+    if not isinstance(tools, list):
+        raise DataError(f"its tools are {_short(tools)}, not a list")
     _check_order(messages, tools)
     return messages, tools
 
 
 def _normalised(messages) -> list[dict]:
+    """Role, content and, of a call, `function_call` of each; several calls of a message become as many messages."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise DataError(f"its messages are {_short(messages)}, not a list of at least one")
     normalised = []
@@ -102,17 +112,36 @@ def _normalised(messages) -> list[dict]:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise DataError(f"message {number} has the role {role!r}; the roles are {', '.join(ROLES)}")
-        call = message.get("function_call")
-        if content is None and call is not None:
+        calls = message.get("tool_calls") or [call for call in [message.get("function_call")] if call is not None]
+        if content is None and calls:
             content = ""
         if not isinstance(content, str):
             raise DataError(f"message {number} says {_short(content)}, not a text")
-        if role in ("user", "assistant") and call is None and not content.strip():
+        if role in ("user", "assistant") and not calls and not content.strip():
             raise DataError(f"message {number}, of {role}, has an empty text")
-        if call is not None and not (isinstance(call, Mapping) and isinstance(call.get("name"), str)):
-            raise DataError(f"message {number} calls {_short(call)}, which has no name")
-        normalised.append({"role": role, "content": content, **({} if call is None else {"function_call": call})})
-    return normalised
+        normalised.append({**message, "content": content, "tool_calls": [_checked(call, number) for call in calls]})
+    if not any(message["tool_calls"] for message in normalised):
+        return [{"role": message["role"], "content": message["content"]} for message in normalised]
+    try:
+        steps = list(_from_code("_steps")(normalised))
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    names = "role", "content", "function_call"
+    return [{name: value for name, value in zip(names, step) if value is not None} for step in steps]
+
+
+def _checked(call, number: int) -> dict:
+    """A call of either form in that of `tool_calls`."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not (isinstance(function, Mapping) and isinstance(function.get("name"), str)):
+        raise DataError(f"message {number} calls {_short(call)}, which has no name")
+    return {"id": call.get("id"), "function": {"name": function["name"], "arguments": function.get("arguments", {})}}
+
+
+@lru_cache(maxsize=None)
+def _from_code(name: str):
+    """A function of qwen_generation_utils.py: what is trained on is read and worded as what is asked."""
+    return get_class_from_dynamic_module(f"qwen_generation_utils.{name}", str(ROOT))
 
 
 def _check_order(messages: list[dict], tools) -> None:
@@ -166,7 +195,8 @@ def encode(
         train_on: "published" learns what an assistant says, and `<|im_start|>`, `<|im_end|>` and the line break of
             every message, as the published script does; "answers" what an assistant says and its `<|im_end|>`.
         tools: functions that the assistant may call (`function_call` of a message; the next one, of the role function,
-            is the result). They and the calls are written in the ReAct form of `make_tool_context`.
+            is the result; or `tool_calls` and the role tool). They and the calls are read and written in the ReAct form
+            of `make_tool_context`.
         control_tokens: read `<|im_start|>` and the like in the texts as the tokens of that name.
 
     Raises DataError for messages that make no conversation, ValueError for another `train_on`.
@@ -206,21 +236,19 @@ def encode(
 def _react_turns(messages: list[dict], tools) -> list[tuple[str, list[tuple[str, bool]]]]:
     """Roles with pieces of text, and whether each is learned; calls, results and answers become one text."""
     turns: list[tuple[str, list]] = []
-    for message in messages:
-        content, call = message["content"], message.get("function_call")
-        if message["role"] == "user":
+    for role, content, call in _from_code("_steps")(messages):
+        if role == "user":
             turns.append(("user", [(content if turns else _tool_question(content, tools), False)]))
             continue
         if turns[-1][0] == "user":
             turns.append(("assistant", []))
         pieces = turns[-1][1]
-        if message["role"] != "assistant":
+        if role != "assistant":
             pieces += [(f" {content}\n", False)]
         elif call is not None:
-            arguments = call.get("arguments", {})
-            arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
             thought = content or f"I can use {call['name']}."
-            step = f"Thought: {thought}\nAction: {call['name']}\nAction Input: {arguments}\nObservation:"
+            thought = thought if thought.startswith("Thought:") else f"Thought: {thought}"
+            step = f"{thought}\nAction: {call['name']}\nAction Input: {call['arguments']}\nObservation:"
             pieces += [(step, True)]
         else:
             pieces += [(f"Thought: I now know the final answer\nFinal Answer: {content}", True)]
@@ -229,8 +257,10 @@ def _react_turns(messages: list[dict], tools) -> list[tuple[str, list[tuple[str,
 
 def _tool_question(query: str, tools) -> str:
     """The question behind the description of the tools, in the words of `make_tool_context`."""
-    make_tool_context = get_class_from_dynamic_module("qwen_generation_utils.make_tool_context", str(ROOT))
-    text, _ = make_tool_context(_NoTokens(), [{"role": "user", "content": query}], tools, "")
+    try:
+        text, _ = _from_code("make_tool_context")(_NoTokens(), [{"role": "user", "content": query}], tools, "")
+    except ValueError as error:
+        raise DataError(str(error)) from None
     return text.split("<|im_start|>user\n", 1)[1].rpartition("<|im_end|>\n<|im_start|>assistant\n")[0]
 
 
@@ -250,7 +280,8 @@ def _learned(content: list[int], pieces: list[tuple[str, bool]], tokenizer) -> l
     lengths = [len(_bytes(tokenizer.decoder[token])) for token in content]
     starts = [0, *accumulate(lengths)][:-1]
     so_far = accumulate(text for text, _ in pieces)
-    ends = [len(unicodedata.normalize("NFC", text).encode()) for text in so_far]
+    # Half of a surrogate pair is encoded as U+FFFD, which has as many bytes.
+    ends = [len(unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass")) for text in so_far]
     return [pieces[min(bisect.bisect_right(ends, start), len(pieces) - 1)][1] for start in starts]
 
 
@@ -290,19 +321,16 @@ class Conversations(Dataset):
             encode, tokenizer=tokenizer, system=system, train_on=train_on, control_tokens=control_tokens
         )
         self.records, problems = [], []
-        for number, record in enumerate(read(path), start=1):
-            try:
-                self.records.append(messages_of(record))
-            except DataError as problem:
-                problems.append(f"no. {number}: {problem}")
-        if problems:
-            some = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
-            total = len(problems) + len(self.records)
-            raise DataError(f"{path}: {len(problems)} of {total} conversations are wrong ({some}).")
         self._encoded: list | None = [] if not lazy else None
         lengths, self.too_long, self.left_out = [], [], []
-        for i, (messages, tools) in enumerate(self.records):
-            row = self._encode(messages, max_length=None, tools=tools)
+        for i, record in enumerate(read(path)):
+            try:
+                self.records.append(messages_of(record))
+                messages, tools = self.records[-1]
+                row = self._encode(messages, max_length=None, tools=tools)
+            except DataError as problem:
+                problems.append(f"no. {i + 1}: {problem}")
+                continue
             length = min(len(row["input_ids"]), max_length)
             lengths.append(length)
             if len(row["input_ids"]) > max_length:
@@ -312,6 +340,9 @@ class Conversations(Dataset):
                 self.left_out.append(i)
             if self._encoded is not None:
                 self._encoded.append(row)
+        if problems:
+            some = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
+            raise DataError(f"{path}: {len(problems)} of {i + 1} conversations are wrong ({some}).")
         out = set(self.left_out)
         kept = [i for i in range(len(lengths)) if i not in out]
         if not kept:

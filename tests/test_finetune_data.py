@@ -13,7 +13,7 @@ from conftest import ROOT, lacks, run, tiny_model, tokenization_qwen
 from transformers.utils import logging
 
 sys.path.append(str(ROOT / "finetune"))
-from data import IGNORED, Conversations, DataError, PackedBatch, encode, pack, read
+from data import IGNORED, Conversations, DataError, PackedBatch, encode, messages_of, pack, read
 from qwen.transformers_compat import FLASH_MIXES_ROWS, masking_utils
 from test_flash_attention import install_standin
 
@@ -72,6 +72,11 @@ def test_labels_written_down(demo_tokenizer):
     assert encode([ANSWER, QUESTION, ANSWER], demo_tokenizer, None, "Hi") == row  # an answer to nothing is left out
 
 
+def test_functions_beside_empty_tools_are_read():
+    record = {"messages": CALLS, "tools": None, "functions": TOOLS}
+    assert messages_of(record)[1] == TOOLS
+
+
 def test_both_forms_and_every_place_of_the_system_prompt(demo_tokenizer):
     expected = encode([QUESTION, ANSWER], demo_tokenizer, None, "Be brief.")
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -110,6 +115,30 @@ def test_calls_are_written_as_make_tool_context_writes_them(demo_tokenizer):
     assert "8,611 m\n" in text_of(demo_tokenizer, encode(CALLS, demo_tokenizer, None, tools=TOOLS), learned=True)
 
 
+def test_calls_are_read_as_make_tool_context_reads_them(demo_tokenizer):
+    """Calls of today's form, several in one message, thoughts that say so themselves, line ends, half a surrogate."""
+    from qwen.qwen_generation_utils import make_tool_context
+
+    today = [{"id": str(i), "type": "function", "function": {"name": "search", "arguments": {"q": i}}} for i in (1, 2)]
+    results = [{"role": "tool", "tool_call_id": i, "content": f"\n{i} \ud83d\n"} for i in "21"]
+    said = [
+        CALLS[0],
+        {"role": "assistant", "content": "Thought: I look.\n", "tool_calls": today},
+        *results,
+        {"role": "assistant", "content": "See.", "function_call": {"name": "search", "arguments": "{}"}},
+        CALLS[2],
+        CALLS[3],
+    ]
+    text = text_of(demo_tokenizer, encode(said, demo_tokenizer, None, tools=TOOLS))
+    assert text.split("Begin!")[1].count("\nObservation: ") == 3
+    prompt, _ = make_tool_context(demo_tokenizer, said[:-1], TOOLS)
+    # That prompt says of a call without a thought no more than "Thought: ".
+    prompt = prompt.replace("Thought: \nAction", "Thought: I can use search.\nAction").replace("\ud83d", "\ufffd")
+    assert text.startswith(prompt)
+    learned = text_of(demo_tokenizer, encode(said, demo_tokenizer, None, tools=TOOLS, train_on="answers"), learned=True)
+    assert "Observation:Thought: I can use" in learned  # results are not learned
+
+
 def test_text_is_never_a_control_token_unless_asked_for(demo_tokenizer):
     said = [{"from": "user", "value": "<|im_end|><|endoftext|>"}, ANSWER]
     ids = encode(said, demo_tokenizer, None, "<|im_start|>")["input_ids"]
@@ -128,10 +157,11 @@ def test_text_is_never_a_control_token_unless_asked_for(demo_tokenizer):
         ("[]", "empty list"),
         ('[\n {"conversations": [}]', r"line 2, column 21: .*near"),
         ('{"a": 1}\n{"a": }', "line 2, column 7: Expecting value"),
+        ('[\n"你好"]'.encode("gbk"), "data.json, line 2: this is not UTF-8"),
     ],
 )
 def test_what_is_not_json_is_said_with_its_place(tmp_path, content, message):
-    (tmp_path / "data.json").write_text(content, encoding="utf-8")
+    (tmp_path / "data.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):
         read(tmp_path / "data.json")
 
@@ -156,9 +186,13 @@ def test_what_is_not_json_is_said_with_its_place(tmp_path, content, message):
             "message 2, of assistant, has an empty",
         ),
         ({"messages": CALLS[:2], "tools": TOOLS}, "ends with a call"),
+        ({"messages": [CALLS[0], {**ANSWER, "tool_calls": [{"function": {}}]}]}, "message 2 calls .*has no name"),
         ({"messages": CALLS}, "message 2 calls a function"),
         ({"messages": [CALLS[0], *CALLS[2:]], "tools": TOOLS}, "message 2 is of function after user"),
         ({"messages": [*CALLS[:2], *CALLS[3:]], "tools": TOOLS}, "message 3 is of assistant after a call"),
+        ({"system": 5, "messages": CALLS, "tools": TOOLS}, "its system prompt is 5, not a text"),
+        ({"messages": CALLS, "tools": {"name": "search"}}, "its tools are .*not a list"),
+        ({"messages": CALLS, "tools": ["search"]}, "A tool must be a dictionary"),
         ({"system": "a", "messages": [{"role": "system", "content": "b"}, QUESTION, ANSWER]}, "twice"),
     ],
 )
