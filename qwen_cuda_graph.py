@@ -573,14 +573,16 @@ def peer_memory(group, numel: int, dtype: torch.dtype, device: torch.device):
         if shared is None:
             raise RuntimeError("PyTorch 2.7 and newer have them.")
         add, name = torch.ops.symm_mem.one_shot_all_reduce_copy, group.group_name
-        with torch.inference_mode(False):
-            buffer = shared.empty(numel, dtype=dtype, device=device)
-        shared.rendezvous(buffer, name)
 
         def total(x: torch.Tensor) -> torch.Tensor:
             return add(buffer[: x.numel()], x.reshape(-1), "sum", name).view_as(x)
 
-        found = total(torch.full((16,), group.rank() + 1.0, dtype=dtype, device=device))
+        # All of it takes the current device, which in a new thread is the first.
+        with torch.cuda.device(device):
+            with torch.inference_mode(False):
+                buffer = shared.empty(numel, dtype=dtype, device=device)
+            shared.rendezvous(buffer, name)
+            found = total(torch.full((16,), group.rank() + 1.0, dtype=dtype, device=device))
         works = bool((found == group.size() * (group.size() + 1) / 2).all())
     except RuntimeError as error:
         logger.info(f"Tensor parallelism adds by NCCL, and not over the memory of the other GPUs: {error}")

@@ -10,6 +10,7 @@ import itertools
 import os
 import random
 import threading
+import types
 
 import accelerate
 import pytest
@@ -368,6 +369,35 @@ def test_generation_over_devices_moves_one_hidden_state_a_boundary(placed_kernel
     back = [((B, hidden), "cuda:1", "cuda:0")] if head == 0 else [((B, 1, vocab), "cuda:1", "cuda:0")]
     # The prompt was put first; a step is launched before the token behind the one before is read.
     assert placed_kernels.moves[before[2] : before[3]] == there + back
+
+
+def test_sums_over_processes_are_set_up_on_the_device_that_they_are_for(monkeypatch):
+    """PyTorch's functions take the current device, which in a thread, as of `chat_stream`, is the first."""
+    current, found = [], []
+
+    class Current:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *args):
+            current.pop()
+
+    def noting(function):
+        return lambda *args, **kwargs: (found.append(list(current)), function(*args, **kwargs))[1]
+
+    group = types.SimpleNamespace(group_name="group", rank=lambda: 0, size=lambda: 1)
+    shared = types.SimpleNamespace(empty=noting(torch.empty), rendezvous=noting(lambda *args: None))
+    monkeypatch.setattr(graphs, "symmetric_memory", lambda: shared)
+    add = noting(lambda buffer, x, *args: x)
+    monkeypatch.setattr(torch.ops.symm_mem, "one_shot_all_reduce_copy", add, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args: None)
+    device = torch.device("cpu")
+    assert graphs.peer_memory(group, 16, torch.float32, device) is not None
+    assert found == [[device]] * 3
 
 
 def test_hooks_that_only_move_are_seen_through():
