@@ -8,6 +8,7 @@ The arguments are the published script's and all of transformers' TrainingArgume
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -26,8 +27,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgu
 
 sys.path.append(str(ROOT / "tools"))
 checkpoint_files = importlib.import_module("checkpoint_files")
+ADAPTER, CONFIG = checkpoint_files.ADAPTER, checkpoint_files.CONFIG
 Problem = checkpoint_files.Problem  # tuning can't begin; the message says why and what to do
 
+RUN = "finetune_run.json"  # beside the checkpoints of a run: what it was begun with
+BY_LENGTH = ["group_by_length", "batch_rebalance"]  # of transformers' train_sampling_strategy
 LEARNED_BY_BASE = ["wte", "lm_head"]  # of a base model the tokens of ChatML have no meaning yet
 
 
@@ -122,6 +126,8 @@ def check(training, lora) -> None:
     """Problem for arguments that can't be meant together."""
     if lora.q_lora and not training.use_lora:
         raise Problem("--q_lora learns adapters over 4-bit matrices; pass --use_lora too.")
+    if lora.lora_weight_path and not training.use_lora:
+        raise Problem("--lora_weight_path names an adapter to go on from; pass --use_lora too.")
     if lora.lora_modules_to_save and lora.lora_weight_path:
         raise Problem(
             "--lora_modules_to_save is for a new adapter; the one at --lora_weight_path names its own modules in "
@@ -133,6 +139,17 @@ def check(training, lora) -> None:
         raise Problem(
             "--label_smoothing_factor: transformers would smooth labels of a model loaded by remote code without "
             "shifting them. Leave it at 0."
+        )
+    if training.model_max_length < 1:
+        raise Problem(f"--model_max_length is {training.model_max_length}. Pass a number of tokens.")
+    if getattr(training, "group_by_length", False) or getattr(training, "train_sampling_strategy", "") in BY_LENGTH:
+        raise Problem(
+            "Grouping by length saves padding, of which there is next to none here: conversations share rows."
+        )
+    if training.save_only_model and training.resume_from_checkpoint:
+        raise Problem(
+            "--save_only_model leaves out the optimiser's state, without which no run goes on as it was. Leave it "
+            "or --resume_from_checkpoint out."
         )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != training.world_size:
@@ -231,14 +248,18 @@ def check_quantized(model) -> None:
         )
 
 
+def modules_named(model, names: list[str], argument: str, example: str) -> dict[str, list]:
+    """For each name the modules whose names end in it; Problem if there are none: peft would pass over the name."""
+    found = {name: [m for key, m in model.named_modules() if f".{key}".endswith(f".{name}")] for name in names}
+    for name, modules in found.items():
+        if not modules:
+            raise Problem(f"{argument}: the model has no module {name}. Name some, for instance {example}.")
+    return found
+
+
 def check_modules_to_save(model, names: list[str]) -> None:
-    """Problem unless each name is of a module that can learn whole; peft passes over names that it does not find."""
-    for name in names:
-        found = [module for key, module in model.named_modules() if f".{key}".endswith(f".{name}")]
-        if not found:
-            raise Problem(
-                f"--lora_modules_to_save: the model has no module {name}. Name some, for instance wte lm_head."
-            )
+    """Problem unless each name is of a module that can learn whole."""
+    for name, found in modules_named(model, names, "--lora_modules_to_save", "wte lm_head").items():
         if not all(parameter.is_floating_point() for module in found for parameter in module.parameters()):
             raise Problem(
                 f"--lora_modules_to_save: {name} is quantised here, and its codes can't learn. Leave it out, or name "
@@ -259,8 +280,12 @@ def add_adapter(model, arguments, training, lora):
     path = arguments.model_name_or_path
     model.requires_grad_(False)
     if lora.lora_weight_path:
-        model = PeftModel.from_pretrained(model, lora.lora_weight_path, is_trainable=True)
+        try:
+            model = PeftModel.from_pretrained(model, lora.lora_weight_path, is_trainable=True)
+        except (ValueError, RuntimeError) as error:  # no adapter, or one of another model
+            raise Problem(f"--lora_weight_path {lora.lora_weight_path}: {error}") from error
     else:
+        modules_named(model, lora.lora_target_modules, "--lora_target_modules", "c_attn c_proj w1 w2")
         to_save = lora.lora_modules_to_save
         if to_save is not None:
             check_modules_to_save(model, to_save)
@@ -273,16 +298,19 @@ def add_adapter(model, arguments, training, lora):
             else:
                 say(f"{path} is a base model: {' and '.join(LEARNED_BY_BASE)} learn ChatML's tokens, whole.")
                 to_save = LEARNED_BY_BASE
-        config = LoraConfig(
-            r=lora.lora_r,
-            lora_alpha=lora.lora_alpha,
-            lora_dropout=lora.lora_dropout,
-            target_modules=lora.lora_target_modules,
-            bias=lora.lora_bias,
-            task_type="CAUSAL_LM",
-            modules_to_save=to_save,
-        )
-        model = get_peft_model(model, config)
+        try:
+            config = LoraConfig(
+                r=lora.lora_r,
+                lora_alpha=lora.lora_alpha,
+                lora_dropout=lora.lora_dropout,
+                target_modules=lora.lora_target_modules,
+                bias=lora.lora_bias,
+                task_type="CAUSAL_LM",
+                modules_to_save=to_save,
+            )
+            model = get_peft_model(model, config)
+        except (ValueError, NotImplementedError) as error:  # of peft, about a value of one of these
+            raise Problem(f"peft can't make this adapter: {error}") from error
     if os.path.isdir(path):  # so that the adapter finds it from another folder
         model.peft_config["default"].base_model_name_or_path = str(Path(path).resolve())
     if not training.deepspeed:
@@ -358,7 +386,51 @@ def checkpoint_to_resume(training) -> str | None:
         return None
     if asked in ("auto", "True", "true", True):
         return str(there[-1]) if there else None
+    if not Path(asked, "trainer_state.json").exists():
+        raise Problem(
+            f"--resume_from_checkpoint: {asked} is no complete checkpoint. Name one, or auto for the last one."
+        )
     return asked
+
+
+def check_output(arguments, training, lora) -> None:
+    """Problem if what will be saved would be mixed with what `output_dir` holds, or replace the model itself."""
+    folder = Path(training.output_dir)
+    if folder.resolve() == Path(arguments.model_name_or_path).resolve():
+        raise Problem(f"--output_dir is the folder of the model, {folder}. Name another one.")
+    other = CONFIG if training.use_lora else ADAPTER  # of two kinds in one folder, what is loaded is neither
+    if (folder / other).exists():
+        kind = "a checkpoint" if training.use_lora else "an adapter"
+        raise Problem(
+            f"{folder} holds {kind} already, beside which this one would not be loaded. Name another --output_dir."
+        )
+
+
+def what_is_learned(arguments, data, training, lora) -> dict:
+    """What can't change within a run: going on, transformers would mix it with the old or pass over it, silently."""
+    settings = {"model": Path(arguments.model_name_or_path).resolve().name, **vars(data), **vars(lora)}
+    settings["data_path"] = hashlib.sha256(Path(data.data_path).read_bytes()).hexdigest()[:16]
+    for name in ("eval_data_path", "lazy_preprocess"):
+        del settings[name]
+    for name in ("use_lora", "model_max_length", "learning_rate", "weight_decay", "optim", "seed"):
+        settings[name] = getattr(training, name)
+    return json.loads(json.dumps(settings))
+
+
+def check_same_run(checkpoint: str, settings: dict) -> None:
+    """Problem if the run of this checkpoint was begun with other settings."""
+    noted = Path(checkpoint).parent / RUN
+    if not noted.exists():  # of a run before there was this file
+        return
+    before = checkpoint_files.read_json(noted)
+    changed = [name for name in settings if name in before and before[name] != settings[name]]
+    if changed:
+        what = "; ".join(f"{name} was {before[name]!r} and is {settings[name]!r}" for name in changed)
+        way = "--lora_weight_path" if before.get("use_lora") else "--model_name_or_path"
+        raise Problem(
+            f"The run of {checkpoint} was begun otherwise: {what}. Go on as it was begun, or begin another run from "
+            f"what it has learned: {way} {checkpoint} and another --output_dir."
+        )
 
 
 def save(trainer, tokenizer) -> None:
@@ -436,7 +508,11 @@ def tune(arguments, data, training, lora) -> Tuner:
     check(training, lora)
     path = arguments.model_name_or_path
     checkpoint_files.check_loadable(path)
+    check_output(arguments, training, lora)
     checkpoint = checkpoint_to_resume(training)
+    settings = what_is_learned(arguments, data, training, lora)
+    if checkpoint is not None:
+        check_same_run(checkpoint, settings)
     training.gradient_checkpointing_kwargs = training.gradient_checkpointing_kwargs or {"use_reentrant": False}
     training.prediction_loss_only = True
     training.dataloader_pin_memory &= torch.cuda.is_available()
@@ -462,6 +538,8 @@ def tune(arguments, data, training, lora) -> Tuner:
         data_collator=PackedBatch(tokenizer.eod_id, flat),
     )
     check_fsdp(trainer)
+    if trainer.is_world_process_zero():
+        checkpoint_files.write_file(Path(training.output_dir, RUN), (json.dumps(settings, indent=2) + "\n").encode())
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     save(trainer, tokenizer)

@@ -324,6 +324,13 @@ def test_arguments_of_the_published_scripts():
         (["--q_lora", "--use_lora", "--fsdp", "full_shard"], "ZeRO-2"),
         (["--use_lora", "--lora_modules_to_save", "wte", "--lora_weight_path", "adapter"], "one of the two"),
         (["--use_lora", "--lora_modules_to_save", "wte", "head"], "no module head"),
+        (["--use_lora", "--lora_target_modules", "c_attn", "w3"], "--lora_target_modules: the model has no module w3"),
+        (["--use_lora", "--lora_r", "0"], "peft can't make this adapter: .*positive"),
+        (["--use_lora", "--lora_weight_path", "nowhere"], "--lora_weight_path nowhere: "),
+        (["--lora_weight_path", "adapter"], "pass --use_lora too"),
+        (["--model_max_length", "-1"], "--model_max_length is -1"),
+        (["--save_only_model", "True", "--resume_from_checkpoint", "auto"], "optimiser's state"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is no complete checkpoint"),
     ],
 )
 def test_contradictions_are_said(tiny, tmp_path, arguments, message):
@@ -590,6 +597,32 @@ def test_unfinished_checkpoints_are_passed_over_and_finished_ones_not_overwritte
         ["--data_path", DATA, "--output_dir", str(tmp_path), "--use_cpu", "True", "--resume_from_checkpoint", "auto"]
     )
     assert finetune.checkpoint_to_resume(training) == str(tmp_path / "checkpoint-10")
+
+
+def test_a_run_goes_on_only_as_it_was_begun(tiny, tmp_path):
+    """transformers would go on with another adapter's scale, other data and the old learning rate, without a word."""
+    begun = [*LORA, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
+    tune(tiny, tmp_path, *begun)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    again = [*begun, "--resume_from_checkpoint", "auto"]
+    with pytest.raises(finetune.Problem, match=r"checkpoint-1 was begun otherwise: lora_alpha was 16 and is 64; lea"):
+        tune(tiny, tmp_path, *again, "--lora_alpha", "64", "--learning_rate", "1e-3")
+    (tmp_path / "data.json").write_text(Path(DATA).read_text() + " ")
+    with pytest.raises(finetune.Problem, match=r"otherwise: data_path was"):
+        tune(tiny, tmp_path, *again, "--data_path", str(tmp_path / "data.json"))
+    assert tune(tiny, tmp_path, *again, "--num_train_epochs", "9").state.global_step == 2
+
+
+def test_an_adapter_and_a_checkpoint_share_no_folder(tiny, tmp_path):
+    """What is loaded from such a folder is neither."""
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(finetune.Problem, match="holds an adapter already"):
+        tune(tiny, tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(finetune.Problem, match="holds a checkpoint already"):
+        tune(tiny, tmp_path, *LORA)
+    with pytest.raises(finetune.Problem, match="is the folder of the model"):
+        tune(tiny, tiny)
 
 
 # Several processes
