@@ -252,6 +252,7 @@ def test_merging_in_shards_into_another_precision(tiny, tmp_path):
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', by which peft changes the base too"),
         ({"init_lora_weights": "olora"}, "'olora', by which"),
         ({"peft_type": "IA3"}, "IA3"),
+        ({"tied": True}, "is its embedding, and the adapter changes them apart"),
         ({"base_model_name_or_path": "nowhere"}, "no folder nowhere"),
         ({"lora_alpha": "16"}, "lora_alpha='16', not a number"),
         ({"quantized": True}, "full precision"),
@@ -274,6 +275,10 @@ def test_merging_refuses_what_it_would_do_wrongly(tiny, tmp_path, capsys, change
     weights.pop(f"{module}.{change.pop('without', '')}", None)
     if "with" in change:
         weights[f"{module}.{change.pop('with')}"] = torch.ones(2)
+    if change.pop("tied", False):
+        weights["base_model.model.transformer.wte.weight"] = torch.ones(4096, 64)
+        settings = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": True}))
     save_file(weights, adapter / "adapter_model.safetensors")
     if change.pop("quantized", False):
         settings = json.loads((base / "config.json").read_text())

@@ -51,6 +51,7 @@ NOT_PLAIN = (
 )
 # Ways to begin by which peft takes something out of the base: what was trained is added to another matrix.
 CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+EMBEDDING_AND_HEAD = ("transformer.wte.weight", "lm_head.weight")
 # What torch.load raises, by where a file is damaged or what else it holds.
 DAMAGED = (pickle.UnpicklingError, struct.error, EOFError, RuntimeError, LookupError, TypeError, ValueError)
 BY_PEFT = "Merge it with peft: PeftModel.from_pretrained(...).merge_and_unload()."
@@ -143,6 +144,11 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
     check_folder(base)
     base_config = full_precision_config(base, " with --base")
     changed, files = changes(config, tensors), weight_names(base)
+    if base_config.get("tie_word_embeddings") and any(name in changed for name in EMBEDDING_AND_HEAD):
+        raise Problem(
+            f"The head of {base} is its embedding, and the adapter changes them apart: merged, they would be one "
+            f"again. Use the adapter as it is."
+        )
     lost = sorted(set(changed) - {name for names in files.values() for name in names})
     if lost or not changed:
         what = f"{len(lost)} weights of the adapter ({lost[0]}, ...)" if lost else "The adapter's weights"
