@@ -96,6 +96,7 @@ _VALUES = {
         _FLAG,
     ),
 }
+CHECKED_KEYS = tuple(_VALUES)
 
 
 class QWenConfig(PretrainedConfig):

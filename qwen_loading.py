@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.utils import cached_file, logging
 
-from .configuration_qwen import AUTO_MAP, PRECISION_FLAGS, QWenConfig, check_precision
+from .configuration_qwen import AUTO_MAP, CHECKED_KEYS, PRECISION_FLAGS, QWenConfig, check_precision
 from .cpp_kernels import copy_source, set_source_folder
 from .qwen_quantization import (
     Int8Linear,
@@ -44,6 +45,7 @@ from .transformers_compat import (
     load_config,
     loading_defaults,
     named_attention,
+    named_dtype,
     pop_dtype,
     set_attention,
     tensor_names,
@@ -125,7 +127,8 @@ class QWenPreTrainedModel(PreTrainedModel):
         kwargs = dict(kwargs)
         drop_old_arguments(kwargs)
         tokens = {name: kwargs.pop(name) for name in TOKEN_IDS if name in kwargs}
-        given = config if isinstance(config, QWenConfig) else None
+        # The class of one that AutoConfig made may be of another copy of this code.
+        given = config if isinstance(config, PretrainedConfig) else None
         config, kwargs = load_config(cls.config_class, config, pretrained_model_name_or_path, kwargs)
         if given is not None:
             config = cls._settle(given, kwargs)
@@ -215,13 +218,22 @@ class QWenPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _settle(config: QWenConfig, kwargs: dict) -> QWenConfig:
-        """A configuration that the caller brings, without its precision flag if a precision is passed beside it."""
-        wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        if wanted in (None, "auto") or any(kwargs.get(flag) for flag in PRECISION_FLAGS):
+        """
+        A configuration that the caller brings, with the values of its keys that are passed beside it, which are taken
+        out of `kwargs`, and without its precision flag if a precision is. The caller's own stays as it is.
+        """
+        values = {key: kwargs.pop(key) for key in CHECKED_KEYS if key in kwargs}
+        wanted = named_dtype(kwargs.get("dtype") or kwargs.get("torch_dtype"))
+        flags = [flag for flag in PRECISION_FLAGS if values.get(flag)]
+        for flag in flags:
+            check_precision(flag, wanted)
+        has_precision = bool(flags) or wanted not in (None, "auto")
+        if not (values or has_precision):
             return config
         config = copy.deepcopy(config)
-        for flag in PRECISION_FLAGS:
-            setattr(config, flag, False)
+        for key, value in {**dict.fromkeys(PRECISION_FLAGS if has_precision else (), False), **values}.items():
+            setattr(config, key, value)
+        config.check()
         return config
 
     @staticmethod
