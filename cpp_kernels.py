@@ -48,7 +48,7 @@ if not hasattr(_state, "lock"):
     _state.reason = None  # why they are not
     _state.path = None
     _state.library = None
-    if "FRAGMENT" in (torch.library.Library.__doc__ or ""):  # torch up to 2.0 has none: the references run
+    with contextlib.suppress(ValueError):  # torch up to 2.0 has no such kind: the references run
         _state.library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -64,7 +64,7 @@ def set_source_folder(folder) -> None:
     source this module was written for.
     """
     with _state.lock:
-        folder = Path(folder)
+        folder = Path(folder).absolute()  # the working directory may change before the source is wanted
         if folder not in _state.folders:
             _state.folders.append(folder)
             if _state.loaded is False:
@@ -173,18 +173,19 @@ def _library() -> Path:
     flags = _flags()
     standard = _standard_library()
     key = _digest(torch.__version__, platform.machine(), *flags, *standard)
-    compiler = (
-        shlex.split(os.environ.get("CXX", ""))
-        or [found for found in map(shutil.which, ("g++", "c++", "clang++")) if found][:1]
-    )
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise _Unavailable(f"CXX is {os.environ['CXX']!r} ({error}). Set it to a compiler.") from error
+    compiler = named or [found for found in map(shutil.which, ("g++", "c++", "clang++")) if found][:1]
     try:
         version = subprocess.run([*compiler, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
     except OSError:  # built where there was a compiler, used where there is none
         built = [path for path in sorted(folder.glob(f"{key}-*.so")) if not _who_else_writes(path)]
         if built:
             return built[-1]
-        named = f"CXX names {compiler[0]}" if compiler else "none of g++, c++ and clang++ is on the PATH"
-        raise _Unavailable(f"There is no C++ compiler: {named}. Install g++, or set CXX to a compiler.") from None
+        why = f"CXX names {compiler[0]}" if compiler else "none of g++, c++ and clang++ is on the PATH"
+        raise _Unavailable(f"There is no C++ compiler: {why}. Install g++, or set CXX to a compiler.") from None
     library = folder / f"{key}-{_digest(*compiler, version)}.so"
     if library.exists() and not _who_else_writes(library):
         return library

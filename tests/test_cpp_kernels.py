@@ -1236,6 +1236,16 @@ def test_with_a_compiler_that_is_not_there(make_version, monkeypatch):
     assert "CXX names no-such-compiler" in warning
 
 
+@needs_operators
+def test_with_a_compiler_that_cannot_be_read(make_version, monkeypatch):
+    monkeypatch.setenv("CXX", "'my compiler")
+    version = make_version()
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert "'my compiler" in warning
+    assert "No closing quotation" in warning
+
+
 @needs_compiler
 def test_a_compile_error(make_version, tmp_path):
     version = make_version("#error these are not the kernels")
@@ -1266,7 +1276,7 @@ def test_a_cache_that_cannot_be_written(make_version, tmp_path, monkeypatch, kin
 
 
 @needs_compiler
-def test_the_source_is_found_in_the_checkpoint(make_version, tmp_path):
+def test_the_source_is_found_in_the_checkpoint(make_version, tmp_path, monkeypatch):
     """transformers copies cpp_kernels.py only; the model's loading says where the rest is."""
     version = make_version(SMALL.replace("WHICH", "found"))
     checkpoint = tmp_path / "checkpoint"
@@ -1279,7 +1289,9 @@ def test_the_source_is_found_in_the_checkpoint(make_version, tmp_path):
     version.module.set_source_folder(tmp_path)  # not there either
     assert version.answers_right()
     assert version.warnings() == [warning]
-    version.module.set_source_folder(str(checkpoint))
+    monkeypatch.chdir(tmp_path)
+    version.module.set_source_folder(checkpoint.name)
+    monkeypatch.chdir("/")  # a path stands for the folder that it named
     assert version.module.kernels_in_use()["instructions"] == "found"
 
 
@@ -1295,8 +1307,19 @@ def test_a_source_that_was_tampered_with_is_not_compiled(make_version, tmp_path,
     assert not (tmp_path / "compiled").exists()
 
 
+@needs_operators
+def test_documentation_decides_nothing(make_version, monkeypatch):
+    """`python -OO` leaves it out."""
+    monkeypatch.setattr(torch.library.Library, "__doc__", None)
+    assert make_version().module.library() is not None
+
+
 def test_an_old_torch_runs_the_references(make_version, monkeypatch):
-    monkeypatch.setattr(torch.library.Library, "__doc__", "A class with two kinds.")
+    class Library:
+        def __init__(self, namespace, kind):
+            raise ValueError("Unsupported kind: ", kind)
+
+    monkeypatch.setattr(torch.library, "Library", Library)
     version = make_version()
     assert version.module._state.library is None
     assert version.answers_right()
