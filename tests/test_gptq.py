@@ -342,6 +342,6 @@ def test_files_that_the_index_does_not_name_are_left_out(source, tmp_path):
     """Some folders hold the weights twice, or those of something else."""
     shutil.copytree(source, tmp_path / "whole")
     (tmp_path / "whole" / "other.safetensors").write_bytes(b"not weights")
-    assert set(gptq.weight_names(tmp_path / "whole")) == {p.name for p in source.glob("*.safetensors")}
+    assert set(gptq.weight_shapes(tmp_path / "whole")) == {p.name for p in source.glob("*.safetensors")}
     assert tool.main([str(tmp_path / "whole"), str(tmp_path / "int8")]) == 0
     assert not (tmp_path / "int8" / "other.safetensors").exists()

@@ -260,6 +260,26 @@ def test_an_index_that_does_not_fit_the_files(sharded, tmp_path, capsys, damage,
     assert not (tmp_path / "new").exists()
 
 
+def test_a_weight_that_the_index_does_not_name_is_read_as_transformers_does(sharded, tmp_path):
+    """By every tool; a merged checkpoint lacked it."""
+    merge_adapter = importlib.import_module("merge_adapter")
+    index = json.loads((sharded / INDEX).read_text())
+    unnamed = index["weight_map"].pop("transformer.h.0.attn.c_proj.weight")
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert unnamed in index["weight_map"].values()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "lora_alpha": 8, "base_model_name_or_path": str(sharded)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    norm = load_file(sharded / index["weight_map"]["transformer.ln_f.weight"])["transformer.ln_f.weight"]
+    save_file({"base_model.model.transformer.ln_f.weight": norm}, adapter / "adapter_model.safetensors")
+    assert merge_adapter.main([str(adapter), str(tmp_path / "merged")]) == 0
+    torch.testing.assert_close(logits(tmp_path / "merged"), logits(sharded), rtol=0, atol=0)
+    options = ["--bits", "8", "--method", "rtn", "--group-size", "-1"]
+    assert quantize.main([str(sharded), str(tmp_path / "int8"), *options]) == 0
+    torch.testing.assert_close(logits(tmp_path / "int8"), logits(sharded), rtol=0.1, atol=0.5)
+
+
 def test_only_what_belongs_to_a_checkpoint_is_copied(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     shutil.copytree(ROOT / "demo", source, ignore=lambda *_: [".training"])

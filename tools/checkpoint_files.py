@@ -19,6 +19,7 @@ from typing import Callable, Iterable, Iterator
 
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 INDEX = "model.safetensors.index.json"
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
@@ -174,18 +175,26 @@ def open_weights(path: Path):
         raise Problem(f"The weight file {path.name} is damaged ({error}). Copy it again.") from None
 
 
-def weight_names(folder: Path) -> dict[str, list[str]]:
-    """The safetensors files of a checkpoint, each with the names of its weights; Problem for other files."""
-    names = {}
-    for file, named in weight_files(folder).items():
-        if not file.endswith(".safetensors"):
-            raise Problem(f"{folder} has no .safetensors. Load it and call save_pretrained, which writes them.")
-        if named:
-            names[file] = sorted(named)
-        else:  # without an index, all that is in it
-            with open_weights(folder / file) as weights:
-                names[file] = list(weights.keys())
-    return names
+def weight_shapes(folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """
+    The safetensors files of a checkpoint, each with the weights that are in it, as transformers loads them, and their
+    shapes. Problem for other files, and if the index says that a weight is elsewhere.
+    """
+    files = weight_files(folder)
+    if not all(file.endswith(".safetensors") for file in files):
+        raise Problem(f"{folder} has no .safetensors. Load it and call save_pretrained, which writes them.")
+    place = {name: file for file, names in files.items() for name in names}
+    shapes = {}
+    for file, names in tqdm(files.items(), desc="weight headers", unit="file", disable=len(files) < 2):
+        with open_weights(folder / file) as weights:
+            found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        if names - found.keys():
+            raise Problem(f"{file} lacks {sorted(names - found.keys())[0]}, which the index says is in it.")
+        for name in found:  # of two, the file that happens to be read last would win
+            if place.setdefault(name, file) != file:
+                raise Problem(f"{file} has {name}, which the index says is in {place[name]}. Copy both again.")
+        shapes[file] = found
+    return shapes
 
 
 def advice_about_name(folder: Path) -> str | None:

@@ -25,7 +25,7 @@ from checkpoint_files import (
     full_precision_config,
     only_run,
     open_weights,
-    weight_names,
+    weight_shapes,
     write_file,
 )
 from safetensors import safe_open
@@ -213,7 +213,7 @@ class Weights:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.places = {name: file for file, names in weight_names(folder).items() for name in names}
+        self.places = {name: file for file, names in weight_shapes(folder).items() for name in names}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with open_weights(self.folder / self.places[name]) as weights:

@@ -35,7 +35,7 @@ from checkpoint_files import (
     open_weights,
     precision,
     read_json,
-    weight_names,
+    weight_shapes,
     write_file,
 )
 from safetensors import SafetensorError
@@ -143,7 +143,7 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
         raise Problem(f"There is no folder {base}, the adapter's base. Name it with --base.")
     check_folder(base)
     base_config = full_precision_config(base, " with --base")
-    changed, files = changes(config, tensors), weight_names(base)
+    changed, files = changes(config, tensors), weight_shapes(base)
     if base_config.get("tie_word_embeddings") and any(name in changed for name in EMBEDDING_AND_HEAD):
         raise Problem(
             f"The head of {base} is its embedding, and the adapter changes them apart: merged, they would be one "
@@ -177,7 +177,8 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
             save_file(written, partial / file, metadata={"format": "pt"})
             size += sum(tensor.numel() * tensor.element_size() for tensor in written.values())
         if list(files) != ["model.safetensors"]:  # beside which an index would name other files
-            index = {**read_json(base / INDEX), "metadata": {"total_size": size}}
+            places = {name: file for file, names in files.items() for name in names}
+            index = {**read_json(base / INDEX), "metadata": {"total_size": size}, "weight_map": places}
             write_file(partial / INDEX, (json.dumps(index, indent=2) + "\n").encode())
     print(f"{target}: {len(changed)} weights of {base} changed, {size / 1e9:.2f} GB")
 

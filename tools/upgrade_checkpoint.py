@@ -34,10 +34,10 @@ from checkpoint_files import (
     check_file_names,
     exit_status,
     new_folder,
-    open_weights,
     read_json,
     staged,
     weight_files,
+    weight_shapes,
     with_value,
     write_file,
 )
@@ -64,7 +64,7 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def weight_shapes(folder: Path) -> dict[str, tuple[int, ...] | None]:
+def shapes_by_name(folder: Path) -> dict[str, tuple[int, ...] | None]:
     """
     Names of the weights with their shapes; None where only an index of .bin files tells the name, and nothing for a
     single .bin file: it would have to be unpickled, which can execute anything.
@@ -72,18 +72,7 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...] | None]:
     files = weight_files(folder)
     if not all(file.endswith(".safetensors") for file in files):
         return dict.fromkeys(name for names in files.values() for name in names)
-    place = {name: file for file, names in files.items() for name in names}
-    shapes: dict[str, tuple[int, ...] | None] = {}
-    for file, names in tqdm(files.items(), desc="weight headers", unit="file", disable=len(files) < 2):
-        with open_weights(folder / file) as weights:
-            found = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        if names - found.keys():
-            raise Problem(f"{file} lacks {sorted(names - found.keys())[0]}, which the index says is in it.")
-        for name in found:  # of two, the file that happens to be read last would win
-            if place.get(name, file) != file:
-                raise Problem(f"{file} has {name}, which the index says is in {place[name]}. Copy both again.")
-        shapes.update(found)
-    return shapes
+    return {name: shape for shapes in weight_shapes(folder).values() for name, shape in shapes.items()}
 
 
 def check_weights(folder: Path) -> str:
@@ -98,7 +87,7 @@ def check_weights(folder: Path) -> str:
         return "weights: quantised, not compared"
     with init_empty_weights():
         expected = {name: tuple(p.shape) for name, p in model_class(config).named_parameters()}
-    found = weight_shapes(folder)
+    found = shapes_by_name(folder)
     if not found:
         return "weights: in pytorch_model.bin, which is not opened"
     ours = {name for name in found if name.startswith(("transformer.", "lm_head."))}
