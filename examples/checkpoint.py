@@ -14,6 +14,7 @@ sys.path.append(str(ROOT / "tools"))
 checkpoint_files = importlib.import_module("checkpoint_files")
 
 DEMO = str(ROOT / "demo")
+checkpoint_files.print_any_text()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
+import os
 import shutil
 import signal
 import subprocess
@@ -37,9 +38,10 @@ def model():
     return AutoModelForCausalLM.from_pretrained(DEMO, trust_remote_code=True, fp32=True).eval()
 
 
-def run(script: str, *arguments, text: str = ""):
+def run(script: str, *arguments, text: str = "", **environment):
     command = [*python(), "-W", "ignore", ROOT / "examples" / script, *arguments]
-    done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", timeout=600)
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", timeout=600, env=variables)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -57,6 +59,14 @@ def test_batch_command(tmp_path):
     lines = run("batch.py", str(file), "--batch-size", "2").splitlines()
     assert [line.split("\t")[0] for line in lines] == QUESTIONS
     assert lines[2] == "What is the capital of Kenya?\tThe capital of Kenya is Nairobi."
+
+
+def test_answers_are_not_lost_where_they_cannot_be_written_out(tmp_path):
+    """As into a file on Windows, which has the encoding of its region."""
+    file = tmp_path / "questions.txt"
+    file.write_text("法国的首都是哪里？", encoding="utf-8")
+    answer = run("batch.py", str(file), PYTHONIOENCODING="ascii").strip().encode().decode("unicode_escape")
+    assert answer == "法国的首都是哪里？\t法国的首都是巴黎。"
 
 
 def test_chat_in_a_pipe():

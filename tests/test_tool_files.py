@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import itertools
 import json
 import os
@@ -43,6 +44,22 @@ def whole(tmp_path_factory):
 
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have names in Unicode only")
+def test_a_target_of_any_name_is_made_and_named(tmp_path, monkeypatch):
+    """Also one that is not in UTF-8, on an output that has other characters only."""
+    target = tmp_path / os.fsdecode(b"\xff\xe4")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "latin-1"))
+
+    def make():
+        with checkpoint_files.new_folder(target):
+            print(f"{target}: 完成", flush=True)
+
+    assert checkpoint_files.exit_status(make) == 0
+    assert target.is_dir()
+    assert rb"\udcff\udce4: \u5b8c\u6210" in written.getvalue()
 
 
 # --- What was named ------------------------------------------------------------------------------------------------

@@ -32,12 +32,19 @@ class Problem(Exception):
     """Something the user has to look at; the message says what was found and what to do."""
 
 
+def print_any_text() -> None:
+    """From here on `print` writes what the encoding of the output lacks as \\uXXXX; an error would lose the answers."""
+    with contextlib.suppress(AttributeError):  # a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def exit_status(work: Callable[..., int | None], *arguments) -> int:
     """
     Call `work(*arguments)`: what it returns, 0 for None; 2, after a line about it, for what the user can mend.
 
     An OSError names the file that can't be read or written; safetensors reports a full disk in its own way.
     """
+    print_any_text()
     try:
         return work(*arguments) or 0
     except (Problem, OSError, SafetensorError) as problem:
@@ -282,7 +289,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise Problem(f"{target} exists and is not an empty folder. Name a folder that does not exist yet.")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Code is loaded from it, for which older releases of transformers want a name without points.
-    partial = target.parent / f"partial_{hashlib.sha256(target.name.encode()).hexdigest()[:16]}"
+    partial = target.parent / f"partial_{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}"
     partial.mkdir(exist_ok=True)
     with only_run(partial, target):
         for left in partial.iterdir():
