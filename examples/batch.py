@@ -48,11 +48,13 @@ def main() -> None:
     model, tokenizer = load(arguments.checkpoint_path, arguments.cpu_only, padding_side="left")
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))  # little padding in every batch
     answers: dict[int, str] = {}
-    for begin in tqdm(range(0, len(order), arguments.batch_size), unit="batch"):
-        batch = order[begin : begin + arguments.batch_size]
-        answers.update(zip(batch, answer_batch(model, tokenizer, [questions[i] for i in batch])))
-    for i, question in enumerate(questions):
-        print(f"{question}\t{answers[i]}")
+    try:
+        for begin in tqdm(range(0, len(order), arguments.batch_size), unit="batch"):
+            batch = order[begin : begin + arguments.batch_size]
+            answers.update(zip(batch, answer_batch(model, tokenizer, [questions[i] for i in batch])))
+    finally:  # what is answered is not lost with the rest
+        for i in sorted(answers):
+            print(f"{questions[i]}\t{answers[i]}")
 
 
 if __name__ == "__main__":

@@ -61,6 +61,23 @@ def test_batch_command(tmp_path):
     assert lines[2] == "What is the capital of Kenya?\tThe capital of Kenya is Nairobi."
 
 
+def test_answers_are_not_lost_with_the_batch_that_is_interrupted(tmp_path, monkeypatch, capsys):
+    batch = example("batch")
+
+    def answer_batch(model, tokenizer, questions):
+        if "ccc" in questions:
+            raise KeyboardInterrupt
+        return [question.upper() for question in questions]
+
+    (tmp_path / "questions.txt").write_text("ccc\nbb\na\n")
+    monkeypatch.setattr(sys, "argv", ["batch.py", str(tmp_path / "questions.txt"), "--batch-size", "1"])
+    monkeypatch.setattr(batch, "load", lambda *arguments, **settings: (None, None))
+    monkeypatch.setattr(batch, "answer_batch", answer_batch)
+    with pytest.raises(KeyboardInterrupt):
+        batch.main()
+    assert capsys.readouterr().out == "bb\tBB\na\tA\n"
+
+
 def test_answers_are_not_lost_where_they_cannot_be_written_out(tmp_path):
     """As into a file on Windows, which has the encoding of its region."""
     file = tmp_path / "questions.txt"
