@@ -124,6 +124,7 @@ def test_the_blocks_run_and_print_what_is_said(workshop, capfd, monkeypatch):
 
 # Headings that begin with the text of an error, and are not brought about here.
 UNTESTED = {
+    "`[Errno 13] Permission denied`": "a user who can't write everywhere",
     "`CUDA out of memory`": "a GPU",
     "`Expected all tensors to be on the same device`": "a GPU",
     "`CUDA out of memory` while tuning": "a GPU",
@@ -431,6 +432,10 @@ def test_logits_that_are_no_numbers(tokenizer):
         broken.lm_head.weight[0] = float("nan")
     with pytest.raises(RuntimeError, match="probability tensor contains either `inf`, `nan` or element < 0"):
         broken.chat(tokenizer, QUESTION, None, do_sample=True)
+    with torch.no_grad():
+        broken.lm_head.weight[:] = float("nan")
+    ids = tokenizer(QUESTION, return_tensors="pt").input_ids
+    assert set(broken.generate(ids, do_sample=False, max_new_tokens=3)[0, ids.shape[1] :].tolist()) == {0}
 
 
 @shows("`stop_words_ids must be a non-empty list`")
