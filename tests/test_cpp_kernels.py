@@ -1228,22 +1228,19 @@ def test_a_library_that_cannot_be_loaded(make_version):
 
 
 @needs_operators
-def test_with_a_compiler_that_is_not_there(make_version, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("no-such-compiler", "CXX names no-such-compiler"),
+        ("'my compiler", """CXX is "'my compiler" (No closing quotation)"""),
+    ],
+)
+def test_with_a_compiler_that_is_not_there_or_cannot_be_read(make_version, monkeypatch, named, message):
+    monkeypatch.setenv("CXX", named)
     version = make_version()
     assert version.answers_right()
     (warning,) = version.warnings()
-    assert "CXX names no-such-compiler" in warning
-
-
-@needs_operators
-def test_with_a_compiler_that_cannot_be_read(make_version, monkeypatch):
-    monkeypatch.setenv("CXX", "'my compiler")
-    version = make_version()
-    assert version.answers_right()
-    (warning,) = version.warnings()
-    assert "'my compiler" in warning
-    assert "No closing quotation" in warning
+    assert message in warning
 
 
 @needs_compiler
