@@ -414,15 +414,16 @@ def test_a_precision_beside_a_configuration_with_a_flag_wins(checkpoint):
 def test_values_beside_a_configuration_replace_its_own(checkpoint):
     """That of AutoConfig, too, whose class transformers may have from another copy of the code."""
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True, bf16=True)
-    for given in (config, modeling_qwen.QWenConfig.from_pretrained(checkpoint, bf16=True)):
-        model = load(checkpoint, config=given, fp32=True, use_cache_quantization=True)
+    own = modeling_qwen.QWenConfig.from_pretrained(checkpoint, bf16=True)
+    for given, from_pretrained in ((config, load), (own, QWenLMHeadModel.from_pretrained)):
+        model = from_pretrained(checkpoint, config=given, fp32=True, use_cache_quantization=True)
         assert (model.dtype, model.config.use_cache_quantization) == (torch.float32, True)
         assert (given.bf16, given.fp32, given.use_cache_quantization) == (True, False, False)
-        assert load(checkpoint, config=given, **{compat.DTYPE: torch.float32}).dtype == torch.float32
+        assert from_pretrained(checkpoint, config=given, **{compat.DTYPE: torch.float32}).dtype == torch.float32
         with pytest.raises(ValueError, match=r"fp16=True contradicts dtype=torch\.float32"):
-            load(checkpoint, config=given, fp16=True, **{compat.DTYPE: torch.float32})
+            from_pretrained(checkpoint, config=given, fp16=True, **{compat.DTYPE: torch.float32})
         with pytest.raises(ValueError, match="cache_bits must be 8 or 4, found 2"):
-            load(checkpoint, config=given, cache_bits=2)
+            from_pretrained(checkpoint, config=given, cache_bits=2)
 
 
 def test_a_dictionary_of_precisions(checkpoint):
