@@ -47,6 +47,8 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if TRITON_DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        importlib.import_module("interpreter").patch_once_a_launch()
 
 # The modules import each other relatively, as remote code does; a package whose path is the root holds them.
 package = types.ModuleType("qwen")

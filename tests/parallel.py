@@ -98,6 +98,7 @@ class EndsAfter(transformers.StoppingCriteria):
 
 def graphs(path: str, folder: str) -> dict:
     """Steps as a graph computes them, in Triton's interpreter, and those of the network."""
+    importlib.import_module("interpreter").patch_once_a_launch()
     model = load(path, tp_plan="auto")
     home = type(model).__module__.rpartition(".")[0]
     steps, caches, attention, products = (

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, sampled
+from conftest import ROOT
 from qwen.qwen_generation_utils import make_context
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,7 +103,8 @@ def benchmark():
     return module
 
 
-@pytest.mark.parametrize(("bits", "change"), sampled([(4, 0.02), (8, 0.003), (None, 1e-5)]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "change"), [(4, 0.02), (8, 0.003), (None, 1e-5)])
 def test_perplexity_with_a_quantised_cache(demo, benchmark, bits, change):
     model, tokenizer = demo
     model = type(model).from_pretrained(DEMO, fp32=True)

@@ -136,9 +136,10 @@ def test_q8_0_rounds_to_half_a_step(source, tmp_path):
 
 
 @needs_gguf
-@pytest.mark.parametrize(("bits", "kind"), [(4, "Q4_0"), (8, "Q8_0")])
-@pytest.mark.parametrize("group_size", [32, -1])
-@pytest.mark.parametrize("step", [1 << 22, 700])
+@pytest.mark.parametrize(
+    ("bits", "kind", "group_size", "step"),
+    [(4, "Q4_0", 32, 700), (4, "Q4_0", -1, 1 << 22), (8, "Q8_0", -1, 700), (8, "Q8_0", 32, 1 << 22)],
+)
 def test_gptq_is_not_rounded_again(source, tmp_path, monkeypatch, capsys, bits, kind, group_size, step):
     monkeypatch.setattr(tool, "ROWS_AT_ONCE", step)
     options = ("--bits", str(bits), "--method", "rtn", "--group-size", str(group_size))

@@ -78,6 +78,7 @@ def test_prefill(whole):
 
 
 @needs_memory
+@pytest.mark.slow
 def test_prefill_in_chunks_equals_whole(model, whole):
     logits, width, memory = prefill(model, IDS, chunk=CHUNK)
     torch.testing.assert_close(logits, whole[0], rtol=0, atol=1e-4)
@@ -86,6 +87,7 @@ def test_prefill_in_chunks_equals_whole(model, whole):
 
 
 @needs_memory
+@pytest.mark.slow
 def test_padded_rows_equal_the_row_alone(model, whole):
     """Left and right, and without a mask of 2 GB."""
     ids, mask = IDS.repeat(2, 1), torch.ones(2, LENGTH, dtype=torch.long)

@@ -77,7 +77,6 @@ def tensor(request, folder):
     return found(folder, "tensor", request.param)
 
 
-@pytest.mark.slow
 def test_tensor_parallel_logits_and_greedy_ids_are_those_of_one_process(tensor):
     expected = parallel.results(new_model())
     real = parallel.MASK.bool()
@@ -128,6 +127,7 @@ def test_steps_of_graphs_are_those_of_the_network_in_every_process(graphs):
         assert torch.equal(result["rows"][0]["ids"], expected[:, :44])
 
 
+@pytest.mark.slow
 def test_processes_draw_the_same_and_end_together(graphs):
     """Though each has another random state, and another opinion of the end: the first of them decides."""
     first, second = graphs

@@ -412,7 +412,7 @@ def test_datasets_map_with_several_processes():
 # --- Streams of ids -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data(), skip=st.booleans(), errors=st.sampled_from(["replace", "ignore", "backslashreplace"]))
 def test_a_stream_gives_what_decode_gives(demo_tokenizer, data, skip, errors):
     tokenizer = copy.copy(demo_tokenizer)
