@@ -43,7 +43,9 @@ from .transformers_compat import (
 if TYPE_CHECKING:  # whoever copies this file, copies what it names: these stand behind the modules above
     from .cpp_kernels import load  # noqa: F401
     from .qwen_cuda_graph import GraphedSteps  # noqa: F401
+    from .qwen_graphed_generation import GraphedGeneration  # noqa: F401
     from .qwen_ops import decode_blocks  # noqa: F401
+    from .qwen_plain import is_as_made  # noqa: F401
     from .qwen_quantization import Int8Linear  # noqa: F401
     from .qwen_sampling import draw  # noqa: F401
     from .triton_attention import attend  # noqa: F401

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from .qwen_cache import QWenCache, is_plain_inference
-from .qwen_cuda_graph import is_as_made
+from .qwen_plain import is_as_made
 from .transformers_compat import (
     FLASH_TAKES_PACKED_ROWS,
     attention_function,

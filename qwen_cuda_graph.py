@@ -1,5 +1,5 @@
 """
-A decoding step on a GPU as one CUDA graph, and the loop of `generate` that keeps the GPU busy with it.
+A decoding step on a GPU as one CUDA graph.
 
 The graph computes up to 16 new tokens of a row behind a filled `QWenCache` or `QWenQuantizedCache` from the network's
 weights, floats, GPTQ's or int8, by the kernels of triton_kernels.py, and by the library of products where there are
@@ -31,17 +31,13 @@ from transformers.utils import logging
 
 from .qwen_cache import QWenCache
 from .qwen_ops import GPU_HEAD_SIZES, quantized_sizes
+from .qwen_plain import has_no_hooks, is_as_made, is_untouched
 from .qwen_quantization import Int8Linear, QuantizedLinear
-from .qwen_sampling import draw, in_fewer_passes
 from .transformers_compat import (
-    CACHE,
-    GenerateDecoderOnlyOutput,
     forget_workspaces,
     is_compiling,
-    is_only_moved,
     local_tensor,
     parallel_style,
-    prefill,
     random_state_apart,
     symmetric_memory,
 )
@@ -79,69 +75,6 @@ def _norms(model) -> list[nn.Module]:
     return [norm for block in model.transformer.h for norm in (block.ln_1, block.ln_2)] + [model.transformer.ln_f]
 
 
-def is_untouched(module: nn.Module) -> bool:
-    """
-    Whether calling the module is calling the forward that its class was written with, and that alone, but for
-    accelerate's moving of what goes in to the module's device.
-    """
-    return _has_no_hooks(module) and ("forward" not in vars(module) or is_only_moved(module))
-
-
-def _has_no_hooks(module: nn.Module) -> bool:
-    """Whether the class's forward is the one it was written with, and PyTorch calls nothing around a module's."""
-    kind = type(module)
-    is_hooked = module._forward_hooks or module._forward_pre_hooks or _hooks_of_all[0] or _hooks_of_all[1]
-    return not is_hooked and _is_of(kind.__module__, kind.forward)
-
-
-@functools.lru_cache(maxsize=256)
-def _is_of(home: str, forward) -> bool:
-    """
-    Whether a function was written in the module `home`. What functools.wraps says it is may be somebody else's; around
-    a function there may be ours and transformers' decorators.
-    """
-    if getattr(forward, "__module__", None) != home:
-        return False
-    package = home.rpartition(".")[0]
-    while hasattr(forward, "__wrapped__"):
-        place = getattr(forward, "__globals__", {}).get("__name__", "")
-        if place.partition(".")[0] != "transformers" and (not package or place.rpartition(".")[0] != package):
-            return False
-        forward = forward.__wrapped__
-    return getattr(forward, "__globals__", {"__name__": home})["__name__"] == home
-
-
-_hooks_of_all = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
-
-
-def is_as_made(network) -> bool:
-    """
-    Whether a `QWenModel` computes what its matrices and norms say: the layers it was made of, in their order, nothing
-    exchanged, wrapped, hooked, patched or in training. What its matrices and embeddings are is not looked at.
-    """
-    home = type(network).__module__
-
-    def ours(module: nn.Module, name: str) -> bool:
-        return type(module).__name__ == name and type(module).__module__ == home and is_untouched(module)
-
-    drop, blocks = network.drop, network.h
-    if type(network).__name__ != "QWenModel" or type(blocks) is not nn.ModuleList or not ours(network.ln_f, "RMSNorm"):
-        return False
-    if type(drop) is not nn.Dropout or drop.training or not is_untouched(drop):
-        return False
-    for layer_idx, block in enumerate(blocks):
-        if not (ours(block, "QWenBlock") and ours(block.attn, "QWenAttention") and ours(block.mlp, "QWenMLP")):
-            return False
-        act = block.mlp.act
-        if not (ours(block.ln_1, "RMSNorm") and ours(block.ln_2, "RMSNorm")):
-            return False
-        if type(act) is not nn.SiLU or not is_untouched(act):
-            return False
-        if block.attn.layer_idx != layer_idx or block.attn.training:
-            return False
-    return True
-
-
 def _styles(model) -> list[str]:
     """How tensor parallelism splits the embedding and every matrix by the model's own plan."""
     of_block = ["colwise_fused_heads", "rowwise", "colwise", "colwise", "rowwise"]
@@ -157,7 +90,7 @@ def processes(model):
     modules = [model.transformer.wte, *_linears(model)]
     if all(map(is_untouched, modules)):
         return None
-    found = [parallel_style(module) if _has_no_hooks(module) else None for module in modules]
+    found = [parallel_style(module) if has_no_hooks(module) else None for module in modules]
     if None in found or [style for style, _ in found] != _styles(model) or len({group for _, group in found}) > 1:
         raise ValueError("The matrices of this model are neither whole nor split by its own plan.")
     return found[0][1]
@@ -446,7 +379,7 @@ class _Part:
             # torch.compile does for graphs of its own.
             if self._takes_library:
                 forget_workspaces()
-            with _DRAWS:
+            with DRAWS:
                 with random_state_apart(device):
                     graph.capture_begin(capture_error_mode="thread_local")
                 try:
@@ -663,10 +596,10 @@ def _capture_stream(device: torch.device):
 
 
 _CAPTURE = threading.Lock()  # two threads must not capture at once
-_DRAWS = threading.Lock()  # nor draw tokens while another captures
+DRAWS = threading.Lock()  # nor draw tokens while another captures
 _LOCK = threading.Lock()  # of _FREE
 _FREE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of every model: signature, and free graphs by kind
-_ENDING: weakref.WeakSet = weakref.WeakSet()  # models whose graphs end with the generation: no use for a step or a few
+ENDING: weakref.WeakSet = weakref.WeakSet()  # models whose graphs end with the generation: no use for a step or a few
 
 
 def _kind(model, cache, B: int, T: int) -> tuple:
@@ -746,7 +679,7 @@ def graphed_steps(model, cache, B: int, T: int):
             with _LOCK:
                 _keep(model, places.signature, kind, steps)
         elif steps is not None and not steps.may_stay:
-            _ENDING.add(model)
+            ENDING.add(model)
 
 
 class _Checks:
@@ -787,6 +720,19 @@ def is_checked(model, cache, input_ids: torch.Tensor) -> bool:
     return checks is not None and checks.model is model and checks.rows == B and T > 0 and _width(T) in checks.steps
 
 
+def left_padding(attention_mask: torch.Tensor | None, length: int):
+    """Whether a mask (B, length) hides nothing but the beginning of rows, and how much, int64 (B) or None."""
+    if attention_mask is None:
+        return True, None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != length:
+        return False, None
+    real = attention_mask.bool()
+    starts = length - real.sum(-1)
+    if not bool((real == (torch.arange(length, device=real.device) >= starts[:, None])).all()):
+        return False, None
+    return True, starts if bool(starts.any()) else None
+
+
 def graphed_step(model, cache, input_ids, position_ids, attention_mask):
     """
     One step on its own, of whoever calls `forward`: logits (B, T, vocab), or None if it is not for a graph, and then
@@ -804,9 +750,9 @@ def graphed_step(model, cache, input_ids, position_ids, attention_mask):
             del checks.steps[_width(T)]
         return None if logits is None else logits.clone()
     width, padding = _width(T), (False, None)
-    ours = T <= MAX_TOKENS and model not in _ENDING and takes(model, cache, B * width) and cache.get_seq_length() > 0
+    ours = T <= MAX_TOKENS and model not in ENDING and takes(model, cache, B * width) and cache.get_seq_length() > 0
     if ours and (alpha is not None or not model.config.use_dynamic_ntk):
-        padding = _left_padding(attention_mask, cache.get_seq_length() + T)
+        padding = left_padding(attention_mask, cache.get_seq_length() + T)
     if not padding[0]:
         return None
     with contextlib.ExitStack() as stack:
@@ -816,226 +762,3 @@ def graphed_step(model, cache, input_ids, position_ids, attention_mask):
             checks.rows, checks.steps[width] = B, (step, padding[1])
         logits = step(input_ids, position_ids.expand(B, T), padding[1], alpha)
         return None if logits is None else logits.clone()
-
-
-# --- generate ----------------------------------------------------------------------------------------------------
-
-
-def _left_padding(attention_mask: torch.Tensor | None, length: int):
-    """Whether a mask (B, length) hides nothing but the beginning of rows, and how much, int64 (B) or None."""
-    if attention_mask is None:
-        return True, None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] != length:
-        return False, None
-    real = attention_mask.bool()
-    starts = length - real.sum(-1)
-    if not bool((real == (torch.arange(length, device=real.device) >= starts[:, None])).all()):
-        return False, None
-    return True, starts if bool(starts.any()) else None
-
-
-class GraphedGeneration:
-    """
-    A mixin before `GenerationMixin`: greedy decoding and sampling with the host one step ahead of the GPU.
-
-    The next step is launched before the host knows whether the last one was needed: the end is checked while it runs,
-    and a step too many is taken back from the cache. Processors, criteria and streamers are called as ever, once a
-    token, in their order. What it does not take goes through transformers' own loop.
-    """
-
-    _OWN_LOOP_TAKES = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
-    _OWN_LOOP_TAKES |= {"cache_position", "ntk_alpha"}
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """As inherited; tells a cache of ours how long it will become."""
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get(CACHE)
-        if isinstance(cache, QWenCache):
-            cache.expect(generation_config.max_length)
-        return result
-
-    def _sample(self, input_ids, *args, **kwargs):
-        if args or not self._is_for_own_loop(input_ids, **kwargs):
-            return super()._sample(input_ids, *args, **kwargs)
-        return self._own_loop(input_ids, **kwargs)
-
-    def _assisted_decoding(self, *args, **kwargs):
-        with checking_drafts(self, kwargs.get(CACHE)):
-            return super()._assisted_decoding(*args, **kwargs)
-
-    def _is_for_own_loop(
-        self,
-        input_ids,
-        logits_processor=None,
-        stopping_criteria=None,
-        generation_config=None,
-        synced_gpus=False,
-        streamer=None,
-        **model_kwargs,
-    ) -> bool:
-        cache = model_kwargs.get(CACHE)
-        settings = generation_config
-        return (
-            prefill is not None
-            and isinstance(cache, QWenCache)
-            and None not in (logits_processor, stopping_criteria, settings)
-            and set(model_kwargs) <= self._OWN_LOOP_TAKES
-            and bool(model_kwargs.get("use_cache"))
-            and not synced_gpus
-            and not (settings.output_attentions or settings.output_hidden_states)
-            and getattr(settings, "prefill_chunk_size", None) is None
-            and has_graphs(input_ids.device)
-            and is_plain(self)
-            and input_ids.device == device_of(self.transformer.wte)
-            and takes(self, cache, input_ids.shape[0])
-        )
-
-    def _own_loop(
-        self,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        synced_gpus=False,
-        streamer=None,
-        **kwargs,
-    ):
-        """transformers' `_sample`, which says what its arguments are."""
-        settings, cache = generation_config, kwargs[CACHE]
-        B, device = input_ids.shape[0], input_ids.device
-        as_dict = settings.return_dict_in_generate
-        scores = () if as_dict and settings.output_scores else None
-        raw_logits = () if as_dict and settings.output_logits else None
-        logits_processor = in_fewer_passes(logits_processor)
-        has_ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        pad = settings._pad_token_tensor
-        pad = None if pad is None else pad.to(device)
-        vocab_size = self.config.vocab_size
-        pads_with_no_token = has_ends and not 0 <= int(pad) < vocab_size
-        max_length = stopping_criteria.max_length
-        unfinished = torch.ones(B, dtype=torch.int64, device=device)
-        reads = [_Reading(unfinished, streamer is not None) for _ in range(2)]
-        if max_length is None or input_ids.shape[1] + 1 < max_length:
-            prepare_steps(self, cache, B)
-        outputs = prefill(self, input_ids, settings, kwargs)
-        logits = outputs.logits
-        del outputs
-        # Positions, and the padding that the cache begins with
-        mask, length = kwargs.get("attention_mask"), cache.get_seq_length()
-        known, starts = _left_padding(mask, length)
-        positions = kwargs.get("position_ids")
-        if positions is None or positions.shape[-1] == 0:
-            positions = torch.full((B, 1), length, device=device)
-            if starts is not None:
-                positions = positions - starts[:, None]
-        else:
-            positions = positions[:, -1:].expand(B, 1) + 1
-        alpha = getattr(cache, "ntk_alpha", None)
-        takes_graph = known and takes(self, cache, B) and (alpha is not None or not self.config.use_dynamic_ntk)
-        takes_graph = takes_graph and not (getattr(settings, "is_assistant", False) and self in _ENDING)
-        agree = _agreement(self)
-        new = 0  # tokens behind those of the mask
-        ahead = False  # a step is computed that may turn out not to be wanted
-        with contextlib.ExitStack() as stack:
-            graphed = stack.enter_context(graphed_steps(self, cache, B, 1)) if takes_graph else None
-
-            def step(tokens):
-                """The logits behind tokens (B, 1)."""
-                nonlocal new, positions
-                new += 1
-                found = None
-                if graphed is not None:
-                    found = graphed(tokens, positions, starts, alpha)
-                if found is None:
-                    found = self(
-                        input_ids=tokens,
-                        past_key_values=cache,
-                        attention_mask=None if mask is None else torch.cat([mask, mask.new_ones(B, new)], -1),
-                        position_ids=positions,
-                        use_cache=True,
-                        return_dict=True,
-                    ).logits
-                positions = positions + 1
-                return found
-
-            try:
-                while True:
-                    last = logits[:, -1].to(copy=True, dtype=torch.float32)  # (B, vocab)
-                    wanted = logits_processor(input_ids, last)
-                    if scores is not None:
-                        scores += (wanted,)
-                    if raw_logits is not None:
-                        raw_logits += (last,)
-                    if settings.do_sample:
-                        with _DRAWS:
-                            tokens, drawn = draw(wanted)
-                    else:
-                        tokens, drawn = wanted.argmax(-1), None
-                    agree(tokens)
-                    if has_ends:
-                        tokens = tokens * unfinished + pad * (1 - unfinished)
-                    input_ids = torch.cat([input_ids, tokens[:, None]], -1)
-                    unfinished = unfinished & ~stopping_criteria(input_ids, scores)
-                    agree(unfinished)
-                    reads.reverse()
-                    reads[0].begin(unfinished, tokens, drawn)
-                    if max_length is None or input_ids.shape[1] < max_length:
-                        # The embedding has no row for such padding; of a row that has ended nothing is wanted.
-                        known_tokens = tokens.clamp(0, vocab_size - 1) if pads_with_no_token else tokens
-                        logits = step(known_tokens[:, None])
-                        ahead = True
-                    is_end, on_host = reads[0].end()
-                    if streamer is not None:
-                        streamer.put(on_host)
-                    if is_end:
-                        break
-                    ahead = False
-            finally:
-                if ahead:
-                    cache.crop(-1)
-        if streamer is not None:
-            streamer.end()
-        if not as_dict:
-            return input_ids
-        return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=raw_logits, **{CACHE: cache})
-
-
-def _agreement(model):
-    """
-    A function that gives the processes of tensor parallelism what the first of them has, in place: the tokens, which
-    each may have drawn by a random state of its own, and who has ended, which may depend on a clock.
-    """
-    group = processes(model)
-    if group is None:
-        return lambda x: None
-    return functools.partial(torch.distributed.broadcast, src=torch.distributed.get_global_rank(group, 0), group=group)
-
-
-class _Reading:
-    """Brings to the host whether all rows have ended, and their tokens if wanted, while the GPU goes on."""
-
-    def __init__(self, like: torch.Tensor, with_tokens: bool):
-        """like: int64 (B), on the GPU."""
-        on_host = {"dtype": torch.int64, "device": "cpu", "pin_memory": like.is_cuda}
-        self._left = torch.zeros((), **on_host)
-        self._tokens = torch.zeros(len(like), **on_host) if with_tokens else None
-        self._event = torch.cuda.Event() if like.is_cuda else None
-
-    def begin(self, unfinished: torch.Tensor, tokens: torch.Tensor, drawn: torch.Tensor | None) -> None:
-        """unfinished, tokens: int64 (B). drawn: bool (B), whether they could be, None if they were not drawn."""
-        left = unfinished.max()
-        self._left.copy_(left if drawn is None else torch.where(drawn.all(), left, -1), non_blocking=True)
-        if self._tokens is not None:
-            self._tokens.copy_(tokens, non_blocking=True)
-        if self._event is not None:
-            self._event.record(torch.cuda.current_stream(unfinished.device))
-
-    def end(self):
-        if self._event is not None:
-            self._event.synchronize()
-        if self._left < 0:
-            raise RuntimeError(
-                "No token can be drawn: a score is not a number, or none is finite. float16 overflows in some models: "
-                "load with bfloat16 or float32; else look at the weights and at your logits processors."
-            )
-        return not self._left.item(), None if self._tokens is None else self._tokens.clone()

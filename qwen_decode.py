@@ -23,9 +23,11 @@ from transformers.utils import logging
 
 from .qwen_attention import AttendingCache, check_mask
 from .qwen_cache import QWenCache, is_plain_inference, quantized_cache
-from .qwen_cuda_graph import GraphedGeneration, graphed_step, has_graphs, is_as_made, is_checked, is_plain, is_untouched
+from .qwen_cuda_graph import graphed_step, has_graphs, is_checked, is_plain
 from .qwen_generation_utils import StopWordsLogitsProcessor
+from .qwen_graphed_generation import GraphedGeneration
 from .qwen_ops import decode_blocks, has_decode_kernel, own_products, rms_norm, times
+from .qwen_plain import is_as_made, is_untouched
 from .qwen_quantization import Int8Linear, QuantizedLinear, check_training
 from .transformers_compat import (
     ASSISTANTS_GENERATE,

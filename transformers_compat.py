@@ -1565,7 +1565,7 @@ def _has(owner, name: str) -> bool:
 # All private names of transformers that the modules use, and whether each is what they take it for. Public ones that
 # transformers documents for custom models are not in it, nor what a feature test above asks for.
 PRIVATE_NAMES = {
-    # called around and inside of the loop that `qwen_cuda_graph.GraphedGeneration` stands in for
+    # called around and inside of the loop that `qwen_graphed_generation.GraphedGeneration` stands in for
     "_prepare_cache_for_generation": lambda: _takes(
         transformers.GenerationMixin, "_prepare_cache_for_generation", "generation_config", "model_kwargs"
     ),

@@ -24,9 +24,12 @@ from torch.utils._pytree import tree_flatten
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs the package triton", allow_module_level=True)
-graphs, caches, compat, kernels, quantization = (
+graphs, loop, caches, compat, kernels, quantization = (
     importlib.import_module(f"qwen.{name}")
-    for name in ("qwen_cuda_graph", "qwen_cache", "transformers_compat", "qwen_ops", "qwen_quantization")
+    for name in (
+        *("qwen_cuda_graph", "qwen_graphed_generation", "qwen_cache", "transformers_compat", "qwen_ops"),
+        "qwen_quantization",
+    )
 )
 if kernels.library() is None:
     pytest.skip("needs torch 2.1", allow_module_level=True)
@@ -482,9 +485,9 @@ class Counting(transformers.StoppingCriteria):
 @needs_loop
 def test_ends_streams_and_caches_are_those_of_the_ordinary_loop(model, no_kernels, monkeypatch):
     taken = []
-    own_loop = graphs.GraphedGeneration._own_loop
+    own_loop = loop.GraphedGeneration._own_loop
     monkeypatch.setattr(
-        graphs.GraphedGeneration, "_own_loop", lambda self, *a, **k: taken.append(1) or own_loop(self, *a, **k)
+        loop.GraphedGeneration, "_own_loop", lambda self, *a, **k: taken.append(1) or own_loop(self, *a, **k)
     )
     ids, mask = padded(20, 11)
     plain = ordinary(model, ids, mask, max_new_tokens=8)
@@ -547,7 +550,7 @@ def test_scores_that_nothing_can_be_drawn_from_are_an_error(model, no_kernels):
 
 @needs_loop
 def test_what_it_does_not_take_goes_the_ordinary_way(model, monkeypatch):
-    monkeypatch.setattr(graphs.GraphedGeneration, "_own_loop", None)  # calling it would fail
+    monkeypatch.setattr(loop.GraphedGeneration, "_own_loop", None)  # calling it would fail
     ids, mask = padded(9, 4)
     generate(model, ids, mask, num_beams=2, max_new_tokens=2)
     generate(model, ids, mask, max_new_tokens=2, past_key_values=transformers.DynamicCache())
@@ -645,7 +648,7 @@ def test_kernels_are_made_ready_while_the_prompt_is_computed(monkeypatch, steps_
     model, ids = small_model(), random_ids(1, 21).to(DEVICE)
     expected = ordinary(model, ids)
     prompt_done, order = threading.Event(), []
-    get_ready, prefill, compute = graphs._Part.get_ready, graphs.prefill, graphs._Part._compute
+    get_ready, prefill, compute = graphs._Part.get_ready, loop.prefill, graphs._Part._compute
 
     def slowly(self, model):
         if threading.current_thread() is not threading.main_thread():
@@ -665,7 +668,7 @@ def test_kernels_are_made_ready_while_the_prompt_is_computed(monkeypatch, steps_
 
     monkeypatch.setattr(graphs._Part, "get_ready", slowly)
     monkeypatch.setattr(graphs._Part, "_compute", computed)
-    monkeypatch.setattr(graphs, "prefill", noted)
+    monkeypatch.setattr(loop, "prefill", noted)
     generate(model, ids, max_new_tokens=1)
     assert order == ["prompt"]
     prompt_done.clear()
@@ -966,7 +969,7 @@ def test_the_default_device_of_the_program_changes_nothing(model):
     """What the host reads is on the host, where only tensors of the CPU can be pinned."""
     unfinished = torch.tensor([1, 0], device=DEVICE)
     with torch.device("meta"):
-        reading = graphs._Reading(unfinished, with_tokens=True)
+        reading = loop._Reading(unfinished, with_tokens=True)
         reading.begin(unfinished, unfinished + 5, None)
         is_end, tokens = reading.end()
     assert not is_end

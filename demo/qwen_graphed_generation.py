@@ -1,0 +1,1 @@
+../qwen_graphed_generation.py

@@ -1,0 +1,1 @@
+../qwen_plain.py
