@@ -467,3 +467,13 @@ def test_a_tool_that_is_interrupted_leaves_nothing(whole, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         export.main([str(whole), str(tmp_path / "target")])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_of_code_that_cannot_be_written_is_a_line(monkeypatch, capsys):
+    """At the import of a tool, before its arguments are read."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # transformers adds it there
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", f"{os.devnull}/modules")
+    with pytest.raises(SystemExit) as ended:
+        checkpoint_files.from_code("configuration_qwen.QWenConfig")
+    assert ended.value.code == 2
+    assert re.match(r"problem: .*modules'.* Set HF_MODULES_CACHE to a folder of your own\.\n$", capsys.readouterr().err)

@@ -20,7 +20,9 @@ from typing import Callable, Iterable, Iterator
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+ROOT = Path(__file__).resolve().parent.parent
 INDEX = "model.safetensors.index.json"
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 WITH_AUTO_MAP = (CONFIG, "tokenizer_config.json")
@@ -50,6 +52,19 @@ def exit_status(work: Callable[..., int | None], *arguments) -> int:
     except (Problem, OSError, SafetensorError) as problem:
         print(f"problem: {problem}", file=sys.stderr)
         return 2
+
+
+def from_code(name: str):
+    """
+    MODULE.NAME of this repository's code, which transformers copies into the user's cache first, as a checkpoint's.
+    Ends the program, after a line about it, if that can't be written.
+    """
+    try:
+        return get_class_from_dynamic_module(name, str(ROOT))
+    except OSError as error:
+        advice = "transformers copies code to there before it runs it. Set HF_MODULES_CACHE to a folder of your own."
+        print(f"problem: {error}: {advice}", file=sys.stderr)
+        sys.exit(2)
 
 
 # --- What was named ----------------------------------------------------------------------------------------------

@@ -23,13 +23,12 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import get_balanced_memory, infer_auto_device_map
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from checkpoint_files import from_code
 
-ROOT = Path(__file__).resolve().parent.parent
-QWenConfig = get_class_from_dynamic_module("configuration_qwen.QWenConfig", str(ROOT))
-QWenLMHeadModel = get_class_from_dynamic_module("modeling_qwen.QWenLMHeadModel", str(ROOT))
-quantization = sys.modules[get_class_from_dynamic_module("qwen_quantization.QuantizedLinear", str(ROOT)).__module__]
-qwen_cache = sys.modules[get_class_from_dynamic_module("qwen_cache.QWenCache", str(ROOT)).__module__]
+QWenConfig = from_code("configuration_qwen.QWenConfig")
+QWenLMHeadModel = from_code("modeling_qwen.QWenLMHeadModel")
+quantization = sys.modules[from_code("qwen_quantization.QuantizedLinear").__module__]
+qwen_cache = sys.modules[from_code("qwen_cache.QWenCache").__module__]
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 SIZES = {

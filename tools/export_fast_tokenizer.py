@@ -27,13 +27,12 @@ import sys
 from pathlib import Path
 
 from byte_pairs import byte_alphabet, recovered_pairs
-from checkpoint_files import Problem, exit_status, new_folder, write_file
+from checkpoint_files import Problem, exit_status, from_code, new_folder, write_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from upgrade_checkpoint import ROOT, load_tokenizer
+from upgrade_checkpoint import load_tokenizer
 
-QWenTokenizer = get_class_from_dynamic_module("tokenization_qwen.QWenTokenizer", str(ROOT))
+QWenTokenizer = from_code("tokenization_qwen.QWenTokenizer")
 tokenization_qwen = sys.modules[QWenTokenizer.__module__]
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 

@@ -46,6 +46,7 @@ from checkpoint_files import (
     Problem,
     check_folder,
     exit_status,
+    from_code,
     only_run,
     open_weights,
     precision,
@@ -53,15 +54,14 @@ from checkpoint_files import (
     weight_shapes,
 )
 from tqdm import tqdm
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from upgrade_checkpoint import ROOT, load_tokenizer
+from upgrade_checkpoint import load_tokenizer
 
 gguf = importlib.import_module("gguf") if importlib.util.find_spec("gguf") is not None else None
 
-QWenConfig = get_class_from_dynamic_module("configuration_qwen.QWenConfig", str(ROOT))
-QWenLMHeadModel = get_class_from_dynamic_module("modeling_qwen.QWenLMHeadModel", str(ROOT))
-QWenTokenizer = get_class_from_dynamic_module("tokenization_qwen.QWenTokenizer", str(ROOT))
-check_quantization_config = get_class_from_dynamic_module("qwen_quantization.check_quantization_config", str(ROOT))
+QWenConfig = from_code("configuration_qwen.QWenConfig")
+QWenLMHeadModel = from_code("modeling_qwen.QWenLMHeadModel")
+QWenTokenizer = from_code("tokenization_qwen.QWenTokenizer")
+check_quantization_config = from_code("qwen_quantization.check_quantization_config")
 tokenization_qwen = sys.modules[QWenTokenizer.__module__]
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors and GGUF call them the same

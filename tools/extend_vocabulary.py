@@ -33,14 +33,12 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from byte_pairs import merges
-from checkpoint_files import Problem, exit_status, write_file
+from checkpoint_files import Problem, exit_status, from_code, write_file
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 from tqdm import tqdm
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from upgrade_checkpoint import ROOT
 
-QWenTokenizer = get_class_from_dynamic_module("tokenization_qwen.QWenTokenizer", str(ROOT))
+QWenTokenizer = from_code("tokenization_qwen.QWenTokenizer")
 tokenization_qwen = sys.modules[QWenTokenizer.__module__]
 
 

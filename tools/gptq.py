@@ -22,6 +22,7 @@ from checkpoint_files import (
     Problem,
     check_folder,
     copy_companions,
+    from_code,
     full_precision_config,
     only_run,
     open_weights,
@@ -32,11 +33,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from upgrade_checkpoint import ROOT, check_weights, load_tokenizer, planned, try_loading
+from upgrade_checkpoint import check_weights, load_tokenizer, planned, try_loading
 
-QWenConfig = get_class_from_dynamic_module("configuration_qwen.QWenConfig", str(ROOT))
-QWenLMHeadModel = get_class_from_dynamic_module("modeling_qwen.QWenLMHeadModel", str(ROOT))
+QWenConfig = from_code("configuration_qwen.QWenConfig")
+QWenLMHeadModel = from_code("modeling_qwen.QWenLMHeadModel")
 
 # The matrices of a block in the order of its computation; those of a line have one input.
 STAGES = (("attn.c_attn",), ("attn.c_proj",), ("mlp.w1", "mlp.w2"), ("mlp.c_proj",))

@@ -37,6 +37,7 @@ from checkpoint_files import (
     check_folder,
     copy_companions,
     exit_status,
+    from_code,
     full_precision_config,
     new_folder,
     open_weights,
@@ -47,10 +48,9 @@ from gptq import make as make_gptq
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from upgrade_checkpoint import ROOT, check_weights, planned, try_loading
+from upgrade_checkpoint import check_weights, planned, try_loading
 
-round_to_int8 = get_class_from_dynamic_module("qwen_quantization.round_to_int8", str(ROOT))
+round_to_int8 = from_code("qwen_quantization.round_to_int8")
 
 
 def quantize_file(source: Path, target: Path, names: set[str]) -> dict[str, int]:

@@ -29,10 +29,12 @@ from pathlib import Path
 
 from accelerate import init_empty_weights
 from checkpoint_files import (
+    ROOT,
     Problem,
     advice_about_name,
     check_file_names,
     exit_status,
+    from_code,
     new_folder,
     read_json,
     staged,
@@ -43,13 +45,11 @@ from checkpoint_files import (
 )
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-ROOT = Path(__file__).resolve().parent.parent
 # In the order of writing: until modeling_qwen.py is replaced the old model runs with the new modules beside it, which
 # have every name that it imports, but those of the published cpp_kernels.py, whose lack it takes for a lack of kernels;
 # from then on everything is new. So a checkpoint loads whenever writing stops.
-MODULES = get_class_from_dynamic_module("configuration_qwen.CODE_FILES", str(ROOT))
+MODULES = from_code("configuration_qwen.CODE_FILES")
 AUTO_MAPS = {"config.json": ROOT / "config.json", "tokenizer_config.json": ROOT / "tokenizer_config.json"}
 VOCABULARY, SETTINGS = "qwen.tiktoken", "generation_config.json"
 OFFICIAL_VOCABULARY = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
@@ -77,8 +77,8 @@ def shapes_by_name(folder: Path) -> dict[str, tuple[int, ...] | None]:
 
 def check_weights(folder: Path) -> str:
     """Compare the weights with what the configuration makes of our model; a line that says they fit."""
-    config_class = get_class_from_dynamic_module("configuration_qwen.QWenConfig", str(ROOT))
-    model_class = get_class_from_dynamic_module("modeling_qwen.QWenLMHeadModel", str(ROOT))
+    config_class = from_code("configuration_qwen.QWenConfig")
+    model_class = from_code("modeling_qwen.QWenLMHeadModel")
     try:
         config = config_class.from_dict(read_json(folder / "config.json"))
     except ValueError as error:
@@ -113,7 +113,7 @@ def check_weights(folder: Path) -> str:
 
 
 def load_vocabulary(folder: Path) -> dict[bytes, int]:
-    load = get_class_from_dynamic_module("tokenization_qwen.load_tiktoken_bpe", str(ROOT))
+    load = from_code("tokenization_qwen.load_tiktoken_bpe")
     try:
         return load(str(folder / VOCABULARY))
     except (FileNotFoundError, ValueError) as error:
@@ -124,7 +124,7 @@ def load_tokenizer(folder: Path):
     """Our tokenizer with the vocabulary and the settings in a folder; Problem if they are missing or damaged."""
     if (folder / "tokenizer_config.json").exists():
         read_json(folder / "tokenizer_config.json")
-    tokenizer_class = get_class_from_dynamic_module("tokenization_qwen.QWenTokenizer", str(ROOT))
+    tokenizer_class = from_code("tokenization_qwen.QWenTokenizer")
     try:
         return tokenizer_class.from_pretrained(folder)
     except (OSError, ValueError) as error:
