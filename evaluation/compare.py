@@ -15,12 +15,23 @@ import gc
 import itertools
 import json
 import math
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from windows import add_dtype, check_named, load_model, load_tokenizer, log_probs, positive, read_texts, windows
+from windows import (
+    add_dtype,
+    check_named,
+    checkpoint_files,
+    load_model,
+    load_tokenizer,
+    log_probs,
+    positive,
+    read_texts,
+    windows,
+)
 
 
 def distributions(model, sequences: list[list[int]], piece: int):
@@ -125,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(checkpoint_files.exit_status(main))

@@ -309,7 +309,8 @@ def main() -> None:
             del lm  # before the next is there
             lm, loaded = load(path, args), path
         results = output.of(path, None if args.chat else card.of_card(lm.model.config))
-        results[name] = run(lm, name, tasks[name], args.limit, args.chat)
+        with checkpoint_files.going_on(args.output):
+            results[name] = run(lm, name, tasks[name], args.limit, args.chat)
         ahead.pop(0)
         output.write(args.names)
         result = results[name]
@@ -325,4 +326,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(checkpoint_files.exit_status(main))

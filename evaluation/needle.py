@@ -17,7 +17,7 @@ from pathlib import Path
 
 import figures
 import torch
-from windows import add_dtype, check_named, load_model, load_tokenizer, positive, read_texts
+from windows import add_dtype, check_named, checkpoint_files, load_model, load_tokenizer, positive, read_texts
 
 NEEDLE = "The harbour master keeps the key of lighthouse number 7391 under a blue stone."
 QUESTION = "Under what does the harbour master keep the key of the lighthouse?"
@@ -122,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(checkpoint_files.exit_status(main))

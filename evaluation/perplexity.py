@@ -12,13 +12,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 
 import card
 import figures
 import torch
 from tqdm import tqdm
-from windows import add_dtype, check_named, load_model, load_tokenizer, positive, read_texts, token_losses, windows
+from windows import (
+    add_dtype,
+    check_named,
+    checkpoint_files,
+    load_model,
+    load_tokenizer,
+    positive,
+    read_texts,
+    token_losses,
+    windows,
+)
 
 POINTS = 64  # of a line in the plot
 
@@ -115,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(checkpoint_files.exit_status(main))

@@ -569,6 +569,9 @@ def main() -> int:
     except (DataError, Problem, OSError) as problem:
         print(f"problem: {problem}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        say("interrupted: --resume_from_checkpoint auto goes on from the last complete checkpoint, if there is one")
+        return 130
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -1403,10 +1403,11 @@ def test_a_builder_that_was_killed_does_not_block_the_next(make_version, tmp_pat
 
 
 @pytest.fixture
-def command():
+def command(monkeypatch):
     """tools/build_kernels.py, which imports a second copy of the module, as transformers does for every checkpoint."""
     spec = importlib.util.spec_from_file_location("build_kernels", ROOT / "tools" / "build_kernels.py")
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(ROOT / "tools")
     spec.loader.exec_module(module)
     return module
 

@@ -368,6 +368,17 @@ def test_a_folder_that_is_no_checkpoint_is_said_at_once(tmp_path, capsys, monkey
     assert capsys.readouterr().err == "problem: There is no folder nope.\n"
 
 
+def test_ctrl_c_is_a_line_that_says_how_to_go_on(tiny, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "load_data", interrupted)
+    arguments = ["--model_name_or_path", str(tiny), "--output_dir", str(tmp_path), "--use_cpu", "True"]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments, "--data_path", DATA])
+    assert finetune.main() == 130
+    assert capsys.readouterr().out.startswith("interrupted: --resume_from_checkpoint auto goes on")
+
+
 def test_a_problem_is_a_line_and_not_a_traceback(tiny, tmp_path, capsys, monkeypatch):
     (tmp_path / "data.json").write_text("[]")
     arguments = ["--model_name_or_path", str(tiny), "--output_dir", str(tmp_path / "out"), "--use_cpu", "True"]

@@ -20,6 +20,7 @@ import time
 import types
 from pathlib import Path
 
+from checkpoint_files import exit_status
 from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.set_verbosity_info()
     if args.source is not None:
         load_module("cpp_kernels").set_source_folder(args.source)
-    return report()
+    return exit_status(report)
 
 
 if __name__ == "__main__":

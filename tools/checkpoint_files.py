@@ -42,7 +42,8 @@ def print_any_text() -> None:
 
 def exit_status(work: Callable[..., int | None], *arguments) -> int:
     """
-    Call `work(*arguments)`: what it returns, 0 for None; 2, after a line about it, for what the user can mend.
+    Call `work(*arguments)`: what it returns, 0 for None; 2, after a line about it, for what the user can mend; 130,
+    after a line, for Ctrl-C.
 
     An OSError names the file that can't be read or written; safetensors reports a full disk in its own way.
     """
@@ -52,6 +53,18 @@ def exit_status(work: Callable[..., int | None], *arguments) -> int:
     except (Problem, OSError, SafetensorError) as problem:
         print(f"problem: {problem}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {str(interrupt) or 'the same command begins again'}", file=sys.stderr)
+        return 130
+
+
+@contextlib.contextmanager
+def going_on(kept: object) -> Iterator[None]:
+    """Ctrl-C in the block says, by `exit_status`, that the same command goes on from what is kept there."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the same command goes on from what is in {kept}") from None
 
 
 def from_code(name: str):

@@ -24,6 +24,7 @@ from checkpoint_files import (
     copy_companions,
     from_code,
     full_precision_config,
+    going_on,
     only_run,
     open_weights,
     weight_shapes,
@@ -399,6 +400,7 @@ def make(
         first = None if partial.exists() else begin()  # a wrong calibration text leaves no folder
         partial.mkdir(parents=True, exist_ok=True)
         held.enter_context(only_run(partial, target))
+        held.enter_context(going_on(partial))
         done, hidden = resume(partial, files[1:])
         if hidden is None:
             hidden = begin() if first is None else first
