@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -60,12 +61,26 @@ def read(path: str | Path) -> list:
 
 
 def _parse(text: str, path: Path, line: int | None = None):
+    place = path if line is None else f"{path}, line {line}"
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         number = error.lineno if line is None else line
         found = text.splitlines()[error.lineno - 1][max(error.colno - 20, 0) : error.colno + 20]
         raise DataError(f"{path}, line {number}, column {error.colno}: {error.msg}, near {found!r}.") from None
+    except RecursionError:
+        raise DataError(f"{place}: lists and objects lie too deep in each other to be read.") from None
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+
+
+def _object(pairs: list[tuple]) -> dict:
+    """A JSON object; DataError if it has a name twice: Python's reader would keep the last value alone."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise DataError(f"an object has {twice!r} twice, near {_short(pairs)}. Leave one of them out.")
+    return values
 
 
 def messages_of(record) -> tuple[list[dict], list]:
@@ -145,6 +160,10 @@ def _from_code(name: str):
 
 
 def _check_order(messages: list[dict], tools) -> None:
+    try:
+        names = [_from_code("_tool_values")(tool)["name"] for tool in tools]
+    except ValueError as error:
+        raise DataError(str(error)) from None
     before = "nothing"
     for number, message in enumerate(messages, start=1):
         role = "function" if message["role"] == "tool" else message["role"]
@@ -159,8 +178,12 @@ def _check_order(messages: list[dict], tools) -> None:
         if role not in allowed:
             raise DataError(f"message {number} is of {role} after {before}, where {' or '.join(allowed)} belongs")
         before = "a call" if "function_call" in message else role
-        if before == "a call" and (role != "assistant" or not tools):
-            raise DataError(f"message {number} calls a function, but is not an assistant's, or there are no tools")
+        if before == "a call":
+            called = message["function_call"]["name"]
+            if role != "assistant":
+                raise DataError(f"message {number} calls a function, but is not an assistant's")
+            if called not in names:
+                raise DataError(f"message {number} calls {called!r}, but the tools are {', '.join(names) or 'none'}")
     if not any(message["role"] == "user" for message in messages) or messages[-1]["role"] == "user":
         raise DataError("it has no question, or its last question has no answer")
     if before == "a call":
@@ -257,10 +280,7 @@ def _react_turns(messages: list[dict], tools) -> list[tuple[str, list[tuple[str,
 
 def _tool_question(query: str, tools) -> str:
     """The question behind the description of the tools, in the words of `make_tool_context`."""
-    try:
-        text, _ = _from_code("make_tool_context")(_NoTokens(), [{"role": "user", "content": query}], tools, "")
-    except ValueError as error:
-        raise DataError(str(error)) from None
+    text, _ = _from_code("make_tool_context")(_NoTokens(), [{"role": "user", "content": query}], tools, "")
     return text.split("<|im_start|>user\n", 1)[1].rpartition("<|im_end|>\n<|im_start|>assistant\n")[0]
 
 

@@ -157,6 +157,9 @@ def test_text_is_never_a_control_token_unless_asked_for(demo_tokenizer):
         ("[]", "empty list"),
         ('[\n {"conversations": [}]', r"line 2, column 21: .*near"),
         ('{"a": 1}\n{"a": }', "line 2, column 7: Expecting value"),
+        ('{}\n{"from": 1, "value": 2, "value": 3}', "data.json, line 2: an object has 'value' twice, near .*from"),
+        ('[{"from": 1, "from": 1}]', "data.json: an object has 'from' twice"),
+        ("[" * 100_000, "data.json: lists and objects lie too deep"),
         ('[\n"你好"]'.encode("gbk"), "data.json, line 2: this is not UTF-8"),
     ],
 )
@@ -187,7 +190,15 @@ def test_what_is_not_json_is_said_with_its_place(tmp_path, content, message):
         ),
         ({"messages": CALLS[:2], "tools": TOOLS}, "ends with a call"),
         ({"messages": [CALLS[0], {**ANSWER, "tool_calls": [{"function": {}}]}]}, "message 2 calls .*has no name"),
-        ({"messages": CALLS}, "message 2 calls a function"),
+        ({"messages": CALLS}, "message 2 calls 'search', but the tools are none"),
+        (
+            {"messages": CALLS, "tools": [{"name": "find"}, {"name": "run"}]},
+            "calls 'search', but the tools are find, run",
+        ),
+        (
+            {"messages": [{**CALLS[1], "role": "user"}, *CALLS[2:]], "tools": TOOLS},
+            "message 1 calls a function, but is not",
+        ),
         ({"messages": [CALLS[0], *CALLS[2:]], "tools": TOOLS}, "message 2 is of function after user"),
         ({"messages": [*CALLS[:2], *CALLS[3:]], "tools": TOOLS}, "message 3 is of assistant after a call"),
         ({"system": 5, "messages": CALLS, "tools": TOOLS}, "its system prompt is 5, not a text"),
