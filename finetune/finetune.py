@@ -32,6 +32,8 @@ Problem = checkpoint_files.Problem  # tuning can't begin; the message says why a
 
 RUN = "finetune_run.json"  # beside the checkpoints of a run: what it was begun with
 BY_LENGTH = ["group_by_length", "batch_rebalance"]  # of transformers' train_sampling_strategy
+POSITIVE = ["model_max_length", "num_train_epochs", "gradient_accumulation_steps"]
+POSITIVE += ["per_device_train_batch_size", "per_device_eval_batch_size"]
 LEARNED_BY_BASE = ["wte", "lm_head"]  # of a base model the tokens of ChatML have no meaning yet
 
 
@@ -122,7 +124,7 @@ def parse(arguments: list[str] | None = None):
         raise Problem(f"{error}{hint}") from error
 
 
-def check(training, lora) -> None:
+def check(data, training, lora) -> None:
     """Problem for arguments that can't be meant together."""
     if lora.q_lora and not training.use_lora:
         raise Problem("--q_lora learns adapters over 4-bit matrices; pass --use_lora too.")
@@ -140,8 +142,13 @@ def check(training, lora) -> None:
             "--label_smoothing_factor: transformers would smooth labels of a model loaded by remote code without "
             "shifting them. Leave it at 0."
         )
-    if training.model_max_length < 1:
-        raise Problem(f"--model_max_length is {training.model_max_length}. Pass a number of tokens.")
+    wrong = [name for name in POSITIVE if getattr(training, name) <= 0]
+    if training.max_steps == 0:  # below 0 epochs count
+        wrong.append("max_steps")
+    if wrong:
+        raise Problem(f"--{wrong[0]} is {getattr(training, wrong[0])}. Pass a positive number.")
+    if (training.eval_strategy != "no" or training.eval_on_start) and not data.eval_data_path:
+        raise Problem("--eval_strategy and --eval_on_start need conversations to evaluate on: pass --eval_data_path.")
     if getattr(training, "group_by_length", False) or getattr(training, "train_sampling_strategy", "") in BY_LENGTH:
         raise Problem(
             "Grouping by length saves padding, of which there is next to none here: conversations share rows."
@@ -227,7 +234,10 @@ def load_model(arguments, training, lora):
         import deepspeed
 
         deepspeed.init_distributed()
-    model = AutoModelForCausalLM.from_pretrained(path, **common, **options)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, **common, **options)
+    except (ImportError, ValueError, RuntimeError) as error:  # an attention that is not there, weights that don't fit
+        raise Problem(f"{path} can't be loaded: {error}") from error
     if lora.q_lora:
         check_quantized(model)
     return model
@@ -505,7 +515,7 @@ def load_data(path: str, tokenizer, data, training, packing: bool) -> Conversati
 
 def tune(arguments, data, training, lora) -> Tuner:
     """Everything but the command line; returns the trainer, whose model is tuned and saved."""
-    check(training, lora)
+    check(data, training, lora)
     path = arguments.model_name_or_path
     checkpoint_files.check_loadable(path)
     check_output(arguments, training, lora)
@@ -522,6 +532,12 @@ def tune(arguments, data, training, lora) -> Tuner:
     )
     examples = load_data(data.data_path, tokenizer, data, training, data.packing)
     evaluation = load_data(data.eval_data_path, tokenizer, data, training, False) if data.eval_data_path else None
+    for rows, batch in ((examples, training.train_batch_size), (evaluation, training.eval_batch_size)):
+        if rows and training.dataloader_drop_last and len(rows) < batch * training.world_size:
+            raise Problem(
+                f"--dataloader_drop_last drops a batch that is not full, and {len(rows)} examples don't fill one of "
+                f"{batch * training.world_size}. Leave it out, or take smaller batches."
+            )
     model = load_model(arguments, training, lora)
     flat = (model.config._attn_implementation or "").startswith("flash")
     if training.use_lora:
@@ -529,14 +545,17 @@ def tune(arguments, data, training, lora) -> Tuner:
     make_chat(model, tokenizer)
     learned, total = (sum(size(p) for p in model.parameters() if test(p)) for test in (is_learned, lambda p: True))
     say(f"{learned:,} of {total:,} parameters learn; attention by {model.config._attn_implementation}")
-    trainer = Tuner(
-        model=model,
-        args=training,
-        train_dataset=examples,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-        data_collator=PackedBatch(tokenizer.eod_id, flat),
-    )
+    try:
+        trainer = Tuner(
+            model=model,
+            args=training,
+            train_dataset=examples,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            data_collator=PackedBatch(tokenizer.eod_id, flat),
+        )
+    except ValueError as error:  # arguments that transformers refuses only here
+        raise Problem(str(error)) from error
     check_fsdp(trainer)
     if trainer.is_world_process_zero():
         checkpoint_files.write_file(Path(training.output_dir, RUN), (json.dumps(settings, indent=2) + "\n").encode())

@@ -40,6 +40,9 @@ QUICK = ["--data_path", DATA, "--model_max_length", "128", "--save_strategy", "n
 QUICK += ["--report_to", "none", "--use_cpu", "True", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 ADAPTER = "adapter_model.safetensors"
 LORA = ["--use_lora", "--lora_r", "4", "--learning_rate", "1e-2"]
+GROUPING = ["--group_by_length", "True"]
+if "train_sampling_strategy" in vars(transformers.TrainingArguments):
+    GROUPING = ["--train_sampling_strategy", "group_by_length"]
 
 
 @pytest.fixture(autouse=True)
@@ -331,9 +334,21 @@ def test_arguments_of_the_published_scripts():
         (["--use_lora", "--lora_modules_to_save", "wte", "head"], "no module head"),
         (["--use_lora", "--lora_target_modules", "c_attn", "w3"], "--lora_target_modules: the model has no module w3"),
         (["--use_lora", "--lora_r", "0"], "peft can't make this adapter: .*positive"),
+        (["--use_lora", "--lora_dropout", "2"], "peft can't make this adapter: dropout"),
+        (["--use_lora", "--lora_bias", "some"], "peft can't make this adapter: .*some"),
         (["--use_lora", "--lora_weight_path", "nowhere"], "--lora_weight_path nowhere: "),
         (["--lora_weight_path", "adapter"], "pass --use_lora too"),
         (["--model_max_length", "-1"], "--model_max_length is -1"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size is 0. Pass a positive number"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps is 0"),
+        (["--num_train_epochs", "0"], "--num_train_epochs is 0"),
+        (["--max_steps", "0"], "--max_steps is 0"),
+        (["--dataloader_drop_last", "--per_device_train_batch_size", "9999"], "examples don't fill one of 9999"),
+        (["--eval_strategy", "steps", "--eval_steps", "1"], "--eval_strategy .* need .* pass --eval_data_path"),
+        (["--dataloader_drop_last", "--eval_data_path", DATA, "--per_device_eval_batch_size", "9999"], "one of 9999"),
+        (["--save_strategy", "best"], "metric_for_best_model"),
+        (["--attn_implementation", "none"], "tiny can't be loaded: .*none"),
+        (GROUPING, "Grouping by length saves"),
         (["--save_only_model", "True", "--resume_from_checkpoint", "auto"], "optimiser's state"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere is no complete checkpoint"),
     ],
