@@ -179,12 +179,14 @@ def _library() -> Path:
         raise _Unavailable(f"CXX is {os.environ['CXX']!r} ({error}). Set it to a compiler.") from error
     compiler = named or [found for found in map(shutil.which, ("g++", "c++", "clang++")) if found][:1]
     try:
-        version = subprocess.run([*compiler, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
-    except OSError:  # built where there was a compiler, used where there is none
+        version = subprocess.run(
+            [*compiler, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:  # built where there was a compiler, used where there is none
         built = [path for path in sorted(folder.glob(f"{key}-*.so")) if not _who_else_writes(path)]
         if built:
             return built[-1]
-        why = f"CXX names {compiler[0]}" if compiler else "none of g++, c++ and clang++ is on the PATH"
+        why = f"{compiler[0]} does not work ({error})" if compiler else "none of g++, c++ and clang++ is on the PATH"
         raise _Unavailable(f"There is no C++ compiler: {why}. Install g++, or set CXX to a compiler.") from None
     library = folder / f"{key}-{_digest(*compiler, version)}.so"
     if library.exists() and not _who_else_writes(library):

@@ -1228,10 +1228,24 @@ def test_a_library_that_cannot_be_loaded(make_version):
 
 
 @needs_operators
+def test_a_compiler_that_does_not_answer_is_not_waited_for(make_version, monkeypatch):
+    def hangs(command, timeout=600, **pipes):
+        assert timeout <= 60
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    version = make_version()
+    monkeypatch.setenv("CXX", "hangs")
+    monkeypatch.setattr(version.module.subprocess, "run", hangs)
+    assert version.answers_right()
+    (warning,) = version.warnings()
+    assert "hangs does not work (Command '['hangs', '--version']' timed out after 60 seconds)" in warning
+
+
+@needs_operators
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ("no-such-compiler", "CXX names no-such-compiler"),
+        ("no-such-compiler", "no C++ compiler: no-such-compiler does not work ([Errno 2]"),
         ("'my compiler", """CXX is "'my compiler" (No closing quotation)"""),
     ],
 )
