@@ -673,9 +673,9 @@ class QWenTokenizer(PreTrainedTokenizer):
         return_assistant_tokens_mask: add `assistant_masks`, 1 for the tokens of what an assistant says (in the default
         template its content and `<|im_end|>`), on any release. A template of yours marks it with `{% generation %}`.
 
-        Raises ValueError for an empty conversation, tools that the default template has no place for, or a mask from
-        a template that marks nothing, and TypeError for messages that are not made of dictionaries, lists, texts and
-        numbers.
+        Raises ValueError for an empty conversation, tools or messages that the default template has no place for, or a
+        mask from a template that marks nothing, and TypeError for messages that are not made of dictionaries, lists,
+        texts and numbers.
         """
         conversation = _as_data(conversation)
         if not conversation:
@@ -918,13 +918,14 @@ def _plain(message):
     """Messages with contents that are texts: parts of type "text" joined, None as an empty text."""
     if isinstance(message, (list, tuple)):
         return [_plain(m) for m in message]
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"A message must be a dictionary with a role and a content, found {message!r}.")
     content = message.get("content")
-    if isinstance(content, (list, tuple)):
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        if not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"Qwen reads text only; found a message with the content {content!r}.")
-        content = "".join(parts)
-    return {**message, "content": "" if content is None else content}
+    parts = content if isinstance(content, (list, tuple)) else ["" if content is None else content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"Qwen reads text only; found a message with the content {content!r}.")
+    return {**message, "content": "".join(texts)}
 
 
 def _mark(value, bar: str, edge: str, whole_contents: bool = False, key: str | None = None):

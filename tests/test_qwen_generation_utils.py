@@ -261,8 +261,12 @@ def test_contents_in_parts_and_empty_ones(demo_tokenizer):
 
     assert ids([{"type": "text", "text": "1+"}, {"type": "text", "text": "1"}]) == ids("1+1")
     assert ids(None) == ids("")
-    with pytest.raises(ValueError, match="text only"):
-        ids([{"type": "image", "url": "x"}])
+    for bad in ([{"type": "image", "url": "x"}], 5, [5]):
+        with pytest.raises(ValueError, match="text only; found a message with the content"):
+            ids(bad)
+    for bad in ({"content": "x"}, {"role": 5, "content": "x"}, "x"):
+        with pytest.raises(ValueError, match=f"a role and a content, found {bad!r}"):
+            demo_tokenizer.apply_chat_template([bad])
     with pytest.raises(ValueError, match="empty"):
         demo_tokenizer.apply_chat_template([])
     with pytest.raises(ValueError, match="no place for tools"):
