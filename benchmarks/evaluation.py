@@ -67,7 +67,9 @@ def measure(models: dict, requests: list, rounds: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Log-likelihoods of five-shot multiple choice, beside the stock class of lm-evaluation-harness."
+    )
     parser.add_argument("path", nargs="?", default=str(ROOT / "demo"))
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--questions", type=int, default=16, help="of each of three subjects")

@@ -116,7 +116,9 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, make_contex
 
 def main() -> None:
     """Evaluate the checkpoint named on the command line, by default the one beside this file."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Ask a demo checkpoint for every capital, and questions in words it was not trained on."
+    )
     parser.add_argument("checkpoint", nargs="?", default=str(Path(__file__).parent))
     parser.add_argument("--verbose", action="store_true", help="show the wrong answers")
     args = parser.parse_args()

@@ -248,7 +248,7 @@ def save_weights(model: PreTrainedModel, path: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Train the demo checkpoint from scratch.")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the checkpoint")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=4, help=f"blocks of {SEQ_LENGTH} tokens")

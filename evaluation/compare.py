@@ -115,7 +115,9 @@ def table(result: dict, a: str, b: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="What quantisation, an adapter or another release changed: two checkpoints on the same text."
+    )
     parser.add_argument("a", metavar="A", help="checkpoint, or a folder with an adapter")
     parser.add_argument("b", metavar="B", help="what is compared with it")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="texts in UTF-8")

@@ -212,7 +212,8 @@ def time_left(output: Output, ahead: list[tuple[str, str, int]]) -> float:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.strip().partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="The model card's ten benchmarks for one checkpoint or several.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", help="checkpoints; differences are to the first")
     parser.add_argument("--tasks", default="all", help="all, or some of " + ",".join(BENCHMARKS))

@@ -68,7 +68,8 @@ def ask(model, tokenizer, ids: list[int], new_tokens: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.strip().partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Needle in a haystack: does the model find a sentence at every depth of a text of every length?",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("path", metavar="PATH", help="checkpoint, or a folder with an adapter")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="texts in UTF-8: the haystack")

@@ -89,7 +89,7 @@ def line(positions: torch.Tensor) -> list[tuple[float, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Perplexity of texts by the length of the window.")
     parser.add_argument("path", metavar="PATH", help="checkpoint, or a folder with an adapter")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="texts in UTF-8")
     parser.add_argument("--lengths", nargs="+", type=positive, default=[8192, 16384, 32768])

@@ -312,3 +312,8 @@ def test_programs_use_of_our_modules_what_is_there(program):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == name
         }
         assert used <= defined(module), (module, used - defined(module))
+
+
+def test_no_program_needs_its_docstring():
+    """`python -OO` leaves it out."""
+    assert not [path for path in OURS.values() if "__doc__" + "." in path.read_text(encoding="utf-8")]

@@ -226,7 +226,7 @@ def count(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__.strip().splitlines()[0],
+        description="How much memory a Qwen takes, where it goes, and what to do if there is too little.",
         epilog="A GB is 10^9 bytes. A card that nvidia-smi shows as 24564MiB is one of 25.76GB; --devices 24564MiB "
         "says the same. Exit status: 0 it fits, 1 it does not, 2 something is wrong with the arguments.",
         allow_abbrev=False,
