@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file, logging
 
 from .configuration_qwen import AUTO_MAP, CHECKED_KEYS, PRECISION_FLAGS, QWenConfig, check_precision
@@ -124,6 +124,7 @@ class QWenPreTrainedModel(PreTrainedModel):
         Raises ValueError for a contradiction in the configuration, RuntimeError for weights that don't fit it.
         """
         _check_has_config(pretrained_model_name_or_path, config)
+        _check_generation_config(pretrained_model_name_or_path)
         kwargs = dict(kwargs)
         drop_old_arguments(kwargs)
         tokens = {name: kwargs.pop(name) for name in TOKEN_IDS if name in kwargs}
@@ -407,6 +408,12 @@ def _check_has_config(path, config) -> None:
             f"{path} holds an adapter, and no model. Load it, with its base, by AutoModelForCausalLM.from_pretrained, "
             f"or by peft's PeftModel.from_pretrained(model, {folder!r})."
         )
+
+
+def _check_generation_config(path) -> None:
+    """Raise OSError if a folder's generation_config.json can't be read: transformers would do without it, silently."""
+    if path is not None and os.path.isfile(os.path.join(path, "generation_config.json")):
+        GenerationConfig.from_pretrained(path)
 
 
 def _goes_to_accelerator(device_map) -> bool:

@@ -72,6 +72,13 @@ def test_auto_classes(checkpoint):
         torch.testing.assert_close(tiny_model(vocab_size=4096)(ids).logits, logits)
 
 
+def test_a_generation_configuration_that_is_no_json_is_named(checkpoint):
+    """transformers would load the model without it, and a chat model would be taken for a base model."""
+    (checkpoint / "generation_config.json").write_text('{"chat_format": ')
+    with pytest.raises(OSError, match=r"generation_config\.json"):
+        load(checkpoint)
+
+
 def test_saved_folder_loads_in_a_fresh_process_elsewhere(checkpoint, tmp_path):
     model = load(checkpoint, fp32=True)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
