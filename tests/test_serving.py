@@ -237,6 +237,7 @@ def test_completions(client):
         ({"messages": KENYA, "tools": [{"x": 1}]}, "A tool must be a dictionary with a name"),
         ({"messages": KENYA + KENYA, "tools": TOOLS}, "role 'user' has no place"),
         ({"messages": KENYA, "tools": TOOLS, "tool_choice": "required"}, "choose auto or none"),
+        ({"extra_body": {"generation_config": '{"num_beams": 2}'}}, "num_beams must be 1, found 2"),
     ],
 )
 def test_bad_requests(client, body, text):
@@ -268,6 +269,12 @@ def test_errors_of_the_application_are_objects_too(address, client):
         with pytest.raises(urllib.error.HTTPError) as raised:
             urllib.request.urlopen(request, timeout=60)
         assert raised.value.code == 400
+    with pytest.raises(openai.BadRequestError, match="can't be read: KeyError: 'input'"):
+        client.responses.create(model="demo")
+    with pytest.raises(openai.BadRequestError, match="no place for tools"):
+        client.responses.create(model="demo", input="Hi", tools=[{"type": "function", "name": "f"}])
+    with pytest.raises(openai.BadRequestError, match="can't be read: KeyError: 'file'"):
+        client.post("/audio/transcriptions", body={}, cast_to=object)
 
 
 NAIROBI = "The capital of Kenya is Nairobi."

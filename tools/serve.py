@@ -199,6 +199,9 @@ def generation_config(handler, body: dict, model, length: int, batching: bool):
         config = handler._build_generation_config({**body, **ours}, model.generation_config, use_cb=batching)
     except (ValueError, TypeError) as error:
         raise BadRequest(f"generation_config can't be read: {error}") from None
+    for name in ("num_beams", "num_return_sequences"):
+        if getattr(config, name) not in (None, 1):
+            raise BadRequest(f"{name} must be 1, found {getattr(config, name)!r}: an answer is sent as it grows.")
     biases = token_biases(body.get("logit_bias"), model.config.vocab_size)
     if biases:
         config.sequence_bias = biases
@@ -305,6 +308,18 @@ def answering(path: str, chat: bool, read, check_stop):
     return handle
 
 
+def reading(handle):
+    """A method of transformers' handler that answers a request: what it can't read in one is the sender's fault."""
+
+    async def answer(self, *request):
+        try:
+            return await handle(self, *request)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BadRequest(f"The request can't be read: {type(error).__name__}: {error}") from error
+
+    return answer
+
+
 async def as_error(request, error):
     """The response to an exception, an object as OpenAI's interface has it."""
     if isinstance(error, BadRequest):
@@ -371,6 +386,9 @@ def prepare(path: str, names: list[str], credentials: bytes | None = None) -> No
         fields = handler._valid_params_class.__mutable_keys__ | {"top_k", "max_length"}
         handler._valid_params_class = type("Fields", (), {"__mutable_keys__": fields})
         handler._unused_fields = handler._unused_fields - {"functions", "function_call", "tool_choice"}
+    for module, name in (("response", "ResponseHandler"), ("transcription", "TranscriptionHandler")):
+        handler = getattr(importlib.import_module(f"transformers.cli.serving.{module}"), name)
+        handler.handle_request = reading(handler.handle_request)
 
 
 def read_arguments(given: list[str]) -> tuple[str | None, list[str], bytes | None]:
