@@ -495,7 +495,7 @@ def test_a_broken_file_leaves_nothing(checkpoints, tmp_path, capsys, monkeypatch
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(tool, "save_file", full)
+    monkeypatch.setattr(tool, "save_weights", full)
     assert tool.main([str(folder / "whole"), str(tmp_path / "new")]) == 2
     assert "No space left" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

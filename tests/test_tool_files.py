@@ -477,3 +477,15 @@ def test_a_cache_of_code_that_cannot_be_written_is_a_line(monkeypatch, capsys):
         checkpoint_files.from_code("configuration_qwen.QWenConfig")
     assert ended.value.code == 2
     assert re.match(r"problem: .*modules'.* Set HF_MODULES_CACHE to a folder of your own\.\n$", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no umask")
+def test_who_may_read_weights_is_as_the_umask_says(tmp_path):
+    """safetensors 0.8 makes files for their user alone, which a server of another user could not read."""
+    for umask in (0o077, 0o022):
+        before = os.umask(umask)
+        try:
+            checkpoint_files.save_weights({"a": torch.ones(1)}, tmp_path / f"{umask}.safetensors")
+        finally:
+            os.umask(before)
+        assert (tmp_path / f"{umask}.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask

@@ -19,6 +19,7 @@ from typing import Callable, Iterable, Iterator
 
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -264,6 +265,14 @@ def copy_companions(source: Path, target: Path) -> None:
             belongs = path.suffix in ("", ".tiktoken", ".jinja", ".md", ".txt", ".pdf")
         if belongs:
             shutil.copy2(path, target)
+
+
+def save_weights(tensors: dict, path: Path) -> None:
+    """A file of safetensors that is read by whom the umask lets: 0.8 of the library makes one for its user alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -27,11 +27,12 @@ from checkpoint_files import (
     going_on,
     only_run,
     open_weights,
+    save_weights,
     weight_shapes,
     write_file,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 from upgrade_checkpoint import check_weights, load_tokenizer, planned, try_loading
@@ -333,7 +334,7 @@ def dequantized(parts: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
 def save(tensors: dict, path: Path) -> None:
     """In one step: there is the whole file, or none."""
     temporary = path.with_name(f".{path.name}.new")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    save_weights(tensors, temporary)
     temporary.replace(path)
 
 

@@ -35,11 +35,12 @@ from checkpoint_files import (
     open_weights,
     precision,
     read_json,
+    save_weights,
     weight_shapes,
     write_file,
 )
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 from upgrade_checkpoint import planned, try_loading
 
@@ -174,7 +175,7 @@ def make(adapter: Path, target: Path, base: Path | None = None, dtype: str | Non
                     if name in changed:
                         weight = merged(name, weight, *changed[name])
                     written[name] = weight.to(kind).contiguous()
-            save_file(written, partial / file, metadata={"format": "pt"})
+            save_weights(written, partial / file)
             size += sum(tensor.numel() * tensor.element_size() for tensor in written.values())
         if list(files) != ["model.safetensors"]:  # beside which an index would name other files
             places = {name: file for file, names in files.items() for name in names}

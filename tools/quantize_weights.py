@@ -41,11 +41,11 @@ from checkpoint_files import (
     full_precision_config,
     new_folder,
     open_weights,
+    save_weights,
     weight_files,
     write_file,
 )
 from gptq import make as make_gptq
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from upgrade_checkpoint import check_weights, planned, try_loading
@@ -64,7 +64,7 @@ def quantize_file(source: Path, target: Path, names: set[str]) -> dict[str, int]
                     tensors[name], tensors[f"{name}_scale"] = round_to_int8(tensors[name])
                 except ValueError as error:
                     raise Problem(f"{name} can't be rounded: {error}. Copy {source.name} again.") from None
-    save_file(tensors, target, metadata={"format": "pt"})
+    save_weights(tensors, target)
     return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
 
