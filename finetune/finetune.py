@@ -23,6 +23,7 @@ from typing import List, Optional
 import torch
 import transformers
 from data import ROOT, SYSTEM, TRAIN_ON, Conversations, DataError, PackedBatch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, set_seed
 
 sys.path.append(str(ROOT / "tools"))
@@ -585,7 +586,7 @@ def main() -> int:
     try:
         tune(*parse())
         return 0
-    except (DataError, Problem, OSError) as problem:
+    except (DataError, Problem, OSError, SafetensorError) as problem:  # safetensors reports a full disk in its own way
         print(f"problem: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

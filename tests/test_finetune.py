@@ -23,6 +23,7 @@ import transformers
 from conftest import CODE, LACKING, ROOT, compat, random_ids, run, tiny_model
 from packaging.version import Version
 from qwen.qwen_generation_utils import make_context
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -383,15 +384,23 @@ def test_a_folder_that_is_no_checkpoint_is_said_at_once(tmp_path, capsys, monkey
     assert capsys.readouterr().err == "problem: There is no folder nope.\n"
 
 
-def test_ctrl_c_is_a_line_that_says_how_to_go_on(tiny, tmp_path, capsys, monkeypatch):
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(finetune, "load_data", interrupted)
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (
+            KeyboardInterrupt(),
+            130,
+            "interrupted: --resume_from_checkpoint auto goes on from the last complete checkpoint",
+        ),
+        (SafetensorError("No space left on device"), 2, "problem: No space left on device"),
+    ],
+)
+def test_what_stops_a_run_is_a_line_and_not_a_traceback(tiny, tmp_path, capsys, monkeypatch, error, status, line):
+    monkeypatch.setattr(finetune, "load_data", mock.Mock(side_effect=error))
     arguments = ["--model_name_or_path", str(tiny), "--output_dir", str(tmp_path), "--use_cpu", "True"]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments, "--data_path", DATA])
-    assert finetune.main() == 130
-    assert capsys.readouterr().out.startswith("interrupted: --resume_from_checkpoint auto goes on")
+    assert finetune.main() == status
+    assert line in "".join(capsys.readouterr())
 
 
 def test_a_problem_is_a_line_and_not_a_traceback(tiny, tmp_path, capsys, monkeypatch):
