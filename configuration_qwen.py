@@ -57,6 +57,11 @@ def _plain(value):
     return list(map(_plain, value)) if type(value) is list else value
 
 
+def _is_gptq(config_dict: dict) -> bool:
+    method = config_dict.get("quantization_config")
+    return isinstance(method, dict) and method.get("quant_method") == "gptq"
+
+
 _POSITIVE_INTEGER = ("a positive integer", _is_integer)
 _POSITIVE_NUMBER = ("a number above 0", lambda value: _is_number(value) and value > 0)
 _PROBABILITY = ("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
@@ -273,6 +278,9 @@ class QWenConfig(PretrainedConfig):
             check_precision(flag, dtype)
         if flags or dtype:
             config_dict = {**config_dict, **dict.fromkeys(PRECISION_FLAGS, False)}
+        elif _is_gptq(config_dict) and config_dict.get("fp16"):
+            # As published, for GPUs: it is what the file holds, not a choice for every device.
+            config_dict = {"torch_dtype": "float16", **config_dict, "fp16": False}
         return super().from_dict(config_dict, **kwargs)
 
     def __setattr__(self, key, value):
