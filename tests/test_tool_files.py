@@ -102,6 +102,25 @@ def test_what_is_no_checkpoint_is_said_before_anything_is_loaded(folders, path, 
         checkpoint_files.check_loadable(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenization_qwen.py", "# Copyright (c) Alibaba Cloud.", r"2023 \(tokenization_qwen.py\), which .* --write$"),
+        ("cpp_kernels.py", "from torch.utils import cpp_extension", r"2023 \(cpp_kernels.py\)"),
+        ("modeling_qwen.py", "from .qwen_ops import x\nfrom .qwen_loading import y", "lacks 1 files .* qwen_ops.py"),
+        (
+            "config.json",
+            '{"auto_map": {"AutoConfig": "configuration_qwen.QWenConfig"}}',
+            "such as configuration_qwen.py",
+        ),
+    ],
+)
+def test_code_in_parts_is_said_before_anything_is_loaded(folders, name, text, message):
+    (folders / "new" / name).write_text(text)
+    with pytest.raises(checkpoint_files.Problem, match=message):
+        checkpoint_files.check_loadable("new")
+
+
 def test_what_may_be_a_checkpoint_goes_on(folders, monkeypatch):
     for path in ("new", "./new", str(folders / "new"), "owner/name", "owner.x/some-1_8B.v2"):
         checkpoint_files.check_loadable(path)

@@ -117,11 +117,29 @@ def check_loadable(path: str, adapters: bool = False) -> None:
             raise Problem(f"The base of the adapter {path}: {problem}") from None
         return
     check_folder(path)
-    if (folder / "modeling_qwen.py").exists() and not (folder / "qwen_loading.py").exists():
-        raise Problem(
-            f"{path} holds the code published in 2023, which no longer loads. Type once: python "
-            f"tools/upgrade_checkpoint.py {path} --write"
-        )
+    _check_code(folder)
+
+
+def _check_code(folder: Path) -> None:
+    """Problem if a file of the code in a folder is that of 2023, which no longer loads, or one is missing."""
+    texts = {file.name: file.read_text("utf-8", errors="replace") for file in folder.glob("*.py")}
+    published = [name for name, text in texts.items() if text.startswith("# Copyright (c) Alibaba Cloud")]
+    if "SOURCE_SHA256" not in texts.get("cpp_kernels.py", "SOURCE_SHA256"):
+        published.append("cpp_kernels.py")
+    if "modeling_qwen.py" in texts and "qwen_loading.py" not in texts:
+        published.append("modeling_qwen.py")
+    named = json.dumps(read_json(folder / CONFIG).get("auto_map"))  # and of a repository of the hub, owner/name--module
+    needed = {*re.findall(r'"(\w+)\.\w+"', named)}.union(
+        *(re.findall(r"^from \.(\w+) import", t, re.M) for t in texts.values())
+    )
+    lacking = sorted({f"{name}.py" for name in needed} - texts.keys())
+    if published:
+        found = f"holds the code published in 2023 ({', '.join(sorted({*published}))}), which no longer loads"
+    elif lacking:
+        found = f"lacks {len(lacking)} files of the code, such as {lacking[0]}"
+    else:
+        return
+    raise Problem(f"{folder} {found}. Type once: python tools/upgrade_checkpoint.py {folder} --write")
 
 
 def precision(text: str) -> str:
