@@ -169,6 +169,15 @@ def test_syntax_and_methods_of_python_38(path):
     assert not re.search(newer, source)
 
 
+def test_a_clone_on_windows_changes_no_line_end():
+    """Bash does not run a script with CRLF, and kernels whose source is not what was pinned are not built."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a clone")
+    asked = ["git", "check-attr", "text", "--", "finetune/common.sh", "cpp_kernels.cpp"]
+    answers = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.rpartition(" ")[2] for line in answers] == ["unset", "unset"]
+
+
 @pytest.mark.parametrize("version", ["3.8", "3.9", "3.10", "3.11", "3.12", "3.13"])
 def test_compiles_on_every_python_at_hand(version, tmp_path):
     """Running the modules there needs torch; `tests/matrix.py --others` does it."""
