@@ -7,6 +7,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,4 +48,7 @@ def load(path: str, cpu_only: bool = False, **tokenizer_settings):
         model = AutoModelForCausalLM.from_pretrained(path, device_map=device_map, trust_remote_code=True).eval()
     except (OSError, ValueError) as error:  # a missing or wrong file, a hub that can't be reached
         raise SystemExit(f"{path!r} can't be loaded as a folder, or from a hub. {error}") from None
+    except SafetensorError as error:
+        told = f"python tools/upgrade_checkpoint.py {path} says which. Copy it again."
+        raise SystemExit(f"A weight file of {path} is damaged ({error}): {told}") from None
     return model, tokenizer

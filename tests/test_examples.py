@@ -105,6 +105,10 @@ def test_a_checkpoint_that_is_not_there_is_named_in_a_line(tmp_path):
     (tmp_path / "modeling_qwen.py").unlink()
     with pytest.raises(SystemExit, match=r"can't be loaded as a folder, or from a hub"):
         load(str(tmp_path), cpu_only=True)
+    shutil.copytree(DEMO, tmp_path / "cut", ignore=shutil.ignore_patterns("__pycache__"))
+    os.truncate(tmp_path / "cut" / "model.safetensors", 1000)
+    with pytest.raises(SystemExit, match=r"A weight file of .* is damaged .*upgrade_checkpoint.py .* says which"):
+        load(str(tmp_path / "cut"), cpu_only=True)
 
 
 @pytest.mark.parametrize(
