@@ -189,6 +189,20 @@ def test_files_of_conversations_are_read_as_for_finetuning(source, tmp_path, nam
     assert [tokenizer(source).decode(found[0]), len(found)] == ["a\u2028b\x85c", 2]
 
 
+def test_conversations_with_a_system_prompt_are_what_finetuning_reads(source, tmp_path):
+    said = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "!"}]
+    turns = [{"from": message["role"], "value": message["content"]} for message in said]
+    records = [
+        {"messages": [{"role": "system", "content": "S"}, *said]},
+        {"conversations": turns, "system": "S"},
+        {"conversations": [{"from": "system", "value": "S"}, *turns]},
+    ]
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    found = gptq.calibration_samples(tokenizer(source), tmp_path / "chat.json", 128, 2048)
+    text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n!<|im_end|>\n"
+    assert [tokenizer(source).decode(ids) for ids in found] == [text] * 3
+
+
 def test_a_stopped_run_goes_on_and_ends_the_same(source, tmp_path, monkeypatch, capsys):
     assert quantised(source, tmp_path / "at_once", "--bits", "4") == 0
     calls, original = [], gptq.quantize_block

@@ -10,7 +10,9 @@ a run that was stopped goes on from there.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import sys
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 from accelerate import init_empty_weights
 from checkpoint_files import (
+    ROOT,
     INDEX,
     Problem,
     check_folder,
@@ -37,6 +40,8 @@ from torch import nn
 from tqdm import tqdm
 from upgrade_checkpoint import check_weights, load_tokenizer, planned, try_loading
 
+sys.path.append(str(ROOT / "finetune"))
+finetuning_data = importlib.import_module("data")
 QWenConfig = from_code("configuration_qwen.QWenConfig")
 QWenLMHeadModel = from_code("modeling_qwen.QWenLMHeadModel")
 
@@ -164,7 +169,7 @@ def calibration_samples(tokenizer, path: Path, samples: int, length: int) -> lis
     Token ids of at most `samples` samples of at most `length` tokens.
 
     path: plain text, which is cut into samples; or JSON or JSON lines: a list of texts, {"text": ...} or conversations
-    as for finetuning, {"conversations": [{"from": "user", "value": ...}, {"from": "assistant", "value": ...}]}.
+    in any form that finetuning takes, {"conversations": [{"from": "user", "value": ...}, ...]} or {"messages": ...}.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -180,10 +185,10 @@ def calibration_samples(tokenizer, path: Path, samples: int, length: int) -> lis
             is_list = path.suffix == ".json" and text.lstrip().startswith("[")
             entries = json.loads(text) if is_list else [json.loads(x) for x in text.split("\n") if x.strip()]
             found = [sample_of(tokenizer, entry)[:length] for entry in entries[:samples]]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise Problem(
-                f"{path} is not a list of texts, {{'text': ...}} or {{'conversations': [{{'from', 'value'}}, ...]}}: "
-                f"{type(error).__name__}: {error}"
+                f"{path} is not a list of texts, {{'text': ...}}, {{'conversations': [{{'from', 'value'}}, ...]}} or "
+                f"{{'messages': ...}}: {type(error).__name__}: {error}"
             ) from None
     found = [sample for sample in found if sample][:samples]
     if not found:
@@ -198,8 +203,12 @@ def sample_of(tokenizer, entry) -> list[int]:
         if not isinstance(entry["text"], str):
             raise TypeError(f"a text is a {type(entry['text']).__name__}")
         return tokenizer(entry["text"])["input_ids"]
+    turns = entry.get("conversations")
+    if any(map(entry.get, ("messages", "system", "tools", "functions"))) or turns[0]["from"] == "system":
+        messages, tools = finetuning_data.messages_of(entry)
+        return finetuning_data.encode(messages, tokenizer, None, tools=tools)["input_ids"]
     start, end, newline = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer("\n")["input_ids"]
-    turns = [("system", SYSTEM), *((turn["from"], turn["value"]) for turn in entry["conversations"])]
+    turns = [("system", SYSTEM), *((turn["from"], turn["value"]) for turn in turns)]  # without an answer, too
     ids: list[int] = []
     for role, content in turns:
         ids += [start, *tokenizer(role)["input_ids"], *newline]
