@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import io
+import json
 import os
 import shutil
 import signal
@@ -76,6 +77,34 @@ def test_answers_are_not_lost_with_the_batch_that_is_interrupted(tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         batch.main()
     assert capsys.readouterr().out == "bb\tBB\na\tA\n"
+
+
+def test_an_interrupted_batch_goes_on_from_its_output(tmp_path, monkeypatch, capsys):
+    batch, output, asked = example("batch"), tmp_path / "answers.jsonl", []
+
+    def answer_batch(model, tokenizer, questions):
+        asked.extend(questions)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return [question.upper() + "\n\t" for question in questions]
+
+    (tmp_path / "questions.txt").write_text("\ufeffccc\nbb\na\n", encoding="utf-8")
+    options = ["--batch-size", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["batch.py", str(tmp_path / "questions.txt"), *options])
+    monkeypatch.setattr(batch, "load", lambda *arguments, **settings: (None, None))
+    monkeypatch.setattr(batch, "answer_batch", answer_batch)
+    with pytest.raises(KeyboardInterrupt):
+        batch.main()
+    with output.open("a") as file:
+        file.write('{"question": "bb", "an')  # a process that was killed
+    batch.main()
+    assert asked == ["a", "bb", "bb", "ccc"]
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert lines == [{"question": q, "answer": q.upper() + "\n\t"} for q in ("a", "bb", "ccc")]
+    assert capsys.readouterr().out == ""
+    output.write_text("my notes\n")
+    with pytest.raises(SystemExit, match="holds no answers of this program"):
+        batch.main()
 
 
 def test_answers_are_not_lost_where_they_cannot_be_written_out(tmp_path):
