@@ -24,7 +24,7 @@ from transformers.utils import logging
 from .qwen_attention import AttendingCache, check_mask
 from .qwen_cache import QWenCache, is_plain_inference, quantized_cache
 from .qwen_cuda_graph import graphed_step, has_graphs, is_checked, is_plain
-from .qwen_generation_utils import StopWordsLogitsProcessor
+from .qwen_generation_utils import StopAtText, StopWordsLogitsProcessor
 from .qwen_graphed_generation import GraphedGeneration
 from .qwen_ops import decode_blocks, has_decode_kernel, own_products, rms_norm, times
 from .qwen_plain import is_as_made, is_untouched
@@ -355,6 +355,11 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
                 stop_words_ids, eos[0] if isinstance(eos, (list, tuple)) else eos, prompt_length=prompt_length
             )
             logits_processor = [*(logits_processor or []), stop]
+        tokenizer = kwargs.get("tokenizer")
+        if kwargs.get("stop_strings") and hasattr(tokenizer, "base_ranks") and hasattr(settings, "stop_strings"):
+            texts = kwargs.pop("stop_strings")  # of which transformers' own criterion looks for a vocabulary of texts
+            end = StopAtText(tokenizer, [texts] if isinstance(texts, str) else texts, prompt_length)
+            kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or []), end]
         if DRAFTS_READ_PROMPTS_AGAIN and self._has_drafts(generation_config, kwargs):
             cache = kwargs.get("past_key_values")
             if hasattr(cache, "get_seq_length") and 0 < cache.get_seq_length() <= prompt_length:

@@ -52,6 +52,19 @@ def qwen_threads():
     return [thread for thread in threading.enumerate() if thread.name == "qwen-generate"]
 
 
+def test_generate_stops_at_texts(model, demo_tokenizer):
+    """The tokens are bytes: transformers' own criterion sorts a vocabulary of texts."""
+    if not hasattr(model.generation_config, "stop_strings"):
+        pytest.skip("before 4.39 transformers knows no stop_strings")
+    ids = demo_tokenizer("1+1=?", return_tensors="pt")["input_ids"]
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    whole = model.generate(ids, **settings)
+    stop = demo_tokenizer.decode(whole[0, ids.shape[1] : ids.shape[1] + 3])
+    for texts in (stop, [stop, "never said"]):
+        output = model.generate(ids, stop_strings=texts, tokenizer=demo_tokenizer, **settings)
+        assert torch.equal(output, whole[:, : ids.shape[1] + 3])
+
+
 def test_chat_equals_plain_forward_passes_and_leaves_history_alone(model, demo_tokenizer):
     history = [("你好", "你好！")]
     response, new_history = model.chat(demo_tokenizer, "1+1=?", history)
