@@ -136,7 +136,7 @@ def _check_code(folder: Path) -> None:
     if published:
         found = f"holds the code published in 2023 ({', '.join(sorted({*published}))}), which no longer loads"
     elif lacking:
-        found = f"lacks {len(lacking)} files of the code, such as {lacking[0]}"
+        found = f"lacks files of the code: {', '.join(lacking)}"
     else:
         return
     raise Problem(f"{folder} {found}. Type once: python tools/upgrade_checkpoint.py {folder} --write")

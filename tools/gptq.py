@@ -20,8 +20,8 @@ from tempfile import TemporaryDirectory
 import torch
 from accelerate import init_empty_weights
 from checkpoint_files import (
-    ROOT,
     INDEX,
+    ROOT,
     Problem,
     check_folder,
     copy_companions,
@@ -203,12 +203,13 @@ def sample_of(tokenizer, entry) -> list[int]:
         if not isinstance(entry["text"], str):
             raise TypeError(f"a text is a {type(entry['text']).__name__}")
         return tokenizer(entry["text"])["input_ids"]
-    turns = entry.get("conversations")
-    if any(map(entry.get, ("messages", "system", "tools", "functions"))) or turns[0]["from"] == "system":
+    has_more = any(map(entry.get, ("messages", "system", "tools", "functions")))
+    if has_more or entry["conversations"][0]["from"] == "system":
         messages, tools = finetuning_data.messages_of(entry)
         return finetuning_data.encode(messages, tokenizer, None, tools=tools)["input_ids"]
     start, end, newline = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer("\n")["input_ids"]
-    turns = [("system", SYSTEM), *((turn["from"], turn["value"]) for turn in turns)]  # without an answer, too
+    # Here, and not by what finetuning reads, for conversations without an answer.
+    turns = [("system", SYSTEM), *((turn["from"], turn["value"]) for turn in entry["conversations"])]
     ids: list[int] = []
     for role, content in turns:
         ids += [start, *tokenizer(role)["input_ids"], *newline]
