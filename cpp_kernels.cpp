@@ -4,14 +4,22 @@
 // what calls it: checks, threads, registration. The second holds the kernels, written once with vectors of
 // QWEN_WIDTH floats. Which instruction set runs is chosen by the CPU at run time.
 //
+// Several compilers work at once: QWEN_PART is what an object has, 0: the first part and the plainest set, 1 to 3:
+// another set, if this kind of CPU has so many. Together they are the library. Without it one object has everything.
+//
 // Floating point is not contracted (-ffp-contract=off), so that quantising gives the same codes everywhere;
 // `fma` below is meant where it is written.
 
 #ifndef QWEN_WIDTH  // --- part one ---------------------------------------------------------------------------------
 
+#ifndef QWEN_PART
+#define QWEN_PART -1  // all of it
+#endif
+#define QWEN_HAS(part) (QWEN_PART < 0 || QWEN_PART == part)
+
 #include <c10/util/BFloat16.h>
 
-#ifndef QWEN_KERNELS_ONLY  // else without PyTorch's library, for tests elsewhere than on this CPU
+#if QWEN_HAS(0) && !defined(QWEN_KERNELS_ONLY)  // which is without PyTorch's library, for tests on other CPUs
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/List.h>
@@ -55,7 +63,7 @@
 #endif
 #endif
 
-namespace {
+namespace qwen_kernels {
 
 using c10::BFloat16;
 
@@ -107,7 +115,7 @@ constexpr int64_t SEGMENT = 128;  // inputs of one group that are summed up befo
 constexpr int64_t TILE = 512;     // outputs whose sums are kept meanwhile
 
 // Inputs that share a scale and a step.
-int64_t part_of(int64_t group_size) { return std::min(group_size, SEGMENT); }
+inline int64_t part_of(int64_t group_size) { return std::min(group_size, SEGMENT); }
 
 struct Store {  // keys or values, (B, nh, S, ...)
   const char *rows, *params;
@@ -183,13 +191,16 @@ struct Kernels {
 #define QWEN_END _Pragma("GCC pop_options")
 #endif
 
+#if QWEN_HAS(0)
 #define QWEN_LEVEL portable
 #define QWEN_WIDTH 4
 #include __FILE__
 #undef QWEN_LEVEL
 #undef QWEN_WIDTH
+#endif
 
 #if defined(__x86_64__)
+#if QWEN_HAS(1)
 QWEN_BEGIN("avx2,fma")
 #define QWEN_LEVEL avx2
 #define QWEN_WIDTH 8
@@ -197,7 +208,9 @@ QWEN_BEGIN("avx2,fma")
 #undef QWEN_LEVEL
 #undef QWEN_WIDTH
 QWEN_END
+#endif
 
+#if QWEN_HAS(2)
 QWEN_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #define QWEN_LEVEL avx512
 #define QWEN_WIDTH 16
@@ -205,7 +218,9 @@ QWEN_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 #undef QWEN_LEVEL
 #undef QWEN_WIDTH
 QWEN_END
+#endif
 
+#if QWEN_HAS(3)
 QWEN_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma")
 #define QWEN_LEVEL avx512_bf16
 #define QWEN_WIDTH 16
@@ -215,7 +230,10 @@ QWEN_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma")
 #undef QWEN_LEVEL
 #undef QWEN_WIDTH
 QWEN_END
+#endif
+
 #elif defined(__aarch64__)
+#if QWEN_HAS(1)
 #if defined(__clang__)
 QWEN_BEGIN("bf16")
 #else
@@ -229,6 +247,27 @@ QWEN_BEGIN("+bf16")
 #undef QWEN_LEVEL
 #undef QWEN_WIDTH
 QWEN_END
+#endif
+#endif
+
+#if QWEN_HAS(0)
+
+// What is compiled above, or beside this.
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels KERNELS;
+}
+namespace avx512 {
+extern const Kernels KERNELS;
+}
+namespace avx512_bf16 {
+void linear(const Linear&, bool int8, int64_t begin, int64_t end);
+void gptq_by_output(const Gptq&, int64_t begin, int64_t end);
+}
+#elif defined(__aarch64__)
+namespace neon_bf16 {
+void linear(const Linear&, bool int8, int64_t begin, int64_t end);
+}
 
 // Whether this CPU multiplies pairs of bfloat16.
 bool has_bfdot() {
@@ -1269,7 +1308,9 @@ TORCH_LIBRARY_FRAGMENT(QWEN_NAMESPACE, m) { m.def("cpu_level(str name) -> str", 
 
 #endif
 
-}  // namespace
+#endif
+
+}  // namespace qwen_kernels
 
 #else  // --- part two: the kernels, for one instruction set ----------------------------------------------------------
 
@@ -2731,6 +2772,7 @@ void gate(const void* x, bool bf16, int64_t n, void* y) {
   bf16 ? gate_numbers<BFloat16>(x, n, y) : gate_numbers<float>(x, n, y);
 }
 
+extern const Kernels KERNELS;
 constexpr Kernels KERNELS{linear, whole_steps, gptq, fixed_point, gptq_by_output, widen, dequantize,
                           attend, merge, append, norm, rotary, add, gate};
 

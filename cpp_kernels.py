@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -34,7 +35,8 @@ from transformers.utils import logging
 logger = logging.get_logger("transformers.models.qwen.cpp_kernels")
 
 # Only this very file is compiled, wherever it is found. `tools/build_kernels.py --pin` renews the line.
-SOURCE_SHA256 = "16ff44aecc8f00c9816d30ba4f1f2e5aef8ea0a4d29f34cf3d33c916889d82a8"
+SOURCE_SHA256 = "3836965fc2bf0cfe65dac29f67cfa016b655dedbd281484d82a961ab8a1a5b2d"
+PARTS = 4  # of the source, which are compiled at once
 # Another source may have other operators: each has its own namespace, so that two versions live in one process.
 NAMESPACE = f"qwen_{SOURCE_SHA256[:12]}"
 
@@ -344,17 +346,21 @@ def _build(source: bytes, compiler: list, flags: list, standard: list, library: 
         raise _Unavailable(f"torch.utils.cpp_extension can't be imported ({error}): pip install setuptools.") from error
 
     # A warning, because a program that says nothing for so long is taken for one that hangs.
-    logger.warning("Compiling the CPU kernels, once on this machine: one to three minutes.")
+    logger.warning("Compiling the CPU kernels, once on this machine: half a minute to two minutes.")
     for left in library.parent.glob(f"{library.stem}.*.building"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{library.stem}.", suffix=".building", dir=library.parent) as folder:
-        file, object_file, built = (Path(folder) / name for name in ("cpp_kernels.cpp", "kernels.o", "kernels.so"))
+        file, built = (Path(folder) / name for name in ("cpp_kernels.cpp", "kernels.so"))
         file.write_bytes(source)
         paths = [f"-I{path}" for path in include_paths()]
         libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
         log = library.with_suffix(".log")
-        _run([*compiler, *flags, *paths, "-c", str(file), "-o", str(object_file)], log)
-        _run([*compiler, "-shared", str(object_file), "-o", str(built), *libraries, *standard], log)
+        objects = [str(file.with_suffix(f".{part}.o")) for part in range(PARTS)]
+        with ThreadPoolExecutor(min(PARTS, os.cpu_count() or 1)) as pool:  # of processes that are waited for
+            compile_part = [*compiler, *flags, *paths, "-c", str(file)]
+            commands = [[*compile_part, f"-DQWEN_PART={part}", "-o", name] for part, name in enumerate(objects)]
+            list(pool.map(lambda command: _run(command, log), commands))
+        _run([*compiler, "-shared", *objects, "-o", str(built), *libraries, *standard], log)
         built.chmod(built.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
         os.replace(built, library)
 

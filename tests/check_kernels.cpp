@@ -12,6 +12,8 @@
 
 namespace {
 
+using namespace qwen_kernels;
+
 std::mt19937 engine(0);
 int failures = 0;
 

@@ -47,8 +47,6 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if TRITON_DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
-    if importlib.util.find_spec("triton") is not None:
-        importlib.import_module("interpreter").patch_once_a_launch()
 
 # The modules import each other relatively, as remote code does; a package whose path is the root holds them.
 package = types.ModuleType("qwen")
@@ -132,6 +130,7 @@ def static_cache(config, length: int, batch_size: int = 1, dtype=torch.float32):
 
 def in_large_programs(monkeypatch) -> None:
     """Launches for the interpreter of Triton, where the number of operations counts and not their size."""
+    importlib.import_module("interpreter").patch_once_a_launch()
     attention, products = (importlib.import_module(f"qwen.triton_{name}") for name in ("attention", "products"))
     for entry in attention.TUNING.values():
         monkeypatch.setitem(entry, "N", 64)

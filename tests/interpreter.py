@@ -12,6 +12,7 @@ except ImportError:  # Triton 2.0 has none
     interpreter = None
 
 
+@functools.lru_cache(maxsize=None)
 def patch_once_a_launch() -> None:
     """
     A launch replaces the functions of triton.language by interpreted ones, and so does every call of a function within
