@@ -14,6 +14,7 @@ import importlib
 import json
 import sys
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,8 +41,6 @@ from torch import nn
 from tqdm import tqdm
 from upgrade_checkpoint import check_weights, load_tokenizer, planned, try_loading
 
-sys.path.append(str(ROOT / "finetune"))
-finetuning_data = importlib.import_module("data")
 QWenConfig = from_code("configuration_qwen.QWenConfig")
 QWenLMHeadModel = from_code("modeling_qwen.QWenLMHeadModel")
 
@@ -196,6 +195,13 @@ def calibration_samples(tokenizer, path: Path, samples: int, length: int) -> lis
     return found
 
 
+@lru_cache(maxsize=None)
+def finetuning_data():
+    """finetune/data.py, which knows all forms of conversations; the container image is without it."""
+    sys.path.append(str(ROOT / "finetune"))
+    return importlib.import_module("data")
+
+
 def sample_of(tokenizer, entry) -> list[int]:
     if isinstance(entry, str):
         return tokenizer(entry)["input_ids"]
@@ -205,8 +211,9 @@ def sample_of(tokenizer, entry) -> list[int]:
         return tokenizer(entry["text"])["input_ids"]
     has_more = any(map(entry.get, ("messages", "system", "tools", "functions")))
     if has_more or entry["conversations"][0]["from"] == "system":
-        messages, tools = finetuning_data.messages_of(entry)
-        return finetuning_data.encode(messages, tokenizer, None, tools=tools)["input_ids"]
+        reader = finetuning_data()
+        messages, tools = reader.messages_of(entry)
+        return reader.encode(messages, tokenizer, None, tools=tools)["input_ids"]
     start, end, newline = tokenizer.im_start_id, tokenizer.im_end_id, tokenizer("\n")["input_ids"]
     # Here, and not by what finetuning reads, for conversations without an answer.
     turns = [("system", SYSTEM), *((turn["from"], turn["value"]) for turn in entry["conversations"])]
