@@ -82,8 +82,9 @@ def main() -> None:
                     for i in batch:
                         file.write(json.dumps({"question": questions[i], "answer": new[i]}, ensure_ascii=False) + "\n")
     finally:  # what is answered is not lost with the rest
-        for i in () if arguments.output else sorted(answers):
-            print(f"{questions[i]}\t{answers[i]}")
+        if not arguments.output:
+            for i in sorted(answers):
+                print(f"{questions[i]}\t{answers[i]}")
 
 
 if __name__ == "__main__":

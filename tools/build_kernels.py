@@ -20,10 +20,8 @@ import time
 import types
 from pathlib import Path
 
-from checkpoint_files import exit_status
+from checkpoint_files import ROOT, exit_status
 from transformers.utils import logging
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_module(name: str):
