@@ -6,13 +6,16 @@ import contextlib
 import importlib
 import importlib.util
 import math
+import os
+import subprocess
+import sys
 import threading
 import types
 
 import pytest
 import torch
+from conftest import ROOT, in_large_programs
 from conftest import TRITON_DEVICE as DEVICE
-from conftest import in_large_programs
 from test_cpp_kernels import attention, empty_store, in_storage, kernels, random_mask, restored, store
 from test_quantization import SHAPES, random_matrix
 
@@ -467,7 +470,9 @@ def test_kernels_are_compiled_together_and_not_launched(on_no_gpu):
     assert len({*first.loaded, *second.loaded} - {threading.current_thread()}) == 4
     compute()
     assert [grid for grid, _, _ in first.launched] == [(1,), (1,), (1,), (2,), (3,)]
-    assert second.launched == [((4,), (x, 16, 6), {"BN": 8})]
+    assert second.launched == [((4,), (x, 16, 6), {"enable_fp_fusion": True, "BN": 8})]
+    second[(4,)](x, 16, 6, enable_fp_fusion=False)
+    assert second.launched[1] == ((4,), (x, 16, 6), {"enable_fp_fusion": False})
 
 
 def test_what_every_kernel_needs_is_done_once_before(on_no_gpu, monkeypatch):
@@ -498,7 +503,7 @@ def test_kernels_that_do_not_compile_say_so_and_others_are_launched_again(on_no_
     with pytest.raises(KeyError, match="broken"):
         triton_launch.compile_together(lambda: {}["broken"], "a GPU")
     kernel[(1,)](16)
-    assert kernel.launched == [((1,), (16,), {})]
+    assert kernel.launched == [((1,), (16,), {"enable_fp_fusion": True})]
 
 
 def test_one_thread_compiles_where_triton_takes_no_more(on_no_gpu, monkeypatch):
@@ -506,3 +511,14 @@ def test_one_thread_compiles_where_triton_takes_no_more(on_no_gpu, monkeypatch):
     kernel = triton_launch.Kernel(Jitted())
     triton_launch.compile_together(lambda: kernel[(1,)](torch.ones(1), 16, 6), "a GPU")
     assert kernel.compiled == kernel.launched == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton.backends") is None, reason="needs Triton 3")
+def test_the_kernels_of_a_step_compile_for_a_gpu_that_is_not_here():
+    program = ROOT / "tests" / "compiled_kernels.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(program), "90", "--rows", "1"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
