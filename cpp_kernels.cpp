@@ -573,10 +573,11 @@ bool multiplies_bf16() {
 // its outputs at a time is written out by fill(first, length, bf16, to), where caches hold it until it is multiplied.
 template <class F>
 Tensor product_by_blocks(const Tensor& x, int64_t out, const optional<Tensor>& bias, const F& fill) {
-  constexpr int64_t WEIGHTS = 1 << 21;
+  // Of few outputs each of many threads would have too little to multiply.
+  const int64_t weights = (int64_t{1} << 21) * std::min(number_of_threads(), 8);
   // Most CPUs multiply float16 several times more slowly than float32.
   const auto dtype = x.scalar_type() == at::kBFloat16 && multiplies_bf16() ? at::kBFloat16 : at::kFloat;
-  const int64_t in = x.size(-1), width = std::max<int64_t>(1, WEIGHTS / std::max<int64_t>(1, in) / 64) * 64;
+  const int64_t in = x.size(-1), width = std::max<int64_t>(1, weights / std::max<int64_t>(1, in) / 64) * 64;
   const Tensor rows = x.reshape({rows_of(x), in}).to(dtype), added = bias ? bias->to(dtype) : Tensor();
   const Tensor weight = at::empty({std::min(width, out), in}, rows.options());
   const Tensor y = at::empty({rows.size(0), out}, rows.options());
