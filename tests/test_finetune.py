@@ -800,6 +800,23 @@ def test_snippets_of_the_pages(name, capsys, monkeypatch):
         assert capsys.readouterr().out.splitlines() == promised
 
 
+@pytest.mark.parametrize("name", ["finetuning", "finetuning_zh"])
+def test_the_pages_say_the_defaults_of_the_scripts(name):
+    script = (FINETUNE / "common.sh").read_text(encoding="utf-8")
+
+    def of(option: str) -> list[str]:
+        return re.findall(rf"--{option} ([\d.e-]+)", script)
+
+    batches, steps = of("per_device_train_batch_size"), of("gradient_accumulation_steps")
+    (size,) = {int(batch) * int(step) for batch, step in zip(batches, steps)}
+    rate, rate_of_all = of("learning_rate")  # of adapters, of all weights
+    rank = finetune.LoraArguments.lora_r
+    said = [*of("num_train_epochs"), *of("model_max_length"), str(size), rate, str(rank), rate_of_all]
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    bullet = re.search(r"^- \*\*(?:Arguments\.|参数。)\*\*(.*?)`-m`", page, re.MULTILINE | re.DOTALL).group(1)
+    assert re.findall(r"\d+e-\d|\d+", bullet) == said
+
+
 def test_compare_says_that_all_answers_are_the_same(monkeypatch, capsys):
     """In words too: a terminal does not show the exit status."""
     spec = importlib.util.spec_from_file_location("compare", ROOT / "finetune" / "compare.py")
