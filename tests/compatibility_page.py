@@ -77,6 +77,9 @@ CHINESE = {
     "tests passed": "通过的测试",
     "failed": "失败",
     "; failed: ": "；失败：",
+    ", ": "、",
+    "; ": "；",
+    "{}: {}": "{}：{}",
     "the whole suite, in CI": "CI 中的全部测试",
     "Python {}, torch {}. ✓ works, – this release can't": "Python {}，torch {}。✓ 可用，– 该版本做不到",
     ", · not recorded": "，· 没有记录",
@@ -108,10 +111,10 @@ CHINESE = {
     "has no contrastive search of its own": "自身没有对比搜索",
     "lacks what transformers_stream_generator imports": "缺少 transformers_stream_generator 要导入的内容",
     "has fast tokenizers that always see special tokens": "快速分词器总是识别特殊 token",
-    "has fast tokenizers that can't have a token which no merges lead to": "快速分词器不能有合并得不到的 token",
+    "has fast tokenizers that can't have a token which no merges lead to": "快速分词器不能含有无法由合并得到的 token",
     "has no DynamicCache for the pages of docs/": "没有 docs/ 的代码所用的 DynamicCache",
     "has no chat templates": "没有对话模板",
-    "has no server for one checkpoint": "没有只服务一个检查点的服务",
+    "has no server for one checkpoint": "不能启动只服务一个检查点的服务",
     "has no tensor parallelism that takes other styles than its own": "张量并行只接受它自己的切分方式",
     "shows as added tokens only those beyond the vocabulary": "只把词表之外的 token 显示为新增 token",
     "takes no padding_side as an argument": "调用时不接受参数 padding_side",
@@ -197,7 +200,12 @@ def span(rows: list[Row], say: Callable[[str], str]) -> str:
 def spans_of(reason: str, rows: list[Row], say: Callable[[str], str]) -> str:
     """Where a reason holds: '4.53 to 5.0, 5.3 to 5.4'."""
     groups = itertools.groupby(rows, key=lambda row: reason in row.reasons)
-    return ", ".join(span(list(group), say) for holds, group in groups if holds)
+    return say(", ").join(span(list(group), say) for holds, group in groups if holds)
+
+
+def note(reason: str, rows: list[Row], say: Callable[[str], str]) -> str:
+    """'4.53 to 5.0, 5.3 to 5.4: has no continuous batching on a CPU'."""
+    return say("{}: {}").format(spans_of(reason, rows, say), say(reason))
 
 
 def marks(row: Row) -> tuple[str, ...]:
@@ -232,18 +240,19 @@ def releases_table(rows: list[Row], suite: list[Row], say: Callable[[str], str])
             passed = sorted({int(row.passed) for row in same})
             count = str(passed[0]) if len(passed) == 1 else say("{} to {}").format(passed[0], passed[-1])
         if same[0].failed != "0":
-            count += say("; failed: ") + "; ".join(f"{row.transformers}: {row.failed}" for row in same)
+            failures = (say("{}: {}").format(row.transformers, row.failed) for row in same)
+            count += say("; failed: ") + say("; ").join(failures)
         table.append([span(same, say), count, *marks(same[0])])
     legend = say("Python {}, torch {}. ✓ works, – this release can't").format(rows[0].python, rows[0].torch)
     if any(row.lacks == UNKNOWN for row in shown):
         legend += say(", · not recorded")
     lines = [legend + say("."), "", *_markdown(table), ""]
-    lines += [f"[{i}] {spans_of(reason, rows, say)}: {say(reason)}\n" for i, reason in enumerate(noted, start=1)]
+    lines += [f"[{i}] {note(reason, rows, say)}\n" for i, reason in enumerate(noted, start=1)]
     known = {reason for _, lacking, _ in COLUMNS for reason in lacking} | set(noted)
     rest = dict.fromkeys(reason for row in rows for reason in row.reasons if reason not in known)
     if rest:
         lines += [say("What else a release of transformers does, or does not do:"), ""]
-        lines += [f"- {spans_of(reason, rows, say)}: {say(reason)}" for reason in rest]
+        lines += [f"- {note(reason, rows, say)}" for reason in rest]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -259,7 +268,8 @@ def others_table(rows: list[Row], releases: list[Row], say: Callable[[str], str]
     if found:
         lines += ["", say("What only these runs skipped, with the releases of transformers:"), ""]
     for reason in found:
-        lines.append(f"- {', '.join(row.transformers for row in rows if reason in row.reasons)}: {say(reason)}")
+        releases = say(", ").join(row.transformers for row in rows if reason in row.reasons)
+        lines.append(f"- {say('{}: {}').format(releases, say(reason))}")
     return "\n".join(lines) + "\n"
 
 
@@ -269,7 +279,7 @@ def newest_table(rows: list[Row], say: Callable[[str], str]) -> str:
     heads = ["Python", "torch", "transformers", say("tests passed"), say("failed"), say("what this release can't do")]
     table = [heads, ["---"] * len(heads)]
     for row in rows:
-        lacking = "; ".join(map(say, row.reasons))
+        lacking = say("; ").join(map(say, row.reasons))
         table.append([row.python, row.torch, row.transformers, row.passed, row.failed, lacking])
     return "\n".join([say("Of {}:").format(rows[0].date), "", *_markdown(table)]) + "\n"
 

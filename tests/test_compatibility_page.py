@@ -55,6 +55,7 @@ def test_the_chinese_page_says_the_same_in_chinese():
     whole = "".join(chinese.values())
     assert not re.findall(r"\b(?:has|have|takes|lacks|makes|breaks|does|can)\b", whole)
     assert not [reason for row in compatibility_page.read() for reason in row.reasons if reason in whole]
+    assert not re.findall(r"[\w.][,;:] ", whole)  # punctuation is full-width
 
 
 def test_the_record_has_every_release_once():
