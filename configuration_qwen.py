@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 
 from .transformers_compat import PretrainedConfig, named_dtype, tensor_parallel_plan
 
@@ -260,6 +262,16 @@ class QWenConfig(PretrainedConfig):
     def rotary_dim(self) -> int:
         """Channels of a head that are rotated."""
         return int(self.kv_channels * self.rotary_pct)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As inherited; early GPTQ checkpoints say how they are quantised in quantize_config.json."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        beside = os.path.join(str(pretrained_model_name_or_path), "quantize_config.json")
+        if not config_dict.get("quantization_config") and os.path.isfile(beside):
+            with open(beside, encoding="utf-8") as file:
+                config_dict["quantization_config"] = {**json.load(file), "quant_method": "gptq"}
+        return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

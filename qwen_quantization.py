@@ -20,8 +20,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
-import os
 import re
 import weakref
 
@@ -644,10 +642,6 @@ def take_quantization(config, path, kwargs: dict):
         return config
     found = getattr(config, "quantization_config", None)
     found = found.to_dict() if hasattr(found, "to_dict") else found
-    beside = os.path.join(str(path), "quantize_config.json")
-    if not found and os.path.isfile(beside):  # all that early checkpoints have
-        with open(beside, encoding="utf-8") as file:
-            found = {**json.load(file), "quant_method": "gptq"}
     gptq = bool(found) and check_quantization_config(found) is not None
     if found and not gptq:
         _refuse_int8(config, f"the checkpoint's method {found.get('quant_method')!r}")

@@ -235,10 +235,14 @@ def test_every_precision_keeps_the_tensors_of_the_file(published, arguments, dty
 
 
 def test_without_a_precision_a_cpu_takes_one_that_is_fast(published):
-    """config.json names float16, which CPUs have no fast code for; the published ones say it twice."""
+    """config.json names float16, which CPUs have no fast code for; published ones twice, early ones in two files."""
     folder, _ = published
     assert QWenLMHeadModel.from_pretrained(folder, device_map="cpu").dtype == torch.bfloat16
     config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "fp16": True}))
+    assert QWenLMHeadModel.from_pretrained(folder, device_map="cpu").dtype == torch.bfloat16
+    assert QWenLMHeadModel.from_pretrained(folder, device_map="cpu", fp16=True).dtype == torch.float16
+    (folder / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
     (folder / "config.json").write_text(json.dumps({**config, "fp16": True}))
     assert QWenLMHeadModel.from_pretrained(folder, device_map="cpu").dtype == torch.bfloat16
     assert QWenLMHeadModel.from_pretrained(folder, device_map="cpu", fp16=True).dtype == torch.float16
