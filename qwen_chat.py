@@ -163,6 +163,8 @@ class QWenChatMixin:
                 alpha = self.transformer.prompt_alpha(torch.tensor([len(tokens)]))
             keep_common_prefix(cache, tokens, alpha)
         kwargs = {key: value for key, value in kwargs.items() if key != "max_window_size"}
+        if setting("stop_strings"):
+            kwargs["tokenizer"] = tokenizer
         own = {
             "pad_token_id": setting("pad_token_id", tokenizer.eod_id),
             "eos_token_id": eos,

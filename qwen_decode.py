@@ -356,8 +356,9 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
             )
             logits_processor = [*(logits_processor or []), stop]
         tokenizer = kwargs.get("tokenizer")
-        if kwargs.get("stop_strings") and hasattr(tokenizer, "base_ranks") and hasattr(settings, "stop_strings"):
-            texts = kwargs.pop("stop_strings")  # transformers' own criterion takes tokens for texts: these are bytes
+        texts = kwargs.get("stop_strings", self._setting("stop_strings", generation_config, {}))
+        if texts and hasattr(tokenizer, "base_ranks") and hasattr(settings, "stop_strings"):
+            kwargs["stop_strings"] = None  # transformers' own criterion takes tokens for texts: these are bytes
             end = StopAtText(tokenizer, [texts] if isinstance(texts, str) else texts, prompt_length)
             kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or []), end]
         if DRAFTS_READ_PROMPTS_AGAIN and self._has_drafts(generation_config, kwargs):

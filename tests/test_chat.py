@@ -52,7 +52,7 @@ def qwen_threads():
     return [thread for thread in threading.enumerate() if thread.name == "qwen-generate"]
 
 
-def test_generate_stops_at_texts(model, demo_tokenizer):
+def test_generate_stops_at_texts(model, demo_tokenizer, monkeypatch):
     """The tokens are bytes: transformers' own criterion sorts a vocabulary of texts."""
     if not hasattr(model.generation_config, "stop_strings"):
         pytest.skip("before 4.39 transformers knows no stop_strings")
@@ -63,6 +63,17 @@ def test_generate_stops_at_texts(model, demo_tokenizer):
     for texts in (stop, [stop, "never said"]):
         output = model.generate(ids, stop_strings=texts, tokenizer=demo_tokenizer, **settings)
         assert torch.equal(output, whole[:, : ids.shape[1] + 3])
+    monkeypatch.setattr(model.generation_config, "stop_strings", [stop])
+    for given in ({}, {"generation_config": copy.deepcopy(model.generation_config)}):
+        output = model.generate(ids, tokenizer=demo_tokenizer, **given, **settings)
+        assert torch.equal(output, whole[:, : ids.shape[1] + 3])
+    assert torch.equal(model.generate(ids, tokenizer=demo_tokenizer, stop_strings=None, **settings), whole)
+    answer, _ = model.chat(demo_tokenizer, "1+1=?", None)
+    monkeypatch.setattr(model.generation_config, "stop_strings", [answer[:1]])  # its first token has it
+    shorter, _ = model.chat(demo_tokenizer, "1+1=?", None)
+    assert answer.startswith(shorter)
+    assert len(shorter) < len(answer)
+    assert list(model.chat_stream(demo_tokenizer, "1+1=?"))[-1] == shorter
 
 
 def test_chat_equals_plain_forward_passes_and_leaves_history_alone(model, demo_tokenizer):
