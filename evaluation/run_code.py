@@ -14,6 +14,7 @@ What is not prevented: a program that searches the interpreter for the word that
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import ctypes
@@ -269,12 +270,13 @@ def _obey() -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description="Run a program that a model wrote, where it can do no harm.")
+    parser.add_argument("file", help="the program, in Python")
+    args = parser.parse_args()
     try:
-        program = Path(sys.argv[1]).read_text("utf-8")
+        program = Path(args.file).read_text("utf-8")
     except FileNotFoundError:
-        sys.exit(f"There is no file {sys.argv[1]}.")
+        sys.exit(f"There is no file {args.file}.")
     outcome = run_program(program)
     print(outcome.reason)
     sys.exit(not outcome.passed)

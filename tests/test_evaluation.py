@@ -91,6 +91,7 @@ DEMO = str(ROOT / "demo")
         ),
         (perplexity, [DEMO, "short.txt", "--lengths", "64"], r"^short\.txt has \d tokens.*: pass smaller --lengths"),
         (run_code, ["no.py"], r"^There is no file no\.py\.$"),
+        (run_code, [], "^2$"),
     ],
 )
 def test_what_is_missing_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, program, arguments, message):

@@ -57,6 +57,8 @@ from openai_interface import (
 from tokenizers import Tokenizer
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+USAGE = "usage: python tools/serve.py CHECKPOINT [--port 8000] [--api-auth USER:PASSWORD] [options]; --help says more"
+
 
 class GenerationFailed(Exception):
     """The model did not come to the end of an answer."""
@@ -423,9 +425,9 @@ def main() -> None:
         sys.exit(str(error))
     if given is None:
         if {"-h", "--help"} & set(sys.argv[1:]):
-            print(__doc__)
+            print(USAGE, __doc__ or "", sep="\n")  # python -OO leaves the docstring out
             return
-        sys.exit(__doc__)
+        sys.exit(USAGE)
     if importlib.util.find_spec("transformers.cli") is None:
         sys.exit("This needs transformers 5: the release here has no command `transformers serve`.")
     if importlib.util.find_spec("transformers.cli.serving") is None:
