@@ -34,7 +34,7 @@ finetune: $(VENV)/finetune.stamp
 		--lora_target_modules c_attn c_proj w1 w2 lm_head --lora_alpha 64 --lora_dropout 0 --train_on answers \
 		--learning_rate 5e-4 --lr_scheduler_type cosine --warmup_steps 10 --num_train_epochs 3 \
 		--per_device_train_batch_size 8 --model_max_length 512 --save_strategy no --logging_steps 20
-	$(PY) finetune/compare.py demo .cache/finetune "In what country is Sydney?" "请告诉我大阪在哪个国家。" \
+	$(PY) finetune/compare_answers.py demo .cache/finetune "In what country is Sydney?" "请告诉我大阪在哪个国家。" \
 		"What is the capital of Kenya?"
 
 test: $(VENV)/dev.stamp

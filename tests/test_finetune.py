@@ -33,7 +33,7 @@ pytest.importorskip("peft")
 
 FINETUNE = ROOT / "finetune"
 sys.path[:0] = [str(FINETUNE), str(ROOT / "tools"), str(ROOT / "demo")]
-finetune = importlib.import_module("finetune")
+finetune, compare_answers = map(importlib.import_module, ("finetune", "compare_answers"))
 merge_adapter, quantize_weights, gptq = map(importlib.import_module, ("merge_adapter", "quantize_weights", "gptq"))
 
 DATA = str(FINETUNE / "example.json")
@@ -376,11 +376,8 @@ def test_a_folder_that_is_no_checkpoint_is_said_at_once(tmp_path, capsys, monkey
     for name, message in (("nope", "There is no folder nope."), (str(tmp_path), "has no config.json")):
         with pytest.raises(finetune.Problem, match=message):
             tune(name, tmp_path / "out")
-    spec = importlib.util.spec_from_file_location("compare_tuned", FINETUNE / "compare.py")
-    compare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compare)
-    monkeypatch.setattr(sys, "argv", ["compare.py", str(ROOT / "demo"), "nope", "x"])
-    assert compare.main() == 2
+    monkeypatch.setattr(sys, "argv", ["compare_answers.py", str(ROOT / "demo"), "nope", "x"])
+    assert compare_answers.main() == 2
     assert capsys.readouterr().err == "problem: There is no folder nope.\n"
 
 
@@ -819,18 +816,15 @@ def test_the_pages_say_the_defaults_of_the_scripts(name):
 
 def test_compare_says_that_all_answers_are_the_same(monkeypatch, capsys):
     """In words too: a terminal does not show the exit status."""
-    spec = importlib.util.spec_from_file_location("compare", ROOT / "finetune" / "compare.py")
-    compare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compare)
-    monkeypatch.setattr(compare.checkpoint_files, "check_loadable", lambda path, adapters: None)
+    monkeypatch.setattr(compare_answers.checkpoint_files, "check_loadable", lambda path, adapters: None)
     for tuned, status in (("one", 1), ("two", 0)):
-        monkeypatch.setattr(compare, "answers", lambda path, questions: [path for _ in questions])
-        monkeypatch.setattr(sys, "argv", ["compare.py", "one", tuned, "Which?", "Who?"])
-        assert compare.main() == status
+        monkeypatch.setattr(compare_answers, "answers", lambda path, questions: [path for _ in questions])
+        monkeypatch.setattr(sys, "argv", ["compare_answers.py", "one", tuned, "Which?", "Who?"])
+        assert compare_answers.main() == status
         assert ("All answers are the same" in capsys.readouterr().out) == bool(status)
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--help"])
+    monkeypatch.setattr(sys, "argv", ["compare_answers.py", "--help"])
     with pytest.raises(SystemExit):
-        compare.main()
+        compare_answers.main()
     assert "Exit status: 0 if an answer changed, 1 if all answers are the same" in " ".join(
         capsys.readouterr().out.split()
     )

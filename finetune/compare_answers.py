@@ -1,7 +1,7 @@
 """
 Ask a checkpoint and what was made of it the same questions.
 
-    python finetune/compare.py CHECKPOINT TUNED QUESTION [QUESTION ...]
+    python finetune/compare_answers.py CHECKPOINT TUNED QUESTION [QUESTION ...]
 
 TUNED is a tuned checkpoint or the folder of an adapter. Exit status: 0 if an answer changed, 1 if none did, which the
 last line says, 2 if one of the two is not there.
