@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import resource
 import sys
@@ -34,7 +35,10 @@ Problem = checkpoint_files.Problem  # tuning can't begin; the message says why a
 RUN = "finetune_run.json"  # beside the checkpoints of a run: what it was begun with
 BY_LENGTH = ["group_by_length", "batch_rebalance"]  # of transformers' train_sampling_strategy
 POSITIVE = ["model_max_length", "num_train_epochs", "gradient_accumulation_steps"]
-POSITIVE += ["per_device_train_batch_size", "per_device_eval_batch_size"]
+POSITIVE += ["per_device_train_batch_size", "per_device_eval_batch_size", "dataloader_prefetch_factor"]
+NOT_NEGATIVE = ["learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"]
+NOT_NEGATIVE += ["neftune_noise_alpha"]
+BELOW = {"seed": 2**32, "data_seed": 2**32, "adam_beta1": 1, "adam_beta2": 1}  # and not negative
 LEARNED_BY_BASE = ["wte", "lm_head"]  # of a base model the tokens of ChatML have no meaning yet
 
 
@@ -143,11 +147,13 @@ def check(data, training, lora) -> None:
             "--label_smoothing_factor: transformers would smooth labels of a model loaded by remote code without "
             "shifting them. Leave it at 0."
         )
-    wrong = [name for name in POSITIVE if getattr(training, name) <= 0]
+    for name in (*POSITIVE, *NOT_NEGATIVE, *BELOW):
+        value, below = getattr(training, name, None), BELOW.get(name, math.inf)
+        if value is not None and not (0 < value < below or (value == 0 and name not in POSITIVE)):
+            wanted = "a positive number" if name in POSITIVE else "0 or a positive number"
+            raise Problem(f"--{name} is {value}. Pass {wanted}" + (f" below {below}." if name in BELOW else "."))
     if training.max_steps == 0:  # below 0 epochs count
-        wrong.append("max_steps")
-    if wrong:
-        raise Problem(f"--{wrong[0]} is {getattr(training, wrong[0])}. Pass a positive number.")
+        raise Problem("--max_steps is 0. Pass a positive number.")
     if (training.eval_strategy != "no" or training.eval_on_start) and not data.eval_data_path:
         raise Problem("--eval_strategy and --eval_on_start need conversations to evaluate on: pass --eval_data_path.")
     if getattr(training, "group_by_length", False) or getattr(training, "train_sampling_strategy", "") in BY_LENGTH:
