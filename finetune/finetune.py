@@ -8,6 +8,8 @@ The arguments are the published script's and all of transformers' TrainingArgume
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import importlib
 import importlib.util
@@ -39,6 +41,7 @@ POSITIVE += ["per_device_train_batch_size", "per_device_eval_batch_size", "datal
 NOT_NEGATIVE = ["learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "dataloader_num_workers"]
 NOT_NEGATIVE += ["neftune_noise_alpha"]
 BELOW = {"seed": 2**32, "data_seed": 2**32, "adam_beta1": 1, "adam_beta2": 1}  # and not negative
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota; a file may not be larger
 LEARNED_BY_BASE = ["wte", "lm_head"]  # of a base model the tokens of ChatML have no meaning yet
 
 
@@ -493,6 +496,21 @@ def draw_losses(history: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+@contextlib.contextmanager
+def writing_to(folder: str):
+    """Problem for a disk that is full in the block: Python, safetensors and torch.save name no file then."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        unnamed = getattr(error, "errno", None) in FULL and error.filename is None
+        if unnamed or any(text in str(error) for text in ("I/O error", "PytorchStreamWriter", "unexpected pos")):
+            raise Problem(
+                f"{folder} can't be written to ({error}). Free some space; --resume_from_checkpoint auto goes on from "
+                f"the last complete checkpoint."
+            ) from error
+        raise
+
+
 def say(text: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         print(text, flush=True)
@@ -566,9 +584,10 @@ def tune(arguments, data, training, lora) -> Tuner:
     check_fsdp(trainer)
     if trainer.is_world_process_zero():
         checkpoint_files.write_file(Path(training.output_dir, RUN), (json.dumps(settings, indent=2) + "\n").encode())
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_state()
-    save(trainer, tokenizer)
+    with writing_to(training.output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_state()
+        save(trainer, tokenizer)
     if trainer.is_world_process_zero():
         chart = Path(training.output_dir, "loss.svg")
         if importlib.util.find_spec("matplotlib") is None:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import socket
@@ -41,6 +42,7 @@ QUICK = ["--data_path", DATA, "--model_max_length", "128", "--save_strategy", "n
 QUICK += ["--report_to", "none", "--use_cpu", "True", "--per_device_train_batch_size", "4", "--logging_steps", "1"]
 ADAPTER = "adapter_model.safetensors"
 LORA = ["--use_lora", "--lora_r", "4", "--learning_rate", "1e-2"]
+LORA_16 = [*LORA, "--lora_r", "16"]
 GROUPING = ["--group_by_length", "True"]
 if "train_sampling_strategy" in vars(transformers.TrainingArguments):
     GROUPING = ["--train_sampling_strategy", "group_by_length"]
@@ -385,6 +387,18 @@ def test_a_folder_that_is_no_checkpoint_is_said_at_once(tmp_path, capsys, monkey
     monkeypatch.setattr(sys, "argv", ["compare_answers.py", str(ROOT / "demo"), "nope", "x"])
     assert compare_answers.main() == 2
     assert capsys.readouterr().err == "problem: There is no folder nope.\n"
+
+
+@pytest.mark.parametrize("size", [1_000, 50_000, 150_000])
+def test_a_disk_that_is_full_is_said_with_the_folder(tiny, tmp_path, size):
+    """While a text, the adapter or the optimiser's state is written: no file may be larger here."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(finetune.Problem, match=r"out can't be written to \(.*Free some space"):
+            tune(tiny, tmp_path / "out", "--max_steps", "1", "--save_strategy", "steps", "--save_steps", "1", *LORA_16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(
