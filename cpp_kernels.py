@@ -357,9 +357,19 @@ def _build(source: bytes, compiler: list, flags: list, standard: list, library: 
         log = library.with_suffix(".log")
         objects = [str(file.with_suffix(f".{part}.o")) for part in range(PARTS)]
         with ThreadPoolExecutor(min(PARTS, os.cpu_count() or 1)) as pool:  # of processes that are waited for
-            compile_part = [*compiler, *flags, *paths, "-c", str(file)]
-            commands = [[*compile_part, f"-DQWEN_PART={part}", "-o", name] for part, name in enumerate(objects)]
-            list(pool.map(lambda command: _run(command, log), commands))
+            start = [*compiler, *flags, *paths, "-c", str(file)]
+            commands = [[*start, f"-DQWEN_PART={part}", "-o", name] for part, name in enumerate(objects)]
+            failed = threading.Event()  # by Ctrl-C, too, which the compilers get: then no other is started
+
+            def compile_part(command):
+                if not failed.is_set():
+                    try:
+                        _run(command, log)
+                    except BaseException:
+                        failed.set()
+                        raise
+
+            list(pool.map(compile_part, commands))
         _run([*compiler, "-shared", *objects, "-o", str(built), *libraries, *standard], log)
         built.chmod(built.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
         os.replace(built, library)

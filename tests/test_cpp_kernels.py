@@ -1365,6 +1365,17 @@ def counting_compiler(folder, before=""):
     return script
 
 
+@pytest.mark.skipif(os.name != "posix", reason="native kernels are for Linux and macOS")
+def test_after_ctrl_c_no_other_compiler_is_started(make_version, tmp_path, monkeypatch):
+    """It ends those that run; the next would be waited for."""
+    monkeypatch.setenv("CXX", str(counting_compiler(tmp_path, "kill -INT $$")))
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    module = make_version().module
+    with pytest.raises(module._Unavailable, match="can't compile them"):
+        module._library()
+    assert (tmp_path / "compiled").read_text() == "compiling\n"
+
+
 BUILD = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("kernels", sys.argv[1] + "/cpp_kernels.py")
