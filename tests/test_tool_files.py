@@ -70,7 +70,8 @@ def folders(tmp_path, monkeypatch):
     """The working directory: folders that a program may be pointed to, without weights."""
     monkeypatch.chdir(tmp_path)
     files = {
-        "new": ["config.json", "modeling_qwen.py", "qwen_loading.py"],
+        "new": ["config.json", "tokenizer_config.json", "modeling_qwen.py", "qwen_loading.py"],
+        "deaf": ["config.json", "modeling_qwen.py", "qwen_loading.py"],
         "old": ["config.json", "modeling_qwen.py"],
         "empty": [],
         "Qwen": [],
@@ -91,6 +92,7 @@ def folders(tmp_path, monkeypatch):
     [
         ("old", "old holds the code published in 2023.* python tools/upgrade_checkpoint.py old --write"),
         ("empty", "^empty has no config.json, so it is not a checkpoint.$"),
+        ("deaf", "^deaf has no tokenizer_config.json. It comes with the checkpoint"),
         ("file", "^file is a file"),
         ("adapter", "^adapter is an adapter, not a checkpoint: merge it first"),
         *((path, f"^There is no folder {path}.$") for path in ("nope", "./nope", "~/nope", "/a/b", "a/b/c", "../b")),

@@ -25,8 +25,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = "model.safetensors.index.json"
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
-WITH_AUTO_MAP = (CONFIG, "tokenizer_config.json")
+CONFIG, TOKENIZER, ADAPTER = "config.json", "tokenizer_config.json", "adapter_config.json"
+WITH_AUTO_MAP = (CONFIG, TOKENIZER)
 OF_TOKENIZERS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 PRECISIONS = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
 
@@ -118,6 +118,8 @@ def check_loadable(path: str, adapters: bool = False) -> None:
         return
     check_folder(path)
     _check_code(folder)
+    if not (folder / TOKENIZER).exists():  # transformers would look for other tokenizers, and ask for sentencepiece
+        raise Problem(f"{path} has no {TOKENIZER}. It comes with the checkpoint; copy it into the folder.")
 
 
 def _check_code(folder: Path) -> None:
