@@ -394,7 +394,7 @@ class QWenModel(QWenPreTrainedModel):
             **kwargs,
         }
         x = self.drop(x)
-        for block in self.h:
+        for block in self.h[: self.config.num_hidden_layers]:  # which `assistant_early_exit` makes fewer for its drafts
             if output_hidden_states:
                 all_hidden_states.append(x)
             x, shared = to_device_of(block, (x, shared))

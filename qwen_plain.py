@@ -60,6 +60,8 @@ def is_as_made(network) -> bool:
     drop, blocks = network.drop, network.h
     if type(network).__name__ != "QWenModel" or type(blocks) is not nn.ModuleList or not ours(network.ln_f, "RMSNorm"):
         return False
+    if len(blocks) > network.config.num_hidden_layers:  # which leaves out the rest
+        return False
     if type(drop) is not nn.Dropout or drop.training or not is_untouched(drop):
         return False
     for layer_idx, block in enumerate(blocks):

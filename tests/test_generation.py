@@ -270,6 +270,19 @@ def test_prompt_lookup_gives_the_greedy_ids(model, length):
     assert torch.equal(generate(model, ids, max_new_tokens=16, eos_token_id=319, prompt_lookup_num_tokens=4), expected)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_early_exit_drafts_with_the_first_layers(attention):
+    """The sampled ids are those of Qwen2 only if the drafts are, too."""
+    if not hasattr(GenerationConfig(), "assistant_early_exit"):
+        lacks("has no drafts by the first layers")
+    model = tiny_model(attn_implementation=attention)
+    ids, found = random_ids(1, 20), []
+    for each in (model, qwen2_of(model)):
+        torch.manual_seed(1)
+        found.append(generate(each, ids, max_new_tokens=20, assistant_early_exit=2, do_sample=True, eos_token_id=3))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("kind", [QWenCache, DynamicCache])
 def test_drafts_behind_a_cache_that_has_a_part_of_the_prompt(model, kind):
     """transformers 5 gives the model all of the prompt once more, behind these keys."""
