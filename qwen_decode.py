@@ -386,11 +386,13 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
             return None
         if cache is not None and (not hasattr(cache, "get_seq_length") or int(cache.get_seq_length())):
             return None
-        mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        mask, position_ids, embeds = (kwargs.get(name) for name in ("attention_mask", "position_ids", "inputs_embeds"))
         if position_ids is not None:
             lengths = position_ids.amax(-1) + 1  # (B,)
         elif mask is not None and mask.dim() == 2:
             lengths = mask.long().sum(-1)
+        elif mask is None and embeds is not None:
+            lengths = torch.full(embeds.shape[:1], embeds.shape[1], device=embeds.device)
         elif mask is None and ids is not None and ids.dim() == 2:
             # As transformers infers the mask that is missing: what may be padding is.
             pad, eos = (kwargs.get(name, getattr(settings, name, None)) for name in ("pad_token_id", "eos_token_id"))

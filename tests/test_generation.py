@@ -64,6 +64,14 @@ def test_greedy_equals_the_definition(model, length):
     assert new[0, -12:].tolist() == expected[length:]
 
 
+def test_embeddings_beside_ids_that_are_not_theirs(model):
+    """The prompt, and so its NTK scale, are the embeddings; the ids are only returned in front."""
+    prompt = random_ids(1, 50)
+    expected, _ = reference_greedy(model.state_dict(), model.config, prompt[0].tolist(), 6)
+    embeds = model.get_input_embeddings()(prompt)
+    assert model.generate(prompt[:, :0], inputs_embeds=embeds, max_new_tokens=6, **GREEDY)[0].tolist() == expected[50:]
+
+
 def test_without_cache_as_long_as_alpha_is_the_same(model):
     ids = random_ids(2, 12)
     assert torch.equal(
