@@ -38,10 +38,12 @@ from .transformers_compat import (
     CausalLMOutputWithPast,
     GenerationMixin,
     accepts_cache,
+    arguments_by_name,
     computes_attention,
     crop_cache,
     is_compiling,
     parameter_names,
+    resolved_settings,
 )
 
 logger = logging.get_logger("transformers.models.qwen.qwen_decode")
@@ -328,7 +330,8 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
         Raises TypeError for a prompt that is no tensor, IndexError for ids outside the vocabulary, ValueError for a
         prompt without tokens, for stop words that are not lists of ids and for contradictions about the cache.
         """
-        settings = self.generation_config if generation_config is None else generation_config
+        kwargs.update(arguments_by_name(args, after="logits_processor"))
+        settings = resolved_settings(self, generation_config, kwargs.get("use_model_defaults"))
         kwargs = self._with_cache(generation_config, kwargs, cache_bits)
         if stop_words_ids is None:
             stop_words_ids = getattr(settings, "stop_words_ids", None)
@@ -356,7 +359,7 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
             )
             logits_processor = [*(logits_processor or []), stop]
         tokenizer = kwargs.get("tokenizer")
-        texts = kwargs.get("stop_strings", self._setting("stop_strings", generation_config, {}))
+        texts = kwargs.get("stop_strings", getattr(settings, "stop_strings", None))
         if texts and hasattr(tokenizer, "base_ranks") and hasattr(settings, "stop_strings"):
             kwargs["stop_strings"] = None  # transformers' own criterion takes tokens for texts: these are bytes
             end = StopAtText(tokenizer, [texts] if isinstance(texts, str) else texts, prompt_length)
@@ -373,7 +376,7 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
         if ASSISTANTS_GENERATE and is_qwen and assistant.config.vocab_size < self.config.vocab_size:
             kwargs["assistant_model"] = _PaddedAssistant(assistant, self.config.vocab_size, logits_processor)
         with _one_generation():
-            return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+            return super().generate(inputs, generation_config, logits_processor, **kwargs)
 
     def _prompt_alpha(self, settings, ids, kwargs: dict) -> torch.Tensor | None:
         """

@@ -1145,6 +1145,31 @@ _GENERATE_ARGUMENTS = (
     *("synced_gpus", "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask"),
 )
 
+
+def arguments_by_name(args: tuple, after: str | None = None) -> dict:
+    """What `generate` is given by position, or behind its argument `after`, by name; TypeError for too much."""
+    names = _GENERATE_ARGUMENTS[0 if after is None else _GENERATE_ARGUMENTS.index(after) + 1 :]
+    if len(args) > len(names):
+        raise TypeError(f"Pass what follows {_GENERATE_ARGUMENTS[-1]} by name.")
+    return dict(zip(names, args))
+
+
+def resolved_settings(model, generation_config, use_model_defaults=None):
+    """
+    What a call of `generate` with this configuration goes by, but for its keywords: what it leaves open is the model's,
+    as far as the release takes it from there (the end and padding from 4.42 or so on, all from 4.50 on).
+    """
+    if generation_config is None:
+        return model.generation_config
+    prepare = getattr(model, "_prepare_generation_config", None)
+    if prepare is None:  # up to 4.39 or so
+        return generation_config
+    if IS_NEWER:
+        _check_release()
+    knows_it = "use_model_defaults" in inspect.signature(prepare).parameters  # 4.50 to 4.57
+    return prepare(generation_config, **({"use_model_defaults": use_model_defaults} if knows_it else {}))[0]
+
+
 # What the running call of `generate` has seen of its steps, on a release that is not tested: tokens read with each.
 _STEPS = contextvars.ContextVar("steps", default=None)
 
@@ -1162,9 +1187,7 @@ class GenerationMixin(transformers.GenerationMixin):
     """
 
     def generate(self, *args, **kwargs):
-        if len(args) > len(_GENERATE_ARGUMENTS):
-            raise TypeError(f"Pass what follows {_GENERATE_ARGUMENTS[-1]} by name.")
-        kwargs.update(zip(_GENERATE_ARGUMENTS, args))  # by name, whatever their order has become
+        kwargs.update(arguments_by_name(args))  # whatever their order has become
         cache = kwargs.pop("past_key_values", None)
         if cache is not None:
             kwargs[CACHE] = cache
@@ -1565,9 +1588,12 @@ def _has(owner, name: str) -> bool:
 # All private names of transformers that the modules use, and whether each is what they take it for. Public ones that
 # transformers documents for custom models are not in it, nor what a feature test above asks for.
 PRIVATE_NAMES = {
-    # called around and inside of the loop that `qwen_graphed_generation.GraphedGeneration` stands in for
+    # called before, around and inside of the loop that `qwen_graphed_generation.GraphedGeneration` stands in for
     "_prepare_cache_for_generation": lambda: _takes(
         transformers.GenerationMixin, "_prepare_cache_for_generation", "generation_config", "model_kwargs"
+    ),
+    "_prepare_generation_config": lambda: _takes(
+        transformers.GenerationMixin, "_prepare_generation_config", "generation_config"
     ),
     "_pad_token_tensor": lambda: _has(transformers.GenerationMixin, "_prepare_special_tokens"),  # which makes it
     "_sample": lambda: _takes(transformers.GenerationMixin, "_sample", "input_ids", "logits_processor"),

@@ -63,11 +63,23 @@ def test_generate_stops_at_texts(model, demo_tokenizer, monkeypatch):
     for texts in (stop, [stop, "never said"]):
         output = model.generate(ids, stop_strings=texts, tokenizer=demo_tokenizer, **settings)
         assert torch.equal(output, whole[:, : ids.shape[1] + 3])
-    monkeypatch.setattr(model.generation_config, "stop_strings", [stop])
-    for given in ({}, {"generation_config": copy.deepcopy(model.generation_config)}):
-        output = model.generate(ids, tokenizer=demo_tokenizer, **given, **settings)
+    criteria = [lambda ids, scores, **kwargs: torch.zeros(len(ids), dtype=torch.bool)]
+    output = model.generate(ids, None, None, criteria, stop_strings=stop, tokenizer=demo_tokenizer, **settings)
+    assert torch.equal(output, whole[:, : ids.shape[1] + 3])
+    config = GenerationConfig(stop_strings=stop, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    for _ in range(2):
+        output = model.generate(ids, generation_config=config, tokenizer=demo_tokenizer)
         assert torch.equal(output, whole[:, : ids.shape[1] + 3])
+        assert config.stop_strings == stop
+    monkeypatch.setattr(model.generation_config, "stop_strings", [stop])
+    output = model.generate(ids, tokenizer=demo_tokenizer, **settings)
+    assert torch.equal(output, whole[:, : ids.shape[1] + 3])
     assert torch.equal(model.generate(ids, tokenizer=demo_tokenizer, stop_strings=None, **settings), whole)
+
+
+def test_chat_stops_at_texts_of_the_generation_configuration(model, demo_tokenizer, monkeypatch):
+    if not hasattr(model.generation_config, "stop_strings"):
+        pytest.skip("before 4.39 transformers knows no stop_strings")
     answer, _ = model.chat(demo_tokenizer, "1+1=?", None)
     monkeypatch.setattr(model.generation_config, "stop_strings", [answer[:1]])  # its first token has it
     shorter, _ = model.chat(demo_tokenizer, "1+1=?", None)

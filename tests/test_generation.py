@@ -23,7 +23,7 @@ from conftest import (
 )
 from qwen.qwen_cache import QWenCache
 from qwen.qwen_generation_utils import StopWordsLogitsProcessor
-from qwen.transformers_compat import ASSISTANTS_GENERATE, DynamicCache
+from qwen.transformers_compat import ASSISTANTS_GENERATE, DynamicCache, resolved_settings
 from reference import greedy as reference_greedy
 from reference import qwen2_of
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, TextStreamer
@@ -520,6 +520,21 @@ def test_stop_words_of_the_generation_configuration_and_not_in_the_prompt(model)
     assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config), free)
     config.stop_words_ids = [free[0, 10:11].tolist()]
     assert model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, 11:].tolist() == [319]
+
+
+def test_what_the_configuration_of_a_call_leaves_open(monkeypatch):
+    """Its end and its padding are those of the model, for stop words and the NTK scale of a padded prompt too."""
+    model = tiny_model(**NTK_LOGN)
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=319, pad_token_id=0))
+    config = GenerationConfig(do_sample=False, max_new_tokens=6)
+    if resolved_settings(model, config).eos_token_id is None:
+        lacks("takes nothing from the model's configuration beside that of a call")
+    row = random_ids(1, 30) % 318 + 1
+    free = model.generate(row, generation_config=config)[0, 30:].tolist()
+    padded = model.generate(F.pad(row, (10, 0)), generation_config=config)
+    assert padded[0, 40:].tolist() == free
+    stopped = model.generate(row, generation_config=config, stop_words_ids=[free[:1]])
+    assert stopped[0, 30:].tolist() == [free[0], 319]
 
 
 @pytest.mark.parametrize("bad", [[], [[]], "Observation:", [5], [["a"]], [[-1]], [[1.5]]], ids=str)
