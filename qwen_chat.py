@@ -19,7 +19,7 @@ from .qwen_generation_utils import (
     make_context,
     stream_generate,
 )
-from .transformers_compat import DynamicCache, accepts_cache, crop_cache, input_device
+from .transformers_compat import DynamicCache, accepts_cache, crop_cache, input_device, resolved_settings
 
 
 class QWenChatMixin:
@@ -65,7 +65,8 @@ class QWenChatMixin:
             >>> response, history = model.chat(tokenizer, "What is the capital of Iceland?", history=history)
         """
         if return_past_key_values and past_key_values is None:
-            kwargs = self._with_cache(generation_config, kwargs, kwargs.pop("cache_bits", None))
+            settings = resolved_settings(self, generation_config, kwargs.get("use_model_defaults"))
+            kwargs = self._with_cache(settings, kwargs, kwargs.pop("cache_bits", None))
             past_key_values = kwargs.pop("past_key_values", None)
             past_key_values = DynamicCache() if past_key_values is None else past_key_values
         turn = self._prepare_chat(

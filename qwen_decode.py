@@ -332,7 +332,7 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
         """
         kwargs.update(arguments_by_name(args, after="logits_processor"))
         settings = resolved_settings(self, generation_config, kwargs.get("use_model_defaults"))
-        kwargs = self._with_cache(generation_config, kwargs, cache_bits)
+        kwargs = self._with_cache(settings, kwargs, cache_bits)
         if stop_words_ids is None:
             stop_words_ids = getattr(settings, "stop_words_ids", None)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -364,7 +364,7 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
             kwargs["stop_strings"] = None  # transformers' own criterion takes tokens for texts: these are bytes
             end = StopAtText(tokenizer, [texts] if isinstance(texts, str) else texts, prompt_length)
             kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or []), end]
-        if DRAFTS_READ_PROMPTS_AGAIN and self._has_drafts(generation_config, kwargs):
+        if DRAFTS_READ_PROMPTS_AGAIN and self._has_drafts(settings, kwargs):
             cache = kwargs.get("past_key_values")
             if hasattr(cache, "get_seq_length") and 0 < cache.get_seq_length() <= prompt_length:
                 crop_cache(cache, 0)
@@ -405,21 +405,15 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
             return None
         return self.transformer.prompt_alpha(lengths)
 
-    def _setting(self, name: str, generation_config, kwargs: dict):
-        """Of a call of `generate`, which may leave it to the model's configuration."""
-        configs = generation_config, self.generation_config
-        values = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in values if value is not None), None)
-
-    def _has_drafts(self, *call) -> bool:
+    def _has_drafts(self, settings, kwargs: dict) -> bool:
         names = "assistant_model", "prompt_lookup_num_tokens", "penalty_alpha"
-        return any(self._setting(name, *call) for name in names)
+        return any(_setting(name, settings, kwargs) for name in names)
 
-    def _with_cache(self, generation_config, kwargs: dict, bits: int | None) -> dict:
+    def _with_cache(self, settings, kwargs: dict, bits: int | None) -> dict:
         """The arguments of `generate`, with a cache of ours unless that is left to the caller or to transformers."""
 
         def setting(name):
-            return self._setting(name, generation_config, kwargs)
+            return _setting(name, settings, kwargs)
 
         named = setting("cache_implementation")
         unwanted = kwargs.get("past_key_values") is not None or setting("use_cache") is False
@@ -433,7 +427,7 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
         is_faster = (
             has_decode_kernel(self.device, self.dtype, self.config.kv_channels)
             and (self.device.type == "cuda" or self.config._attn_implementation == "sdpa")
-            and (DRAFTS_CROP_CACHES or not self._has_drafts(generation_config, kwargs))
+            and (DRAFTS_CROP_CACHES or not self._has_drafts(settings, kwargs))
         )
         if unwanted:
             return kwargs
@@ -449,6 +443,12 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
             return kwargs
         _announce(f"generate keeps keys and values in {cache}")
         return {**kwargs, "past_key_values": cache, **({} if named is None else {"cache_implementation": None})}
+
+
+def _setting(name: str, settings, kwargs: dict):
+    """Of a call of `generate`, from its keywords or its resolved settings."""
+    value = kwargs.get(name)
+    return getattr(settings, name, None) if value is None else value
 
 
 class _PaddedAssistant:

@@ -305,7 +305,7 @@ def test_generate_takes_it_on_a_cpu(model):
 
 def test_generate_leaves_other_models_to_transformers(model):
     def chosen(model, **kwargs):
-        return model._with_cache(None, kwargs, kwargs.pop("cache_bits", None)).get("past_key_values")
+        return model._with_cache(model.generation_config, kwargs, kwargs.pop("cache_bits", None)).get("past_key_values")
 
     assert chosen(copy.deepcopy(model).half()) is None
     assert chosen(copy.deepcopy(model).train()) is None
@@ -423,7 +423,7 @@ def checkpoint(tmp_path_factory):
 
 
 def cache_of(model, **kwargs):
-    return model._with_cache(None, kwargs, kwargs.pop("cache_bits", None)).get("past_key_values")
+    return model._with_cache(model.generation_config, kwargs, kwargs.pop("cache_bits", None)).get("past_key_values")
 
 
 @pytest.mark.parametrize(
