@@ -138,13 +138,6 @@ class _Layer:
         """The tensors of keys, then those of values, each (B, nh, capacity, width)."""
         return [*self.keys.tensors, *self.values.tensors]
 
-    def room_for(self, new_tokens: int) -> list[torch.Tensor]:
-        """The tensors of keys and values with room for more tokens behind what they hold; they count as written."""
-        for store in (self.keys, self.values):
-            store.grow(store.length + new_tokens)
-            store.length += new_tokens
-        return self.storages()
-
     def crop(self, length: int) -> None:
         for store in (self.keys, self.values):
             store.length = min(store.length, length)

@@ -157,10 +157,11 @@ def _compute(model, call: dict):
     rotation = network.rotation(position_ids, cache, length, call.get("ntk_alpha"))
     mask = None if mask is None else mask[..., : length + T].bool()
     eps = network.ln_f.eps
-    store = [tensor for layer in cache.layers for tensor in layer.room_for(T)]
     scaling = [block.attn.scaling for block in network.h]
     angles = rotation.cos, rotation.sin, rotation.query_scale
-    x = decode_blocks(x, *weights, *angles, store, length, mask, eps, scaling)
+    cache.make_room(T)
+    x = decode_blocks(x, *weights, *angles, cache.storages(), length, mask, eps, scaling)
+    cache.advance(T)  # behind the kernels, which may refuse a mask or positions
     x = rms_norm(x, like, eps)
     if head is None:
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)

@@ -452,6 +452,24 @@ def test_a_wrong_id_and_a_short_mask_are_the_errors_of_the_network():
         model(torch.tensor([[3]]), past_key_values=cache)
 
 
+@pytest.mark.parametrize("make", [QWenCache, QWenQuantizedCache])
+@pytest.mark.parametrize(
+    "refused",
+    [{"position_ids": torch.tensor([[9, 10]])}, {"attention_mask": torch.ones(1, 3, 1, 10, dtype=torch.bool)}],
+    ids=["positions", "mask"],
+)
+def test_a_refused_step_leaves_the_cache_as_it_was(refused, make):
+    """The tokens that it would have added are not there: the next step must not attend to them."""
+    model, ids = tiny_model(**PLAIN), random_ids(1, 10)
+    cache, expected = (filled(model, make, ids[:, :9]) for _ in range(2))
+    with torch.no_grad(), without_layers():
+        with pytest.raises(RuntimeError):
+            model(ids[:, 9:], past_key_values=cache, **refused)
+        assert cache.get_seq_length() == 9
+        found, expected = (model(ids[:, 9:], past_key_values=c).logits for c in (cache, expected))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_the_same_through_generate_with_and_without_the_step(monkeypatch):
     model = tiny_model(**NTK_LOGN)
     prompt = random_ids(2, 14)
