@@ -265,12 +265,15 @@ class QWenConfig(PretrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As inherited; early GPTQ checkpoints say how they are quantised in quantize_config.json."""
+        """As inherited; early GPTQ checkpoints say how they are quantised in quantize_config.json, or ValueError."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         beside = os.path.join(str(pretrained_model_name_or_path), "quantize_config.json")
         if not config_dict.get("quantization_config") and os.path.isfile(beside):
-            with open(beside, encoding="utf-8") as file:
-                config_dict["quantization_config"] = {**json.load(file), "quant_method": "gptq"}
+            try:
+                with open(beside, encoding="utf-8") as file:
+                    config_dict["quantization_config"] = dict(json.load(file), quant_method="gptq")
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{beside} is no JSON object ({error}). Copy it anew from the checkpoint.") from None
         return config_dict, kwargs
 
     @classmethod

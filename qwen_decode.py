@@ -329,10 +329,13 @@ class QWenGenerationMixin(GraphedGeneration, GenerationMixin):
         tokenizers.
 
         Raises TypeError for a prompt that is no tensor, IndexError for ids outside the vocabulary, ValueError for a
-        prompt without tokens, for stop words that are not lists of ids and for contradictions about the cache.
+        prompt without tokens, for stop words that are not lists of ids, for a streamer with beams and for
+        contradictions about the cache.
         """
         kwargs.update(arguments_by_name(args, after="logits_processor"))
         settings = resolved_settings(self, generation_config, kwargs.get("use_model_defaults"))
+        if kwargs.get("streamer") is not None and (_setting("num_beams", settings, kwargs) or 1) > 1:
+            raise ValueError("Beams can't be streamed: they may change until the last token. Pass num_beams=1.")
         kwargs = self._with_cache(settings, kwargs, cache_bits)
         if stop_words_ids is None:
             stop_words_ids = getattr(settings, "stop_words_ids", None)

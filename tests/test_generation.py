@@ -448,6 +448,9 @@ def test_streamer_sees_every_token(model, demo_tokenizer, capsys):
     output = generate(model, ids, max_new_tokens=8, streamer=TextStreamer(demo_tokenizer, skip_prompt=True))
     expected = demo_tokenizer.decode(output[0, 10:])
     assert capsys.readouterr().out.strip() == expected.strip()
+    for beams in ({"num_beams": 2}, {"generation_config": GenerationConfig(num_beams=2, max_new_tokens=2)}):
+        with pytest.raises(ValueError, match="Beams can't be streamed"):
+            model.generate(ids, streamer=TextStreamer(demo_tokenizer), **beams)
 
 
 @pytest.mark.parametrize("prompt", ["hi", [[1, 2]], {"input_ids": [[1, 2]]}])

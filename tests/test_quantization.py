@@ -246,6 +246,10 @@ def test_without_a_precision_a_cpu_takes_one_that_is_fast(published):
     (folder / "config.json").write_text(json.dumps({**config, "fp16": True}))
     assert QWenLMHeadModel.from_pretrained(folder, device_map="cpu").dtype == torch.bfloat16
     assert QWenLMHeadModel.from_pretrained(folder, device_map="cpu", fp16=True).dtype == torch.float16
+    for damaged in ('{"bits": 4', "[1, 2]", "4"):
+        (folder / "quantize_config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"quantize_config\.json is no JSON object"):
+            QWenLMHeadModel.from_pretrained(folder)
 
 
 def test_the_memory_is_that_of_the_file(published):
