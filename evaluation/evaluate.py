@@ -79,7 +79,8 @@ def load_tasks(names: list[str], data: str | None) -> dict[str, list]:
     for name in names:
         try:
             tasks[name] = list(manager.load(list(BENCHMARKS[name].tasks))["tasks"].values())
-        except (OSError, ValueError) as error:  # ConnectionError is an OSError, what datasets can't find a ValueError
+        # No connection is an OSError, an unknown name a ValueError, a script that would have to run a RuntimeError.
+        except (OSError, ValueError, RuntimeError) as error:
             files, source = SOURCES[name]
             hint = "" if isinstance(error, FileNotFoundError) else f" Or --data with {files} from {source}."
             problems.append(f"{name}: {error}{hint}")

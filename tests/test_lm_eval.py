@@ -349,6 +349,15 @@ def test_missing_data_is_named_with_its_source(data, tmp_path, monkeypatch):
         assert part in str(error.value)
 
 
+def test_a_data_set_that_datasets_no_longer_reads_is_named_with_its_source(monkeypatch):
+    def refuse(self, names):
+        raise RuntimeError("Dataset scripts are no longer supported, but found cmmlu.py")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", refuse)
+    with pytest.raises(SystemExit, match=r"cmmlu: Dataset scripts .* Or --data with cmmlu/.*haonan-li/cmmlu"):
+        evaluate_py.load_tasks(["cmmlu"], None)
+
+
 def test_programs_run_only_when_asked_for(data, tmp_path, monkeypatch, capsys):
     arguments = (DEMO, "--data", data, "--output", tmp_path / "r.json")
     with pytest.raises(SystemExit):
