@@ -1366,9 +1366,9 @@ def counting_compiler(folder, before=""):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="native kernels are for Linux and macOS")
-def test_after_ctrl_c_no_other_compiler_is_started(make_version, tmp_path, monkeypatch):
-    """It ends those that run; the next would be waited for."""
-    monkeypatch.setenv("CXX", str(counting_compiler(tmp_path, "kill -INT $$")))
+def test_behind_a_compiler_that_is_ended_no_other_is_started(make_version, tmp_path, monkeypatch):
+    """Ctrl-C ends those that run; the next would be waited for."""
+    monkeypatch.setenv("CXX", str(counting_compiler(tmp_path, "kill -TERM $$")))  # a job in the background gets no INT
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     module = make_version().module
     with pytest.raises(module._Unavailable, match="can't compile them"):

@@ -132,6 +132,7 @@ def test_a_checkpoint_that_is_not_there_is_named_in_a_line(tmp_path):
     with pytest.raises(SystemExit, match=r"code published in 2023"):
         load(str(tmp_path), cpu_only=True)
     (tmp_path / "modeling_qwen.py").unlink()
+    (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"can't be loaded as a folder, or from a hub"):
         load(str(tmp_path), cpu_only=True)
     shutil.copytree(DEMO, tmp_path / "cut", ignore=shutil.ignore_patterns("__pycache__"))
