@@ -52,8 +52,11 @@ def modules():
     sys.modules["qwen"] = package
     found = [importlib.import_module(f"qwen.triton_{name}") for name in ("attention", "launch", "products")]
     for module in found:
-        vars(module).update(multiprocessors=lambda device: 108, shared_memory=lambda device: SHARED_MEMORY)
-        vars(module).update(known_options=lambda launch, cuda: launch)
+        vars(module).update(
+            multiprocessors=lambda device: 108,
+            shared_memory=lambda device: SHARED_MEMORY,
+            known_options=lambda launch, cuda: launch,
+        )
     return found
 
 
